@@ -49,18 +49,30 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+
+from records.lines import (
+    FILE_CAP,
+    LINE_CAP,
+    POINT_CAP,
+    RUN_CAP,
+    Collector,
+    LogError,
+    Point,
+    Run,
+    Source,
+    read_fields,
+    val_point,
+)
+from records.public import parse_public
+
+__all__ = ["LogError", "Point", "Run", "RunLog", "Source", "parse", "train_line", "val_line"]
 
 MAGIC = "nanogpt speedrun log 1"
 STATUSES = ("complete", "preempted", "failed")
-
-LINE_CAP = 1 << 16  # bytes; longer lines are hashed and counted, never interpreted
-FILE_CAP = 1 << 30  # bytes after decompression; a log of 1 GiB is not a log
-POINT_CAP = 200_000  # validation points of one file
-RUN_CAP = 1_000  # runs in one file
 SOURCE_CAP = 1 << 24  # bytes of source text kept in memory when asked for
 MARKS_PER_LINE = 256
+ROUNDING = 5.1e-5  # of a loss printed with four decimals
 
 
 # ---------------------------------------------------------------------------------- result lines
@@ -83,10 +95,6 @@ def train_line(step: int, num_iterations: int, train_loss: float, train_time_ms:
 
 
 # ---------------------------------------------------------------------------------- writing
-
-
-class LogError(ValueError):
-    """A log that cannot be written or cannot be read as what it claims to be."""
 
 
 def _clean_name(name: str) -> str:
@@ -195,10 +203,10 @@ class RunLog:
             raw = f"{part}\n".encode(errors="backslashreplace")
             self._write(raw)
             self._marks += _mark(raw)
-            fields = _read_fields(raw)
+            fields = read_fields(raw)
             if fields and "val_loss" in fields:
                 try:
-                    point = _val_point(fields, 0, "val_loss")
+                    point = val_point(fields, 0, "val_loss")
                 except LogError as error:
                     self._broken = True
                     raise LogError(f"{self.path}: {error}; val_line() makes it") from None
@@ -257,7 +265,11 @@ class RunLog:
         if not math.isfinite(loss):
             return f"its final loss is {loss}"
         final = result.get("final_val_loss", loss)
-        if not isinstance(final, (int, float)) or not abs(final - loss) <= 5.1e-5:
+        try:
+            agree = abs(float(final) - loss) <= ROUNDING
+        except (TypeError, ValueError):
+            agree = False
+        if not agree:
             return f"final_val_loss is {final}, its last validation line says {loss}"
         return None
 
@@ -285,300 +297,6 @@ class RunLog:
 
 def _mark(raw: bytes) -> bytes:
     return hashlib.sha256(raw).digest()[:2]
-
-
-# ---------------------------------------------------------------------------------- what is read
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One validation: `val_loss` may be NaN, `train_time_ms` None where the format has no clock."""
-
-    step: int
-    total: int | None
-    val_loss: float
-    train_time_ms: float | None
-    line: int
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    name: str
-    sha256: str
-    num_lines: int
-    text: str | None = None
-
-
-@dataclass
-class Run:
-    """One run of a log file. `faults` name what makes it unfit as evidence, `notes` what is odd."""
-
-    path: str
-    format: str = ""  # "ours", "step/ms", "step/s", "llm.c"
-    points: list[Point] = field(default_factory=list)
-    last_train_step: int | None = None
-    num_echoed: int = 0
-    sources: dict[str, Source] = field(default_factory=dict)
-    code_sha256: str | None = None  # of all sources of the run, whatever the format
-    environment: dict[str, str] = field(default_factory=dict)
-    recipe: dict | None = None
-    result: dict[str, object] = field(default_factory=dict)
-    digest: str | None = None  # of the closing block, once verified
-    python: str | None = None
-    torch: str | None = None
-    cuda: str | None = None
-    gpu: str | None = None
-    gpu_count: int | None = None
-    faults: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def final(self) -> Point | None:
-        return self.points[-1] if self.points else None
-
-    @property
-    def final_val_loss(self) -> float | None:
-        return self.points[-1].val_loss if self.points else None
-
-    @property
-    def train_time_ms(self) -> float | None:
-        return self.points[-1].train_time_ms if self.points else None
-
-    @property
-    def final_step(self) -> int | None:
-        return self.points[-1].step if self.points else None
-
-    @property
-    def reached_total(self) -> bool | None:
-        """Was the last step validated? None where the format does not say how many there are."""
-        last = self.final
-        return None if last is None or last.total is None else last.step >= last.total
-
-    @property
-    def why_incomplete(self) -> str | None:
-        """The reason this run did not end, or None. NaN is not an end."""
-        last = self.final
-        if last is None:
-            return "no validation line"
-        if last.total is not None and last.step < last.total:
-            return f"stopped at step {last.step} of {last.total}"
-        if self.last_train_step is not None and self.last_train_step > last.step:
-            return f"last validated at step {last.step}, trained on to {self.last_train_step}"
-        if not math.isfinite(last.val_loss):
-            return f"final loss is {last.val_loss}"
-        if self.format == "ours":
-            if self.digest is None:
-                return "no valid closing block"
-            if self.result.get("status") != "complete":
-                return f"status is {self.result.get('status')}"
-        return None
-
-    @property
-    def complete(self) -> bool:
-        return self.why_incomplete is None
-
-    @property
-    def tokens(self) -> int | None:
-        value = self.result.get("tokens")
-        return value if isinstance(value, int) and value > 0 else None
-
-
-# ---------------------------------------------------------------------------------- reading lines
-
-# step lines as nearly all logs have them; the general reading below covers the rest
-_TRAIN = re.compile(
-    rb"step:(\d{1,9})/(\d{1,9}) (?:train_loss:(\S{1,24}) )?train_time:(\d{1,12}(?:\.\d{1,9})?)(m?s)"
-    rb" step_avg:\S{1,24}ms\s*$"
-)
-_KEY_VALUE = re.compile(rb"([A-Za-z_]\w{0,40}):(\S{1,64})$")
-_STEP = re.compile(rb"(\d{1,9})(?:/(\d{1,9}))?$")
-_LOSS = re.compile(rb"(?:\d{1,6}\.\d{1,12}|-?nan|-?inf)$", re.IGNORECASE)
-_TIME = re.compile(rb"(\d{1,12}(?:\.\d{1,9})?)(ms|s)$")
-_LLMC = re.compile(rb"s:(\d{1,9}) (tel|trl):")
-_RULE = re.compile(rb"={80,}\s*$")
-
-
-def _read_fields(raw: bytes) -> dict[str, bytes] | None:
-    """`key:value` fields at the start of a line up to the first other word; None if it has none.
-
-    A `step` field must be among them. The last field of a line without a newline may be cut: it is
-    kept under its own name only if the line ended.
-    """
-    fields: dict[str, bytes] = {}
-    for token in raw.split():
-        match = _KEY_VALUE.match(token)
-        if match is None:
-            break
-        fields.setdefault(match[1].decode(), match[2])
-    return fields if "step" in fields else None
-
-
-def _val_point(fields: dict[str, bytes], line: int, loss_key: str) -> Point:
-    step = _STEP.match(fields["step"])
-    loss = _LOSS.match(fields[loss_key])
-    clock = _TIME.match(fields.get("train_time", b""))
-    if step is None:
-        raise LogError("its step cannot be read")
-    if loss is None:
-        raise LogError("its loss cannot be read")
-    if clock is None:
-        raise LogError("its train_time cannot be read (a number with ms or s)")
-    return Point(
-        step=int(step[1]),
-        total=int(step[2]) if step[2] else None,
-        val_loss=float(loss[0]),
-        train_time_ms=float(clock[1]) * (1.0 if clock[2] == b"ms" else 1000.0),
-        line=line,
-    )
-
-
-def _show(raw: bytes) -> str:
-    return repr(raw[:100].decode(errors="replace").rstrip("\r\n"))
-
-
-class _Curve:
-    """Collects the result lines of a file into runs. Knows nothing about the rest of the file."""
-
-    EARLY = 20  # the clock of 2024 logs restarts after its first ten steps
-
-    def __init__(self, path: str, loss_key: str, fixed_run: Run | None = None) -> None:
-        self.path = path
-        self.loss_key = loss_key
-        self.fixed_run = fixed_run  # ours: one run a log, a step that falls back is a fault
-        self.runs: list[Run] = [fixed_run] if fixed_run else []
-        self.num_points = 0
-        self._fresh()
-
-    def _fresh(self) -> None:
-        self.seen: set[int] = set()
-        self.step = -1
-        self.clock: float | None = None
-        self.decimals: int | None = None
-
-    def _run(self, kind: str) -> Run | None:
-        if not self.runs:
-            if len(self.runs) >= RUN_CAP:
-                return None
-            self.runs.append(Run(self.path))
-        run = self.runs[-1]
-        run.format = run.format or kind
-        return run
-
-    def fault(self, text: str) -> None:
-        run = self._run("")
-        if run is not None and len(run.faults) < 50:
-            run.faults.append(text)
-
-    def _back(self, step: int, raw: bytes, line: int) -> bool:
-        """A step below the last one: an echo (True: drop it) or the start of another run."""
-        if step > 0 and hash(raw) in self.seen:
-            self.runs[-1].num_echoed += 1
-            return True
-        if self.fixed_run is not None:
-            self.fault(f"line {line}: step {step} comes after step {self.step}")
-        elif len(self.runs) < RUN_CAP:
-            self.runs.append(Run(self.path))
-            self._fresh()
-        return False
-
-    def _tick(self, step: int, clock: float | None, line: int) -> None:
-        if clock is None:
-            return
-        if self.clock is not None and clock < self.clock and self.step > self.EARLY:
-            self.fault(
-                f"line {line}: the clock runs backwards, {clock:.0f} ms after {self.clock:.0f} ms"
-            )
-        self.clock = clock
-
-    def train(self, match: re.Match, raw: bytes, line: int) -> None:
-        step = int(match[1])
-        if step <= 1 and step < self.step and self._back(step, raw, line):
-            return
-        if step < self.step:  # an echo of a line of this run, or text of another program
-            if hash(raw) in self.seen:
-                self.runs[-1].num_echoed += 1
-            elif self.fixed_run is not None:
-                self.fault(f"line {line}: step {step} comes after step {self.step}")
-            return
-        run = self._run("step/ms" if match[5] == b"ms" else "step/s")
-        if run is None:
-            return
-        if len(self.seen) < POINT_CAP:
-            self.seen.add(hash(raw))
-        self._tick(step, float(match[4]) * (1.0 if match[5] == b"ms" else 1000.0), line)
-        self.step = step
-        run.last_train_step = max(step, run.last_train_step or 0)
-
-    def val(self, fields: dict[str, bytes], raw: bytes, line: int, ended: bool) -> None:
-        try:
-            point = _val_point(fields, line, self.loss_key)
-            if not ended and not _TIME.match(fields.get("step_avg", b"")):
-                raise LogError("the line is cut")
-        except LogError as error:
-            self.fault(f"line {line}: a validation line that is not counted, {error}: {_show(raw)}")
-            return
-        kind = "step/s" if fields["train_time"].endswith(b"s") and not fields[
-            "train_time"
-        ].endswith(b"ms") else "step/ms"
-        self.add(point, fields[self.loss_key], raw, kind)
-        self._check_average(point, fields.get("step_avg", b""))
-
-    def add(self, point: Point, digits: bytes, raw: bytes, kind: str) -> None:
-        line = point.line
-        if self.num_points >= POINT_CAP:
-            if self.num_points == POINT_CAP:
-                self.fault(f"line {line}: more than {POINT_CAP} validation lines, rest not read")
-                self.num_points += 1
-            return
-        if point.step < self.step and self._back(point.step, raw, line):
-            return
-        run = self._run(kind)
-        if run is None:
-            return
-        if run.points and run.points[-1].step == point.step:
-            if hash(raw) in self.seen and point.step > 0:
-                run.num_echoed += 1
-                return
-            if point.step == 0 and self.fixed_run is None:  # two runs that both stopped at once
-                self.runs.append(Run(self.path, format=kind))
-                self._fresh()
-                run = self.runs[-1]
-            else:
-                self.fault(f"line {line}: a second validation of step {point.step}, not counted")
-                return
-        places = len(digits.partition(b".")[2])
-        if math.isfinite(point.val_loss):
-            if self.decimals is not None and places < self.decimals:
-                self.fault(
-                    f"line {line}: {digits.decode()} has {places} decimals where this run prints "
-                    f"{self.decimals}: cut, not counted"
-                )
-                return
-            self.decimals = places
-        else:
-            run.notes.append(f"line {line}: loss is {point.val_loss}")
-        if run.points and point.total != run.points[-1].total:
-            self.fault(
-                f"line {line}: {point.total} steps where this run had {run.points[-1].total}"
-            )
-        self._tick(point.step, point.train_time_ms, line)
-        if len(self.seen) < POINT_CAP:
-            self.seen.add(hash(raw))
-        self.step = point.step
-        run.points.append(point)
-        self.num_points += 1
-
-    def _check_average(self, point: Point, step_avg: bytes) -> None:
-        """train_time and step_avg must tell one story: the unit of one of them may be wrong."""
-        average = _TIME.match(step_avg)
-        if average is None or point.step <= self.EARLY or not point.train_time_ms:
-            return
-        average_ms = float(average[1]) * (1.0 if average[2] == b"ms" else 1000.0)
-        if not 0.2 < average_ms * point.step / point.train_time_ms < 5.0:
-            self.fault(
-                f"line {point.line}: train_time and step_avg disagree by more than 5 times: "
-                "one has a wrong unit or was changed"
-            )
 
 
 # ---------------------------------------------------------------------------------- reading files
@@ -633,7 +351,7 @@ def parse(
             first = next(pieces, b"")
             if first.rstrip(b"\r\n") == MAGIC.encode():
                 return _parse_ours(first, pieces, name, path, source, loss_key, keep_sources)
-            return _parse_public(first, pieces, name, loss_key)
+            return parse_public(first, pieces, name, loss_key)
         except LogError as error:
             return [Run(name, faults=[str(error)])]
 
@@ -723,12 +441,12 @@ def _parse_ours(first, pieces, name, path, source, loss_key, keep_sources) -> li
         if run.digest is None and any("digest" in fault for fault in run.faults) and not runs:
             changed = _locate(source)
             if changed:
-                run.faults.append(changed)
+                run.fault(changed)
         runs.append(run)
         # a file may hold a second log after the first one's digest
         first = next(pieces, b"")
         if first and first.rstrip(b"\r\n") != MAGIC.encode():
-            run.faults.append(f"line {stream.line + 1}: text after the closing block")
+            run.fault(f"line {stream.line + 1}: text after the closing block")
             run.digest = None
             break
         if len(runs) >= RUN_CAP:
@@ -740,8 +458,8 @@ def _read_ours(
     stream: _Stream, run: Run, path: Path | None, loss_key: str, keep_sources: bool
 ) -> list[str]:
     """Reads one log into `run`; returns the marks of its closing block."""
-    fault = run.faults.append
-    curve = _Curve(run.path, loss_key, fixed_run=run)
+    fault = run.fault
+    curve = Collector(run.path, loss_key, fixed_run=run)
     code = hashlib.sha256()
     kept_bytes = 0
     section = "head"
@@ -753,7 +471,7 @@ def _read_ours(
             if stream.current:
                 fault(f"line {stream.line}: the log ends in the middle of a line")
                 curve_line = stream.current
-                fields = _read_fields(curve_line)
+                fields = read_fields(curve_line)
                 if fields and loss_key in fields:
                     curve.val(fields, curve_line, stream.line, ended=False)
             fault("no closing block: the run did not end, or the log was cut")
@@ -769,10 +487,10 @@ def _read_ours(
                           f"{actual[:12]})")
                 break
             if key == "marks" and colon:
-                if len(marks) < 2 * POINT_CAP // MARKS_PER_LINE:
+                if len(value) <= 4 * MARKS_PER_LINE and len(marks) < POINT_CAP // MARKS_PER_LINE:
                     marks.append(value)
             elif colon and len(run.result) < 1000:
-                run.result[key] = _value(value)
+                run.result[key] = _value(value[:4096])
             else:
                 fault(f"line {stream.line}: not a `key: value` of the closing block: {text[:80]!r}")
             continue
@@ -780,7 +498,8 @@ def _read_ours(
             if text == "begin result":
                 section = "result"
                 continue
-            _step_line(curve, stream.current, stream.line, loss_key)
+            if text:  # "" is an empty line or one too long to be a result
+                curve.read(stream.current, stream.line, ended=True)
             continue
         if text == "begin steps":
             section = "steps"
@@ -840,7 +559,7 @@ def _read_ours(
     final = run.final
     claimed = run.result.get("final_val_loss")
     agree = claimed is None or final is None or (
-        isinstance(claimed, (int, float)) and abs(claimed - final.val_loss) <= 5.1e-5
+        isinstance(claimed, (int, float)) and abs(claimed - final.val_loss) <= ROUNDING
     )
     if run.result.get("status") == "complete" and not agree:
         fault(f"final_val_loss is {claimed}, the last validation line says {final.val_loss}")
@@ -870,7 +589,7 @@ def _insert_kept(stream, run, path, text, header, digest, body, want) -> int:
     _, name, num_lines, newline, sha256 = header.groups()
     file = _find_kept(path, name, sha256)
     if file is None:
-        run.faults.append(f"source {name} is not in the record folder, or not as it was run")
+        run.fault(f"source {name} is not in the record folder, or not as it was run")
         digest.update(b"missing")
         return 0
     stream.replace("begin" + text.removeprefix("kept"))
@@ -901,7 +620,7 @@ def _take_block(run: Run, title: str, lines: list[str]) -> None:
         except (ValueError, RecursionError):
             recipe = None
         if not isinstance(recipe, dict):
-            run.faults.append("the recipe is not JSON")
+            run.fault("the recipe is not JSON")
         else:
             run.recipe = recipe
         return
@@ -931,16 +650,6 @@ def _value(text: str) -> object:
     return text
 
 
-def _step_line(curve: _Curve, raw: bytes, line: int, loss_key: str) -> None:
-    match = _TRAIN.match(raw)
-    if match:
-        curve.train(match, raw, line)
-    elif loss_key.encode() in raw:
-        fields = _read_fields(raw)
-        if fields and loss_key in fields:
-            curve.val(fields, raw, line, ended=True)
-
-
 def _locate(source: object) -> str | None:
     """Second reading of a log whose digest does not fit: the first line its marks disagree with."""
     file, name, path = _open(source)
@@ -953,7 +662,7 @@ def _locate(source: object) -> str | None:
         expected = bytes.fromhex(said)
     except ValueError:
         return "the marks of the closing block were changed"
-    num_marks = sum(len(chunk) for chunk in (said,)) // 4
+    num_marks = len(said) // 4
     closing = -(-num_marks // MARKS_PER_LINE) + 1  # the lines of the marks and of the digest
     pairs = range(0, len(stream.marks) - 2 * closing, 2)
     actual = [bytes(stream.marks[i : i + 2]) for i in pairs]
@@ -970,128 +679,3 @@ def _locate(source: object) -> str | None:
     if gap < 0 and actual[at - gap :] == wanted[at:]:
         return f"line {line}: {-gap} line{'s' * (gap < -1)} added from here"
     return f"line {line}: changed"
-
-
-# ---------------------------------------------------------------------------------- public formats
-
-_TORCH = re.compile(
-    r"Running (?i:pytorch) (\S{1,80}) compiled for CUDA (\S{1,20})"
-    r"(?: on (.{1,80}?) with world_size (\d{1,6}))?\s*$"
-)
-_PYTHON = re.compile(r"Running [Pp]ython (\d+\.\d+\.\S{1,20})")
-_DEVICE = re.compile(r"Running on device_name=(.{1,80}?) with world_size=(\d{1,6})\s*$")
-_SMI_GPU = re.compile(
-    r"\|\s{1,6}(\d{1,4})\s{1,4}(\S.{0,40}?)\s{1,40}(?:On |Off|N/A)?\s{0,4}\|\s{1,4}[0-9A-F]{8}:"
-)
-_CODE = re.compile(rb"(?:import \w|from [\w.]+ import |with open\(sys\.argv)")
-
-
-def _parse_public(first: bytes, pieces: Iterator[bytes], name: str, loss_key: str) -> list[Run]:
-    """Public logs: perhaps code, a rule, the environment, a rule, step lines.
-
-    Lines of the code are never results: what stands between the first import and the next rule is
-    set aside, and read only if no rule follows (a capture of stdout that happens to say "import").
-    """
-    curve = _Curve(name, loss_key)
-    environment = Run(name)
-    gpus: dict[int, str] = {}
-    code_hash, num_code = hashlib.sha256(), 0
-    in_code = False
-    aside: list[tuple[bytes, int, bool]] = []
-    early: list[bytes] = []  # lines before the first import belong to the code too
-    key = loss_key.encode()
-    line, piece, continued, fault = 0, first, False, None
-
-    def read(raw: bytes, number: int, ended: bool) -> None:
-        match = _TRAIN.match(raw) if ended else None
-        if match:
-            curve.train(match, raw, number)
-            return
-        llmc = _LLMC.match(raw)
-        if llmc:
-            _llmc_line(curve, raw, llmc, number, ended)
-            return
-        fields = _read_fields(raw)
-        if fields and loss_key in fields:
-            curve.val(fields, raw, number, ended)
-        elif not ended and fields and curve.runs:
-            curve.runs[-1].notes.append(f"line {number}: the last line is cut: {_show(raw)}")
-
-    while piece:
-        ended = piece.endswith(b"\n")
-        too_long = not ended and len(piece) == LINE_CAP
-        if not continued:
-            line += 1
-            interesting = not too_long and (
-                piece.startswith((b"step:", b"s:")) or key in piece
-            )
-            if in_code:
-                if _RULE.match(piece):
-                    in_code, aside = False, []
-                else:
-                    code_hash.update(piece)
-                    num_code += 1
-                    if interesting and len(aside) < POINT_CAP:
-                        aside.append((piece, line, ended))
-            elif interesting:
-                read(piece, line, ended)
-            elif _CODE.match(piece):
-                in_code = True
-                for raw in early:
-                    code_hash.update(raw)
-                code_hash.update(piece)
-                num_code += 1
-            elif _RULE.match(piece):
-                early = []
-            else:
-                if num_code == 0 and len(early) < 200:
-                    early.append(piece)
-                if piece[:1] in b"R|":
-                    _environment_line(piece.decode(errors="replace"), environment, gpus)
-        elif in_code:
-            code_hash.update(piece)
-        continued = too_long or (continued and not ended)
-        try:
-            piece = next(pieces, b"")
-        except LogError as error:
-            piece, fault = b"", str(error)
-    for raw, number, ended in aside:
-        read(raw, number, ended)
-    if fault:
-        curve.fault(fault)
-    runs = [r for r in curve.runs if r.points or r.faults or r.last_train_step is not None]
-    for run in runs:
-        run.python, run.torch, run.cuda = environment.python, environment.torch, environment.cuda
-        run.gpu, run.gpu_count = environment.gpu, environment.gpu_count
-        if run.gpu is None and gpus:
-            run.gpu = gpus[min(gpus)]
-        if run.gpu_count is None and gpus:
-            run.gpu_count = len(gpus)
-        if num_code and not aside:
-            run.code_sha256 = code_hash.hexdigest()
-    return runs
-
-
-def _llmc_line(curve: _Curve, raw: bytes, match: re.Match, line: int, ended: bool) -> None:
-    if match[2] == b"trl":
-        return
-    digits = raw[match.end() :].split()[0] if raw[match.end() :].split() else b""
-    if not ended or not _LOSS.match(digits):
-        why = "its loss cannot be read" if ended else "the line is cut"
-        curve.fault(f"line {line}: a validation line that is not counted, {why}: {_show(raw)}")
-        return
-    curve.add(Point(int(match[1]), None, float(digits), None, line), digits, raw, "llm.c")
-
-
-def _environment_line(text: str, run: Run, gpus: dict[int, str]) -> None:
-    if text.startswith("Running"):
-        if match := _TORCH.match(text):
-            run.torch, run.cuda = match[1], match[2]
-            if match[3]:
-                run.gpu, run.gpu_count = match[3].strip(), int(match[4])
-        elif match := _DEVICE.match(text):
-            run.gpu, run.gpu_count = match[1].strip(), int(match[2])
-        elif match := _PYTHON.match(text):
-            run.python = match[1]
-    elif (match := _SMI_GPU.match(text)) and len(gpus) < 4096:
-        gpus.setdefault(int(match[1]), match[2].strip())

@@ -21,7 +21,7 @@ def stand(
     train_time_ms: float,
     tokens: int,
     *,
-    history: Sequence[tuple[int, float]] = (),
+    history: Sequence[tuple] = (),
     target: float | None = None,
     num_iterations: int | None = None,
     step: int | None = None,
@@ -31,7 +31,7 @@ def stand(
 
     track            a track of data/tracks.json; ValueError for another name
     train_time_ms    milliseconds of training so far; tokens: trained on so far
-    history          (step, val_loss) of earlier validations of this run; its slope gives the
+    history          (step, val_loss, ...) of validations of this run; their slope gives the
                      projection where the track has no curve of another run to learn from
     target           the loss to reach, if not the track's own
     num_iterations   steps of the whole run; with step, the projected finish is given
@@ -167,7 +167,7 @@ def _finish(curves, val_loss, train_time_ms, target, fraction, history, step) ->
     if alike:
         projected, how = val_loss + sorted(alike)[len(alike) // 2], ""
     else:
-        points = [(s, v) for s, v in history if 0 < s < step and math.isfinite(v)][-3:]
+        points = [(s, v) for s, v, *_ in history if 0 < s < step and math.isfinite(v)][-3:]
         points.append((step, val_loss))
         if len(points) < 3:
             return f"finish at {end}"
