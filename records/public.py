@@ -14,12 +14,10 @@ from records.lines import (
     LINE_CAP,
     LOSS,
     POINT_CAP,
-    TRAIN,
     Collector,
     LogError,
     Point,
     Run,
-    read_fields,
     show,
 )
 
