@@ -1,7 +1,8 @@
-"""What the project knows: rules of each track, public history, published curves, our records.
+"""What the project knows: the public history, published curves, and our own records.
 
 Facts are files in `records/data/`; our records are the folders `records/<track>/<date>_<name>/`.
-`FOLDER` is this package's folder; every reader takes another one, for tests and for `--root`.
+`FOLDER` is this package's folder; every reader takes another one, for tests and for `--root`. A
+folder without facts (a program unpacked from its log) is an empty history, not an error.
 """
 
 from __future__ import annotations
@@ -14,24 +15,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from records.rules import TRACKS
+
 FOLDER = Path(__file__).resolve().parent
-METRICS = ("train_time_ms", "tokens", "steps")
-
-
-@dataclass(frozen=True)
-class Track:
-    """The rules of one track. `target` is None while it has not been fixed."""
-
-    name: str
-    title: str
-    corpus: str
-    target: float | None
-    metric: tuple[str, ...]  # what ranks records, most important first; smaller is better
-    rule: dict
-    min_runs: int
-    hardware: dict
-    fixed: dict  # recipe fields that a record may not change
-    published: str | None  # whose published curves a run is held against
 
 
 @dataclass(frozen=True)
@@ -77,34 +63,10 @@ def _interpolate(xs: tuple, ys: tuple, x: float) -> float:
 
 
 @lru_cache
-def tracks(folder: Path = FOLDER) -> dict[str, Track]:
-    """The rules of every track, from data/tracks.json, checked."""
-    path = folder / "data" / "tracks.json"
-    found = {}
-    for name, entry in json.loads(path.read_text()).items():
-        track = Track(name, **{**entry, "metric": tuple(entry["metric"])})
-        if not set(track.metric) <= set(METRICS) or not track.metric:
-            raise ValueError(f"{path}: {name}: metric: expected of {METRICS}, got {track.metric}")
-        if track.rule.get("test") not in ("t", "mean", "fixed_sigma"):
-            raise ValueError(f"{path}: {name}: rule: no such test: {track.rule}")
-        if track.target is not None and not math.isfinite(track.target):
-            raise ValueError(f"{path}: {name}: target: expected a number or null")
-        found[name] = track
-    return found
-
-
-def track(name: str, folder: Path = FOLDER) -> Track:
-    """The rules of one track; ValueError names those that exist."""
-    known = tracks(folder)
-    if name not in known:
-        raise ValueError(f"no track {name!r}; there are {', '.join(known)}")
-    return known[name]
-
-
-@lru_cache
 def history(folder: Path = FOLDER) -> tuple[dict, ...]:
     """The public records, one dict each, as in data/history.json."""
-    return tuple(json.loads((folder / "data" / "history.json").read_text())["records"])
+    path = folder / "data" / "history.json"
+    return tuple(json.loads(path.read_text())["records"]) if path.is_file() else ()
 
 
 @lru_cache
@@ -115,9 +77,12 @@ def published_curves(name: str, folder: Path = FOLDER) -> tuple[Curve, ...]:
     proportion to its steps. A log whose clock ends more than 10% away from the official time comes
     from another machine: its curve keeps the losses, without a clock.
     """
+    path = folder / "data" / "curves.csv"
+    if not path.is_file():
+        return ()
     official = {(r["number"], r["date"] or ""): r for r in history(folder) if r["track"] == name}
     rows: dict[tuple[int, str], list[dict]] = {}
-    with open(folder / "data" / "curves.csv", newline="") as file:
+    with open(path, newline="") as file:
         for row in csv.DictReader(file):
             if row["track"] == name:
                 rows.setdefault((int(row["record"]), row["date"]), []).append(row)
@@ -153,7 +118,7 @@ def own_records(name: str | None = None, folder: Path = FOLDER) -> list[dict]:
     ValueError: `check` says the same with more detail.
     """
     found = []
-    for rules in tracks(folder).values():
+    for rules in TRACKS.values():
         if name not in (None, rules.name):
             continue
         here = []

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from records import facts
-from records.facts import FOLDER, Curve, Track, amount, clock
+from records.facts import FOLDER, Curve, amount, clock
+from records.rules import Track
+from records.rules import track as rules_of
 
 
 def stand(
@@ -29,14 +31,14 @@ def stand(
 ) -> str:
     """One line: which record had this loss at this point, and where this run is going.
 
-    track            a track of data/tracks.json; ValueError for another name
+    track            a track of records/rules.py; ValueError for another name
     train_time_ms    milliseconds of training so far; tokens: trained on so far
     history          (step, val_loss, ...) of validations of this run; their slope gives the
                      projection where the track has no curve of another run to learn from
     target           the loss to reach, if not the track's own
     num_iterations   steps of the whole run; with step, the projected finish is given
     """
-    rules = facts.track(track, folder)
+    rules = rules_of(track)
     if not math.isfinite(val_loss):
         return f"{track}: loss is {val_loss}, no record is like that"
     if target is None:
@@ -65,8 +67,8 @@ def rank(
     target: float | None = None,
     folder: Path = FOLDER,
 ) -> str:
-    """Where a finished run would stand in the track's table. One run is never a record."""
-    rules = facts.track(track, folder)
+    """Where a finished run would stand in the track's table. One run is not yet a record."""
+    rules = rules_of(track)
     if target is None:
         target = rules.target
     if target is None:
@@ -89,7 +91,7 @@ def rank(
     before = f", ahead of {worse[0][1]} ({amount(worse[0][0], metric)})" if worse else ""
     return (
         f"{track}: {final_val_loss:.4f} reaches {target:g}: with {amount(value, metric)} place "
-        f"{place} of {size}{after}{before}. One run is no record: {_needs(rules)}"
+        f"{place} of {size}{after}{before}. A record needs {rules.rule}"
     )
 
 
@@ -183,12 +185,3 @@ def _against(loss: float, target: float) -> str:
     if gap <= 0:
         return f"within target {target:g}"
     return f"{gap:.2f} above target {target:g}" if gap >= 0.005 else f"just above {target:g}"
-
-
-def _needs(rules: Track) -> str:
-    test = rules.rule["test"]
-    if test == "t":
-        return f"p < {rules.rule['alpha']:g} over at least {rules.min_runs} runs is"
-    if test == "fixed_sigma":
-        return f"(target - mean) * sqrt(n) >= {rules.rule['margin']:g} is"
-    return "the mean of its runs is"
