@@ -1,0 +1,174 @@
+"""What a run tells: to the person at the terminal, to the log, to Weights & Biases.
+
+On a terminal there is a progress bar below lines that stay; without one the lines are the same.
+"""
+
+import contextlib
+import math
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+import recipes
+from model import GPT, num_parameters
+from ranks import Signal, World
+from recipes import Recipe, batch_shape
+from records.log import RunLog, train_line, val_line
+from records.standing import rank as rank_in_table
+from records.standing import stand
+from sample import generate
+
+
+class Screen:
+    """Prints on the first rank, stays silent on the others."""
+
+    def __init__(self, speaks: bool):
+        self.speaks = speaks
+        self.bar: tqdm | None = None
+
+    def line(self, text: str = "") -> None:
+        """One line that stays, above the bar where there is one."""
+        if self.speaks:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def facts(self, rows: dict[str, object]) -> None:
+        """Aligned `name  value` rows, wrapped to the terminal's width."""
+        width = max(len(name) for name in rows) + 2
+        columns = max(shutil.get_terminal_size((80, 24)).columns, width + 20)
+        for name, value in rows.items():
+            wrapped = textwrap.wrap(str(value), columns - width - 1) or [""]
+            for i, part in enumerate(wrapped):
+                self.line(f"{name if i == 0 else '':<{width}}{part}")
+
+    def start(self, total_tokens: int, done_tokens: int = 0) -> None:
+        """Show the bar; there is none without a terminal."""
+        if self.speaks and sys.stderr.isatty():
+            self.bar = tqdm(total=total_tokens, initial=done_tokens, unit="tok", unit_scale=True,
+                            dynamic_ncols=True, leave=False, mininterval=0.25, smoothing=0.1,
+                            desc="training")
+
+    def advance(self, tokens: int, loss: float | None) -> None:
+        if self.bar is not None:
+            if loss is not None:
+                self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            self.bar.update(tokens)
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class Reporter:
+    """Screen, log and, if asked for, Weights & Biases: one call for each thing that happens.
+
+    Made on every rank; only the first one's has a log and speaks.
+    """
+
+    def __init__(self, recipe: Recipe, screen: Screen, run_id: str, with_wandb: bool):
+        self.recipe, self.screen = recipe, screen
+        self.log: RunLog | None = None
+        self.wandb_run = self._start_wandb(run_id) if with_wandb and screen.speaks else None
+        self.history: list[tuple[int, float]] = []
+
+    def open_log(self, path: Path, sources: dict[str, str], environment: dict[str, str]) -> None:
+        self.log = RunLog(path, sources, environment, recipes.to_dict(self.recipe))
+
+    def _start_wandb(self, run_id: str):
+        """It can fail; a training run does not fail with it."""
+        try:
+            import wandb
+            return wandb.init(project="nanogpt-speedrun", name=run_id,
+                              config=recipes.to_dict(self.recipe))
+        except Exception as error:
+            self.screen.line(f"wandb: not logging ({type(error).__name__}: {error})")
+            return None
+
+    def say(self, text: str) -> None:
+        self.screen.line(text)
+        if self.log is not None:
+            self.log.line(text)
+
+    def trained(self, signal: Signal) -> None:
+        if self.log is not None:
+            self.log.line(train_line(signal.step + 1, self.recipe.num_iterations, signal.loss,
+                                     signal.ms))
+        self.screen.advance(math.prod(batch_shape(signal.step, self.recipe)), signal.loss)
+        self._to_wandb(signal.step + 1, train_loss=signal.loss)
+
+    def validated(self, step: int, val_loss: float, ms: float, tokens: int) -> None:
+        self.say(val_line(step, self.recipe.num_iterations, val_loss, ms))
+        self.screen.line("  " + stand(
+            self.recipe.track, val_loss, ms, tokens, history=self.history,
+            target=self.recipe.target, num_iterations=self.recipe.num_iterations, step=step))
+        self.history.append((step, val_loss))
+        self._to_wandb(step, val_loss=val_loss, train_time_ms=ms)
+
+    def _to_wandb(self, step: int, **values: float) -> None:
+        if self.wandb_run is None:
+            return
+        try:
+            self.wandb_run.log(values, step=step)
+        except Exception as error:  # whatever it is, it is not worth a training run
+            self.screen.line(f"wandb: stopped logging ({type(error).__name__}: {error})")
+            self.wandb_run = None
+
+    def close(self, result: dict[str, object]) -> None:
+        self.screen.stop()
+        if self.log is not None:
+            self.log.close(result)
+        if self.wandb_run is not None:
+            with contextlib.suppress(Exception):
+                self.wandb_run.finish(quiet=True)
+
+
+def header(recipe: Recipe, seed: int, model: GPT, data: str, world: World, how: str,
+           where: dict[str, str]) -> dict[str, str]:
+    """What stands above a run: recipe, sizes, device, and every backend with its reason."""
+    on_gpu = world.device.type == "cuda"
+    return {
+        "recipe": f"record #{recipe.record} ({recipe.title}), {recipe.scale} scale, seed {seed}",
+        "model": f"{num_parameters(model) / 1e6:.1f}M parameters, {recipe.model.num_layers} "
+                 f"layers of width {recipe.model.model_dim}",
+        "steps": f"{recipe.num_iterations:,} of {recipe.batch_tokens:,} tokens in rows of "
+                 f"{recipe.model.seq_len}: {recipe.total_tokens:,} tokens",
+        "device": f"{world.size} x " + (where["gpu"] if on_gpu else
+                                        f"{where['cpu']}, {where['threads']} threads"),
+        "backends": f"{recipe.model.compute_dtype} products; {how}; attention: SDPA; "
+                    f"collectives: {dist.get_backend() if world.size > 1 else 'none (one rank)'}",
+        "data": data,
+        "target": "not fixed yet" if recipe.target is None else f"val_loss {recipe.target}",
+    }
+
+
+def show_end(screen: Screen, recipe: Recipe, result: dict, log_path: Path, model: GPT) -> None:
+    """What the run came to, and what to type next."""
+    seconds = float(result["train_time_ms"]) / 1000
+    loss = float(result["final_val_loss"])
+    target = "no target is fixed for this track yet" if recipe.target is None else (
+        f"target {recipe.target} {'reached' if result['reached'] else 'not reached'}")
+    screen.line()
+    screen.facts({
+        "result": f"{result['status']}: val_loss {loss:.4f}; {target}",
+        "time": f"{seconds:.1f} s of training; {result['wall_time_s']} s in all, of which "
+                f"warm-up {result['warmup_s']} s and validation {result['validation_s']} s",
+        "speed": f"{float(result['tokens_per_s']):,.0f} tokens/s, MFU {result['mfu']}, peak "
+                 f"memory {result['peak_memory_mib']} MiB",
+        "standing": rank_in_table(recipe.track, float(result["train_time_ms"]),
+                                  result["tokens"], loss),
+        "log": log_path,
+        "model": result["checkpoint"],
+    })
+    if recipe.corpus == "built-in" and result["status"] == "complete":
+        prompt = "Return the "
+        screen.line("\nwhat it would write now:\n")
+        text = generate(model, prompt, num_tokens=240, temperature=0.7, seed=0)
+        for line in (prompt + text).splitlines():
+            screen.line("    " + line)
+    screen.line(f"\nnext: python sample.py {log_path.with_suffix('')} --prompt \"Compute \"")
+    screen.line(f"log: {log_path}")

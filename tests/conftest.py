@@ -1,0 +1,59 @@
+"""What the tests share: small shards to train on, and a way to start the trainer as people do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A model that trains in a second: 2 layers of width 32, 12 rows of 32 tokens a step.
+TINY = ["--scale", "pocket", "--num_layers", "2", "--num_heads", "2", "--head_dim", "16",
+        "--seq_len", "32", "--batch_tokens", "384", "--num_iterations", "6",
+        "--val_tokens", "1024", "--val_every", "3"]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A folder with two training shards and one for validation: 257 tokens, learnable order."""
+    from data.shards import write_shard
+
+    folder = tmp_path_factory.mktemp("tiny_data")
+    generator = np.random.default_rng(0)
+    for name, count in (("train_000001", 6000), ("train_000002", 6000), ("val_000000", 2500)):
+        walk = np.cumsum(generator.integers(1, 4, count)) % 256
+        walk[:: 100] = 256  # a document opens every hundred tokens
+        write_shard(folder / f"tiny_{name}.bin", walk.astype(np.uint16))
+    return folder
+
+
+def clean_environment(**changes: str) -> dict[str, str]:
+    """This environment without torchrun's variables, one thread a process."""
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NPROC", "NNODES")
+    environment = {k: v for k, v in os.environ.items() if k not in ours}
+    return environment | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
+                          "PYTHONWARNINGS": "default"} | changes
+
+
+def start(*arguments: str, nproc: int = 1, timeout: float = 100,
+          **environment: str) -> subprocess.CompletedProcess:
+    """`train_gpt.py ARGUMENTS`, by itself or under torchrun; output captured as text."""
+    launch = [sys.executable]
+    if nproc > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
+    return subprocess.run([*launch, "train_gpt.py", *map(str, arguments)], cwd=ROOT, text=True,
+                          capture_output=True, timeout=timeout,
+                          env=clean_environment(**environment))
+
+
+@pytest.fixture
+def train(tiny_data, tmp_path):
+    """train(*options, nproc=1) -> (finished process, logs it wrote): the tiny model, once."""
+    def run(*extra: str, nproc: int = 1, log_dir: Path = tmp_path / "logs", **environment: str):
+        done = start(*TINY, "--data_dir", tiny_data, "--log_dir", log_dir, *extra, nproc=nproc,
+                     **environment)
+        return done, sorted(log_dir.glob("*.txt"))
+    return run

@@ -1,0 +1,278 @@
+"""The trainer as people start it, and the promises it makes about its numbers."""
+
+import math
+import re
+import subprocess
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import options
+import recipes
+import train_gpt
+from conftest import ROOT, TINY, clean_environment, start
+from data.shards import read_shard
+from model import GPT, init_weights
+from records.log import parse
+
+ONE = train_gpt.World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+
+
+def losses(log) -> dict[int, float]:
+    (run,) = parse(log)
+    return {p.step: p.val_loss for p in run.points}
+
+
+def tiny_recipe(*extra: str, record: int = 6) -> recipes.Recipe:
+    return options.parse(["--record", str(record), *TINY, *extra], has_cuda=False)[1]
+
+
+def data_of(tiny_data) -> train_gpt.Data:
+    files = {part: sorted(tiny_data.glob(f"*{part}*.bin")) for part in ("train", "val")}
+    return train_gpt.Data(files["train"], files["val"], 256, "digest")
+
+
+# --- one process ----------------------------------------------------------------------------------
+
+def test_a_run_leaves_a_whole_log_and_a_model_that_writes(train, tmp_path):
+    done, (log,) = train("--record", "6", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    (run,) = parse(log)
+    assert run.faults == () or not run.faults
+    assert run.result["status"] == "complete" and run.result["seed"] == "3"
+    assert [p.step for p in run.points] == [0, 3, 6]
+    assert run.points[-1].val_loss < run.points[0].val_loss
+    assert run.recipe["model"]["num_layers"] == 2
+    assert f"log: {log}" in done.stdout.splitlines()[-1]
+    # The expression that fits the public logs since 2024-10.
+    lines = re.findall(r"^step:(\d+)/(\d+) val_loss:(\d+\.\d+) train_time:(\d+)ms "
+                       r"step_avg:(\d+\.\d+)ms$", log.read_text(), re.M)
+    assert [int(line[0]) for line in lines] == [0, 3, 6]
+    wrote = subprocess.run(["python", "sample.py", log.with_suffix(""), "--prompt", "abc",
+                            "--num_tokens", "20", "--temperature", "0"],
+                           cwd=ROOT, capture_output=True, timeout=60, env=clean_environment())
+    assert wrote.returncode == 0 and wrote.stdout.startswith(b"abc"), wrote.stderr
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(train, tmp_path):
+    logs = [train("--seed", "5", log_dir=tmp_path / name)[1][0] for name in "ab"]
+    assert losses(logs[0]) == losses(logs[1])
+    weights = [torch.load(log.with_suffix(".pt"))["model"] for log in logs]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_runs_take_consecutive_seeds_one_log_each(train):
+    done, logs = train("--seed", "7", "--runs", "2", "--num_iterations", "2")
+    assert done.returncode == 0, done.stderr
+    assert sorted(parse(log)[0].result["seed"] for log in logs) == ["7", "8"]
+    assert len({tuple(losses(log).values()) for log in logs}) == 2
+
+
+def test_micro_batches_change_nothing_but_rounding(train, tmp_path):
+    whole = train(log_dir=tmp_path / "a")[1][0]
+    split = train("--micro_batch_tokens", "96", log_dir=tmp_path / "b")[1][0]
+    assert losses(split) == pytest.approx(losses(whole), abs=2e-4)
+
+
+@pytest.mark.parametrize("words, says", [
+    (("--recrd", "6"), "did you mean --record?"),
+    (("--data_dir", "/nowhere"), "--data_dir: expected"),
+    (("--num_iterations", "100000"), "tokens"),
+    (("--val_tokens", "1024000"), "val"),
+])
+def test_a_wrong_start_is_one_line_and_leaves_nothing(words, says, tiny_data, tmp_path):
+    places = [] if "--data_dir" in words else ["--data_dir", tiny_data]
+    base = [w for i, w in enumerate(TINY) if w not in words and TINY[i - 1] not in words]
+    done = start(*base, *places, "--log_dir", tmp_path / "logs", *words)
+    assert done.returncode == 2
+    assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "logs").glob("*")) if (tmp_path / "logs").exists() else True
+
+
+def test_more_ranks_than_rows_is_refused_with_numbers_that_work(tiny_data):
+    with pytest.raises(ValueError, match="12"):
+        train_gpt.rank_rows(12, 0, 13)
+
+
+def test_wandb_offline_never_stops_a_run(train, tmp_path):
+    done, (log,) = train("--wandb", "--num_iterations", "2", WANDB_MODE="offline",
+                         WANDB_DIR=str(tmp_path), WANDB_SILENT="true")
+    assert done.returncode == 0, done.stderr
+    assert parse(log)[0].result["status"] == "complete"
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+# --- the harness: what a record does not change ---------------------------------------------------
+
+def test_evaluate_reads_every_validation_token_once_and_in_order(tiny_data):
+    """Against a slow loop over the file, and through the number itself."""
+    recipe = tiny_recipe()
+    model = GPT(recipe.model)
+    init_weights(model, 0)
+    seen = []
+    original = model.forward
+
+    def watched(inputs_BT, targets_BT):
+        seen.extend(inputs_BT.flatten().tolist())
+        return original(inputs_BT, targets_BT)
+
+    model.forward = watched
+    got = train_gpt.evaluate(model, recipe, data_of(tiny_data), ONE, micro_rows=5)
+    tokens = np.asarray(read_shard(data_of(tiny_data).val_files[0]), dtype=np.int64)
+    assert seen == tokens[:1024].tolist()
+    total = 0.0
+    for start_at in range(0, 1024, 32):
+        row = torch.from_numpy(tokens[start_at:start_at + 33])[None]
+        with torch.no_grad():
+            logits = model.logits(model.hidden(row[:, :-1]))[0].double()
+        total -= logits.log_softmax(-1).gather(1, row[0, 1:, None]).sum().item()
+    assert got == pytest.approx(total / 1024, abs=1e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_ranks_together_train_on_exactly_the_recipes_rows(tiny_data, world):
+    recipe = tiny_recipe()
+    files = data_of(tiny_data).train_files
+    tokens = np.asarray(read_shard(files[0]), dtype=np.int64)
+    for first_repeated in (True, False):
+        shares = []
+        for rank in range(world):
+            with train_gpt.Loader(files, lambda step: recipes.batch_shape(step, recipe),
+                                  vocab_size=257, bos_id=256, repeat_first=first_repeated,
+                                  rank=rank, world_size=world) as loader:
+                shares.append([next(loader).inputs_BT for _ in range(3)])
+        for step in range(3):
+            rows = torch.cat([share[step] for share in shares])
+            at = (max(0, step - 1) if first_repeated else step) * recipe.batch_tokens
+            assert rows.flatten().tolist() == tokens[at:at + recipe.batch_tokens].tolist()
+
+
+def test_the_warm_up_leaves_no_trace(tiny_data):
+    recipe = tiny_recipe()
+    model = train_gpt.build_model(recipe, 0, ONE.device)
+    optimizer = train_gpt.build_optimizer(model, recipe)
+    fresh = GPT(recipe.model)
+    init_weights(fresh, 0)
+    rng = torch.get_rng_state()
+    state = optimizer.state_dict()
+    train_gpt.warm_up(model, optimizer, recipe, data_of(tiny_data), ONE, micro_rows=4)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters()))
+    assert all(not p.grad.any() for p in model.parameters())
+    assert torch.equal(rng, torch.get_rng_state())
+    after = optimizer.state_dict()
+    assert str(state) == str(after)
+
+
+def test_a_warm_up_that_leaks_is_found(tiny_data, monkeypatch):
+    recipe = tiny_recipe()
+    model = train_gpt.build_model(recipe, 0, ONE.device)
+    optimizer = train_gpt.build_optimizer(model, recipe)
+    monkeypatch.setattr(optimizer, "zero_grad", lambda: None)
+    with pytest.raises(AssertionError, match="warm-up changed"):
+        train_gpt.warm_up(model, optimizer, recipe, data_of(tiny_data), ONE, micro_rows=4)
+
+
+def test_the_clock_counts_training_alone(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    clock = train_gpt.Clock(ONE)
+    clock.start()
+    now[0] += 2
+    assert clock.now_ms() == 2000
+    clock.stop()
+    now[0] += 50  # validation, saving, compiling
+    assert clock.now_ms() == 2000
+    clock.start()
+    now[0] += 1
+    clock.stop()
+    assert clock.elapsed_s == 3
+
+
+def test_the_system_clock_does_not_move_a_run(train):
+    source = (ROOT / "train_gpt.py").read_text()
+    assert "time.time(" not in source  # perf_counter alone; wall time is its difference too
+    began = time.perf_counter()
+    _, (log,) = train("--num_iterations", "2")
+    (run,) = parse(log)
+    assert 0 < float(run.result["train_time_ms"]) < 1000 * (time.perf_counter() - began)
+    assert float(run.result["train_time_ms"]) / 1000 < float(run.result["wall_time_s"]) + 0.1
+
+
+def test_initial_loss_of_a_zero_head_is_ln_v():
+    recipe = tiny_recipe("--tied_head", "false", "--embed_norm", "true")
+    model = GPT(recipe.model)
+    init_weights(model, 0)
+    tokens = torch.randint(257, (2, 33))
+    with torch.no_grad():
+        loss = model(tokens[:, :-1], tokens[:, 1:]) / 64
+    assert loss.item() == pytest.approx(math.log(recipe.model.padded_vocab_size), abs=1e-5)
+
+
+# --- several ranks --------------------------------------------------------------------------------
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("nproc", [2, 3, 4])
+def test_any_number_of_ranks_trains_the_same_model(train, tmp_path, nproc):
+    one = train(log_dir=tmp_path / "one")[1][0]
+    done, (many,) = train(nproc=nproc, log_dir=tmp_path / "many")
+    assert done.returncode == 0, done.stderr
+    assert losses(many) == pytest.approx(losses(one), abs=2e-4)
+    assert parse(many)[0].result["world_size"] == str(nproc)
+
+
+@pytest.mark.ranks
+def test_two_nodes_on_loopback_are_one(train, tiny_data, tmp_path):
+    """run.sh on each of two 'machines', one rank each, against one machine alone."""
+    import socket
+
+    one = train(log_dir=tmp_path / "one")[1][0]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    nodes = [subprocess.Popen(
+        ["./run.sh", *TINY, "--data_dir", str(tiny_data), "--log_dir", str(tmp_path / "two")],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=clean_environment(NNODES="2", NODE_RANK=str(node), MASTER_ADDR="127.0.0.1",
+                              MASTER_PORT=port, NPROC="1", NO_VENV="1"))
+        for node in range(2)]
+    said = [node.communicate(timeout=100)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    (two,) = (tmp_path / "two").glob("*.txt")
+    assert losses(two) == pytest.approx(losses(one), abs=2e-4)
+
+
+# --- run.sh ---------------------------------------------------------------------------------------
+
+def run_sh(*arguments: str, **environment: str):
+    return subprocess.run(["./run.sh", *arguments], cwd=ROOT, text=True, capture_output=True,
+                          timeout=60, env=clean_environment(NO_VENV="1", **environment))
+
+
+def test_run_sh_explains_itself():
+    done = run_sh("--help")
+    assert done.returncode == 0
+    assert "NPROC" in done.stdout and "--num_iterations" in done.stdout
+
+
+@pytest.mark.parametrize("environment, says", [
+    ({"NPROC": "0"}, "NPROC: expected a whole number from 1, got 0"),
+    ({"NPROC": "two"}, "NPROC: expected"),
+    ({"NNODES": "x"}, "NNODES: expected"),
+    ({"PYTHON": "python0.0"}, "no python0.0 on PATH"),
+])
+def test_run_sh_refuses_in_one_line(environment, says):
+    done = run_sh(**environment)
+    assert done.returncode == 2
+    assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.ranks
+def test_wrong_options_are_said_once_however_many_ranks():
+    done = run_sh("--recrd", "6", NPROC="2")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        "train_gpt.py: unknown option --recrd: did you mean --record?"]
