@@ -39,7 +39,7 @@ class Recipe:
     muon_momentum: float = 0.95
     muon_method: str = "jordan"     # how the momentum is orthogonalised
     muon_steps: int = 5
-    muon_scale: str = "sqrt_max"    # update times sqrt(max(rows, cols)): entries of RMS one
+    muon_scale: str = "unit_rms"    # update times sqrt(max(rows, cols)): entries of RMS one
     muon_mode: str = "fast"         # fast: bf16 products, what the records used; accurate
     grad_collective: str = "all_reduce"
 
@@ -165,7 +165,8 @@ def optimizer_groups(recipe: Recipe, named_parameters) -> list[dict]:
     """A group per role for muon.Muon; every parameter in exactly one. Roles: model.param_role."""
     adam = {"rule": "adam", "betas": recipe.adam_betas, "eps": recipe.adam_eps}
     muon = {"rule": "muon", "weight_decay": 0.0, "momentum": recipe.muon_momentum,
-            "method": recipe.muon_method, "steps": recipe.muon_steps, "scale": recipe.muon_scale}
+            "momentum_form": "heavy_ball", "method": recipe.muon_method,
+            "ns_steps": recipe.muon_steps, "scale": recipe.muon_scale, "mode": recipe.muon_mode}
     settings = {
         "matrix": muon if recipe.matrix_rule == "muon" else {
             **adam, "weight_decay": recipe.adam_weight_decay},
@@ -175,7 +176,7 @@ def optimizer_groups(recipe: Recipe, named_parameters) -> list[dict]:
     members: dict[str, list] = {role: [] for role in settings}
     for name, p in named_parameters:
         members[param_role(name)].append((name, p))
-    return [{"params": params, "role": role, **settings[role], **group_schedule(0, role, recipe)}
+    return [{"params": params, "name": role, **settings[role], **group_schedule(0, role, recipe)}
             for role, params in members.items() if params]
 
 

@@ -155,7 +155,13 @@ def build_model(recipe: Recipe, seed: int, device: torch.device) -> GPT:
 def build_optimizer(model: GPT, recipe: Recipe) -> Muon:
     """One optimizer for all parameters, grouped by the recipe."""
     return Muon(recipes.optimizer_groups(recipe, model.named_parameters()), reduce="sum",
-                collective=recipe.grad_collective, mode=recipe.muon_mode)
+                collective=recipe.grad_collective)
+
+
+def nonfinite_names(optimizer: Muon) -> list[str]:
+    """Parameters whose gradient was not finite in the last step; this rank's own, a host sync."""
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    return [name for name, bad in zip(names, optimizer.nonfinite.tolist()) if bad]
 
 
 def wants_compile(run: options.Run, device: torch.device) -> tuple[bool, str]:
@@ -298,7 +304,7 @@ def timed_loop(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: W
             return ""
         reporter.trained(said)
         if said.num_nonfinite or not math.isfinite(said.loss):
-            names = ", ".join(optimizer.nonfinite_names())
+            names = ", ".join(nonfinite_names(optimizer))
             return (f"non-finite at step {said.step + 1}: loss {said.loss}"
                     + (f", gradients of {names}" if names else ""))
         return "preempted" if said.stop else ""
@@ -322,7 +328,7 @@ def timed_loop(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: W
             if ends or reason:
                 break
             for group in optimizer.param_groups:
-                group.update(recipes.group_schedule(step, group["role"], recipe))
+                group.update(recipes.group_schedule(step, group["name"], recipe))
             step_tokens = math.prod(batch_shape(step, recipe))
             loss_share = train_step(model, optimizer, next(loader), micro_rows, step_tokens)
             reason = heed(signals.receive())  # of the step before: the host never waits
