@@ -413,7 +413,7 @@ def main(argv: list[str]) -> int:
         run, recipe = options.parse(argv, has_cuda=torch.cuda.is_available())
         Path(run.log_dir).mkdir(parents=True, exist_ok=True)
         if run.prepare:
-            find_data(recipe, run, screen)
+            find_data(recipe, run)
             return 0
         with join_world(run.device) as world:
             data = world.first(lambda: find_data(recipe, run))

@@ -11,9 +11,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # A model that trains in a second: 2 layers of width 32, 12 rows of 32 tokens a step.
-TINY = ["--scale", "pocket", "--num_layers", "2", "--num_heads", "2", "--head_dim", "16",
-        "--seq_len", "32", "--batch_tokens", "384", "--num_iterations", "6",
-        "--val_tokens", "1024", "--val_every", "3"]
+TINY = {"scale": "pocket", "num_layers": 2, "num_heads": 2, "head_dim": 16, "seq_len": 32,
+        "batch_tokens": 384, "num_iterations": 6, "val_tokens": 1024, "val_every": 3}
+
+
+def tiny_options(*extra: object) -> list[str]:
+    """TINY as options, without those that `extra` sets itself, and then `extra`."""
+    given = {str(word).removeprefix("--") for word in extra}
+    kept = {f"--{name}": str(value) for name, value in TINY.items() if name not in given}
+    return [*(word for pair in kept.items() for word in pair), *map(str, extra)]
 
 
 @pytest.fixture(scope="session")
@@ -34,8 +40,9 @@ def clean_environment(**changes: str) -> dict[str, str]:
     """This environment without torchrun's variables, one thread a process."""
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NPROC", "NNODES")
     environment = {k: v for k, v in os.environ.items() if k not in ours}
-    return environment | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
-                          "PYTHONWARNINGS": "default"} | changes
+    path = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    return environment | {"PATH": path, "OMP_NUM_THREADS": "1",
+                          "OMP_WAIT_POLICY": "passive"} | changes
 
 
 def start(*arguments: str, nproc: int = 1, timeout: float = 100,
@@ -53,7 +60,7 @@ def start(*arguments: str, nproc: int = 1, timeout: float = 100,
 def train(tiny_data, tmp_path):
     """train(*options, nproc=1) -> (finished process, logs it wrote): the tiny model, once."""
     def run(*extra: str, nproc: int = 1, log_dir: Path = tmp_path / "logs", **environment: str):
-        done = start(*TINY, "--data_dir", tiny_data, "--log_dir", log_dir, *extra, nproc=nproc,
-                     **environment)
+        done = start(*tiny_options("--data_dir", tiny_data, "--log_dir", log_dir, *extra),
+                     nproc=nproc, **environment)
         return done, sorted(log_dir.glob("*.txt"))
     return run

@@ -3,6 +3,7 @@
 import math
 import re
 import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -11,14 +12,15 @@ import pytest
 import torch
 
 import options
+import ranks
 import recipes
 import train_gpt
-from conftest import ROOT, TINY, clean_environment, start
+from conftest import ROOT, clean_environment, start, tiny_options
 from data.shards import read_shard
 from model import GPT, init_weights
 from records.log import parse
 
-ONE = train_gpt.World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+ONE = ranks.World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 
 def losses(log) -> dict[int, float]:
@@ -27,7 +29,7 @@ def losses(log) -> dict[int, float]:
 
 
 def tiny_recipe(*extra: str, record: int = 6) -> recipes.Recipe:
-    return options.parse(["--record", str(record), *TINY, *extra], has_cuda=False)[1]
+    return options.parse(tiny_options("--record", record, *extra), has_cuda=False)[1]
 
 
 def data_of(tiny_data) -> train_gpt.Data:
@@ -42,7 +44,7 @@ def test_a_run_leaves_a_whole_log_and_a_model_that_writes(train, tmp_path):
     assert done.returncode == 0, done.stderr
     (run,) = parse(log)
     assert run.faults == () or not run.faults
-    assert run.result["status"] == "complete" and run.result["seed"] == "3"
+    assert run.result["status"] == "complete" and run.result["seed"] == 3
     assert [p.step for p in run.points] == [0, 3, 6]
     assert run.points[-1].val_loss < run.points[0].val_loss
     assert run.recipe["model"]["num_layers"] == 2
@@ -51,7 +53,7 @@ def test_a_run_leaves_a_whole_log_and_a_model_that_writes(train, tmp_path):
     lines = re.findall(r"^step:(\d+)/(\d+) val_loss:(\d+\.\d+) train_time:(\d+)ms "
                        r"step_avg:(\d+\.\d+)ms$", log.read_text(), re.M)
     assert [int(line[0]) for line in lines] == [0, 3, 6]
-    wrote = subprocess.run(["python", "sample.py", log.with_suffix(""), "--prompt", "abc",
+    wrote = subprocess.run([sys.executable, "sample.py", log.with_suffix(""), "--prompt", "abc",
                             "--num_tokens", "20", "--temperature", "0"],
                            cwd=ROOT, capture_output=True, timeout=60, env=clean_environment())
     assert wrote.returncode == 0 and wrote.stdout.startswith(b"abc"), wrote.stderr
@@ -67,7 +69,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(train, tmp_path):
 def test_runs_take_consecutive_seeds_one_log_each(train):
     done, logs = train("--seed", "7", "--runs", "2", "--num_iterations", "2")
     assert done.returncode == 0, done.stderr
-    assert sorted(parse(log)[0].result["seed"] for log in logs) == ["7", "8"]
+    assert sorted(parse(log)[0].result["seed"] for log in logs) == [7, 8]
     assert len({tuple(losses(log).values()) for log in logs}) == 2
 
 
@@ -85,8 +87,7 @@ def test_micro_batches_change_nothing_but_rounding(train, tmp_path):
 ])
 def test_a_wrong_start_is_one_line_and_leaves_nothing(words, says, tiny_data, tmp_path):
     places = [] if "--data_dir" in words else ["--data_dir", tiny_data]
-    base = [w for i, w in enumerate(TINY) if w not in words and TINY[i - 1] not in words]
-    done = start(*base, *places, "--log_dir", tmp_path / "logs", *words)
+    done = start(*tiny_options(*places, "--log_dir", tmp_path / "logs", *words))
     assert done.returncode == 2
     assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stderr
@@ -178,8 +179,8 @@ def test_a_warm_up_that_leaks_is_found(tiny_data, monkeypatch):
 
 def test_the_clock_counts_training_alone(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    clock = train_gpt.Clock(ONE)
+    monkeypatch.setattr(ranks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    clock = ranks.Clock(ONE)
     clock.start()
     now[0] += 2
     assert clock.now_ms() == 2000
@@ -193,8 +194,8 @@ def test_the_clock_counts_training_alone(monkeypatch):
 
 
 def test_the_system_clock_does_not_move_a_run(train):
-    source = (ROOT / "train_gpt.py").read_text()
-    assert "time.time(" not in source  # perf_counter alone; wall time is its difference too
+    for name in ("train_gpt.py", "ranks.py"):
+        assert "time.time(" not in (ROOT / name).read_text()  # perf_counter alone
     began = time.perf_counter()
     _, (log,) = train("--num_iterations", "2")
     (run,) = parse(log)
@@ -221,7 +222,7 @@ def test_any_number_of_ranks_trains_the_same_model(train, tmp_path, nproc):
     done, (many,) = train(nproc=nproc, log_dir=tmp_path / "many")
     assert done.returncode == 0, done.stderr
     assert losses(many) == pytest.approx(losses(one), abs=2e-4)
-    assert parse(many)[0].result["world_size"] == str(nproc)
+    assert parse(many)[0].result["world_size"] == nproc
 
 
 @pytest.mark.ranks
@@ -234,7 +235,7 @@ def test_two_nodes_on_loopback_are_one(train, tiny_data, tmp_path):
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     nodes = [subprocess.Popen(
-        ["./run.sh", *TINY, "--data_dir", str(tiny_data), "--log_dir", str(tmp_path / "two")],
+        ["./run.sh", *tiny_options("--data_dir", tiny_data, "--log_dir", tmp_path / "two")],
         cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=clean_environment(NNODES="2", NODE_RANK=str(node), MASTER_ADDR="127.0.0.1",
                               MASTER_PORT=port, NPROC="1", NO_VENV="1"))
