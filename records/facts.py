@@ -162,13 +162,16 @@ def own_curves(name: str, folder: Path = FOLDER) -> list[Curve]:
 # ---------------------------------------------------------------------------------- units in words
 
 
-def clock(ms: float | None) -> str:
-    """A duration as people of the speedrun write it: 45.2s, 3:05, 1:02:09."""
+def clock(ms: float | None, tenths: bool = False) -> str:
+    """A duration as people of the speedrun write it: 45.2s, 3:05 (with tenths 3:05.1), 1:02:09."""
     if ms is None or not math.isfinite(ms):
         return "-"
     seconds = ms / 1000
-    if seconds < 100:
+    if seconds < 99.95:
         return f"{seconds:.1f}s"
+    if tenths and seconds < 3599.95:
+        units = round(seconds * 10)
+        return f"{units // 600}:{units % 600 // 10:02d}.{units % 10}"
     whole = round(seconds)
     if whole < 3600:
         return f"{whole // 60}:{whole % 60:02d}"

@@ -42,7 +42,12 @@ class Source:
 
 @dataclass
 class Run:
-    """One run of a log file. `faults` name what makes it unfit as evidence, `notes` what is odd."""
+    """One run of a log file.
+
+    faults   what makes it unfit as evidence: unreadable result lines, contradictions
+    edits    signs that the log is not what was closed: digest, lines, sources
+    notes    odd, but no reason to doubt it
+    """
 
     path: str
     format: str = ""  # "ours", "step/ms", "step/s", "llm.c"
@@ -61,11 +66,16 @@ class Run:
     gpu: str | None = None
     gpu_count: int | None = None
     faults: list[str] = field(default_factory=list)
+    edits: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def fault(self, text: str) -> None:
         if len(self.faults) < REMARK_CAP:
             self.faults.append(text)
+
+    def edit(self, text: str) -> None:
+        if len(self.edits) < REMARK_CAP:
+            self.edits.append(text)
 
     def note(self, text: str) -> None:
         if len(self.notes) < REMARK_CAP:

@@ -438,15 +438,15 @@ def _parse_ours(first, pieces, name, path, source, loss_key, keep_sources) -> li
         stream = _Stream(first, pieces, marks=False)
         run = Run(name, format="ours")
         _read_ours(stream, run, path, loss_key, keep_sources)
-        if run.digest is None and any("digest" in fault for fault in run.faults) and not runs:
+        if run.edits and not runs:
             changed = _locate(source)
             if changed:
-                run.fault(changed)
+                run.edit(changed)
         runs.append(run)
         # a file may hold a second log after the first one's digest
         first = next(pieces, b"")
         if first and first.rstrip(b"\r\n") != MAGIC.encode():
-            run.fault(f"line {stream.line + 1}: text after the closing block")
+            run.edit(f"line {stream.line + 1}: text after the closing block")
             run.digest = None
             break
         if len(runs) >= RUN_CAP:
@@ -474,7 +474,6 @@ def _read_ours(
                 fields = read_fields(curve_line)
                 if fields and loss_key in fields:
                     curve.val(fields, curve_line, stream.line, ended=False)
-            fault("no closing block: the run did not end, or the log was cut")
             return marks
         if section == "result":
             key, colon, value = text.partition(": ")
@@ -483,8 +482,10 @@ def _read_ours(
                 if value == actual:
                     run.digest = value
                 else:
-                    fault(f"digest does not fit: the log was changed (says {value[:12]}, is "
-                          f"{actual[:12]})")
+                    run.edit(
+                        f"the digest does not fit (it says {value[:12]}, the log gives "
+                        f"{actual[:12]})"
+                    )
                 break
             if key == "marks" and colon:
                 if len(value) <= 4 * MARKS_PER_LINE and len(marks) < POINT_CAP // MARKS_PER_LINE:
@@ -529,7 +530,7 @@ def _read_ours(
                         f"{num_lines} lines it announces"
                     )
             if digest.hexdigest() != sha256:
-                fault(f"source {source_name} is not the one this run used (sha256 differs)")
+                run.edit(f"source {source_name} is not the one this run used (sha256 differs)")
             full = want and kept_bytes <= SOURCE_CAP
             run.sources[source_name] = Source(
                 source_name,
@@ -589,7 +590,7 @@ def _insert_kept(stream, run, path, text, header, digest, body, want) -> int:
     _, name, num_lines, newline, sha256 = header.groups()
     file = _find_kept(path, name, sha256)
     if file is None:
-        run.fault(f"source {name} is not in the record folder, or not as it was run")
+        run.edit(f"source {name} is not in the record folder, or not as it was run")
         digest.update(b"missing")
         return 0
     stream.replace("begin" + text.removeprefix("kept"))
@@ -679,3 +680,29 @@ def _locate(source: object) -> str | None:
     if gap < 0 and actual[at - gap :] == wanted[at:]:
         return f"line {line}: {-gap} line{'s' * (gap < -1)} added from here"
     return f"line {line}: changed"
+
+
+def without_sources(path: str | os.PathLike) -> tuple[bytes, dict[str, bytes]]:
+    """A log of ours as a record folder keeps it, and the sources it held, byte for byte.
+
+    Reading the result beside a `source/` folder with these files gives the digest of the whole log.
+    """
+    kept, sources = bytearray(), {}
+    file, name, _ = _open(path)
+    with file:
+        if file.readline(LINE_CAP).rstrip(b"\r\n") != MAGIC.encode():
+            raise LogError(f"{name}: expected a log that starts with {MAGIC!r}")
+        kept += f"{MAGIC}\n".encode()
+        while raw := file.readline():
+            header = _SOURCE.match(raw.decode(errors="replace").rstrip("\n"))
+            if not header or header[1] != "begin":
+                kept += raw
+                if raw == b"begin steps\n":
+                    kept += file.read(FILE_CAP)
+                continue
+            body = b"".join(file.readline() for _ in range(int(header[3])))
+            if file.readline() != b"end source\n":
+                raise LogError(f"{name}: source {header[2]} does not have the lines it announces")
+            sources[_clean_name(header[2])] = body if header[4] == "1" else body[:-1]
+            kept += b"kept" + raw.removeprefix(b"begin")
+    return bytes(kept), sources

@@ -1,0 +1,161 @@
+"""Make a record folder from logs: numbers filled in, sources once, logs without them, the plot.
+
+Nothing is written unless the runs pass every rule that `check` would ask of them; the folder is
+made under a temporary name, checked like a stranger's, and then renamed.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from records import check, facts, page, plot, rules
+from records.check import Verdict
+from records.facts import FOLDER
+from records.log import without_sources
+
+
+class Refused(ValueError):
+    """The runs are not a record; `verdict` says why."""
+
+    def __init__(self, verdict: Verdict, advice: str | None) -> None:
+        super().__init__("these runs are not a record yet")
+        self.verdict, self.advice = verdict, advice
+
+
+def add(
+    logs: Sequence[Path],
+    name: str,
+    *,
+    by: Sequence[str] = (),
+    track: str | None = None,
+    kind: str = "record",
+    systems_only: bool = False,
+    differs: Sequence[str] = (),
+    race: Path | None = None,
+    root: Path = FOLDER,
+) -> Path:
+    """The folder of a new record; Refused with every reason if it is none."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,39}", name):
+        raise ValueError(
+            f"--name: expected up to 40 letters, digits, dots and dashes, got {name!r}"
+        )
+    runs, unread = check.load(logs)
+    said = track or check.track_of(runs)
+    if said is None:
+        raise ValueError("--track: the logs do not agree on a track; name one of "
+                         f"{', '.join(rules.TRACKS)}")
+    rule = rules.track(said)
+    everyone = facts.own_records(None, root)
+    if any(record["name"] == name for record in everyone):
+        raise ValueError(f"--name: there is a record named {name} already")
+    verdict = check.judge(runs, rule, differs=differs, systems_only=systems_only)
+    verdict.reasons += unread
+    if len({Path(run.path).name for run in runs}) != len(runs):
+        verdict.add("broken-folder", "", "expected one run in each log and a name of its own for "
+                    "each: a log holds several runs, or two logs share a name")
+    prior = prior_record(rule, root) if kind == "record" else None
+    own = {
+        "name": name,
+        "kind": kind,
+        "date": record_date(runs),
+        "by": list(by) or [author()],
+        "prior": prior["name"] if prior else None,
+        "race": read_race(race) if race else None,
+    }
+    check.ahead_of_prior(verdict, own, root)
+    if verdict.reasons:
+        raise Refused(verdict, check.outlook(verdict, root))
+    result = own | verdict.result | {"logs": check.log_digests(runs)}
+    target = root / rule.name / f"{own['date']}_{name}"
+    if target.exists():
+        raise ValueError(f"{target} exists already: choose another --name")
+    work = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        _fill(work, runs, result, rule, name, root)
+        again = check.check_folder(work, root)
+        again.reasons = [r for r in again.reasons if r.name != "unwritten"]
+        if again.reasons:
+            raise Refused(again, None)
+        os.replace(work, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _fill(work: Path, runs, result: dict, rule: rules.Track, name: str, root: Path) -> None:
+    (work / "logs").mkdir(parents=True)
+    source = work / "source"
+    for run in runs:
+        kept, sources = without_sources(run.path)
+        write(work / "logs" / Path(run.path).name.removesuffix(".gz"), kept)
+        for file, body in sources.items():
+            path = source / file
+            if path.exists() and path.read_bytes() != body:  # a difference that the author named
+                path = source / "variants" / hashlib.sha256(body).hexdigest()[:12] / file
+            if not path.exists():
+                write(path, body)
+    write(work / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    write(work / "README.md", page.template(result).encode())
+    plot.draw([(name, runs)], rule, work / "curves", root=root)
+
+
+def write(path: Path, data: bytes) -> None:
+    """A whole file or none: temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def record_date(runs) -> str | None:
+    """The day of the last run, from the logs."""
+    days = [run.environment.get("started", "")[:10] for run in runs]
+    days = [day for day in days if re.fullmatch(r"\d{4}-\d\d-\d\d", day)]
+    return max(days) if days else None
+
+
+def prior_record(rule: rules.Track, root: Path) -> dict | None:
+    """The record to beat: the best by the track's metric, or, where that is time, the newest."""
+    records = [r for r in facts.own_records(rule.name, root) if r["kind"] == "record"]
+    if not records:
+        return None
+    if rule.metric[0] == "train_time_ms":  # times of other machines do not rank
+        return max(records, key=lambda r: (r["date"], r["name"]))
+    return records[0]
+
+
+def read_race(path: Path) -> dict:
+    """What a race found, as result.json keeps it."""
+    try:
+        race = json.loads(path.read_text())
+        return {
+            "a": {key: race["a"][key] for key in ("label", "code_sha256", "losses", "times_ms")},
+            "b": {key: race["b"][key] for key in ("label", "code_sha256", "losses", "times_ms")},
+            "words": race["words"],
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--race: {path}: expected the race.json of a finished race: "
+                         f"{error!r}") from None
+
+
+def author() -> str:
+    """Who submits: git's user name, or the account."""
+    try:
+        found = subprocess.run(
+            ["git", "config", "user.name"], capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        found = ""
+    return found or getpass.getuser()

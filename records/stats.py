@@ -1,0 +1,116 @@
+"""The statistics of records: one-sided t-test, Welch's test, ratios with intervals, power.
+
+Everything is computed by scipy from the numbers of the logs; nothing here knows what a log is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+POWER = 0.8  # chance of passing that `runs_needed` plans for
+MAX_RUNS = 200  # more than this many runs is "no": the mean is too near the target
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Mean and standard deviation (n - 1 in the denominator; NaN for one run)."""
+
+    n: int
+    mean: float
+    sd: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Sample:
+        x = np.asarray(values, dtype=float)
+        return Sample(len(x), float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else math.nan)
+
+
+def p_below(values: Sequence[float], target: float) -> float:
+    """p of the one-sided t-test that the mean lies below `target`; NaN where there is none.
+
+    There is none for a single run, for a NaN among the values, and for runs that are all equal:
+    a spread of zero is not evidence but a sign that the runs are not independent.
+    """
+    x = np.asarray(values, dtype=float)
+    if len(x) < 2 or not np.isfinite(x).all() or np.ptp(x) == 0:
+        return math.nan
+    return float(stats.ttest_1samp(x, target, alternative="less").pvalue)
+
+
+def fixed_sigma_margin(values: Sequence[float], target: float) -> float:
+    """(target - mean) * sqrt(n), the evidence of the `steps` track."""
+    x = np.asarray(values, dtype=float)
+    return float((target - x.mean()) * math.sqrt(len(x)))
+
+
+def power(n: int, mean: float, sd: float, target: float, alpha: float) -> float:
+    """Chance that n runs with this true mean and spread pass the one-sided t-test at alpha."""
+    shift = (target - mean) / sd * math.sqrt(n)
+    return float(stats.nct.sf(stats.t.isf(alpha, n - 1), n - 1, shift))
+
+
+def runs_needed(mean: float, sd: float, target: float, alpha: float) -> int | None:
+    """Runs in all that would pass with a chance of 80%; None if no reasonable number does."""
+    if not mean < target or not sd > 0:
+        return None
+    for n in range(2, MAX_RUNS + 1):
+        if power(n, mean, sd, target, alpha) >= POWER:
+            return n
+    return None
+
+
+def pooled_sd(groups: Sequence[tuple[int, float]]) -> float:
+    """Spread from several groups of runs (n, sd), each around its own mean; NaN without any."""
+    used = [(n, sd) for n, sd in groups if n > 1 and math.isfinite(sd)]
+    weight = sum(n - 1 for n, _ in used)
+    return math.sqrt(sum((n - 1) * sd**2 for n, sd in used) / weight) if weight else math.nan
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """b / a of two samples of positive numbers, with its confidence interval and Welch's p."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Ratio:
+    """Ratio of the geometric means b / a: Welch's interval and test on the logarithms.
+
+    With one value on a side there is a ratio, but no interval and no p (NaN).
+    """
+    x, y = np.log(np.asarray(a, dtype=float)), np.log(np.asarray(b, dtype=float))
+    value = math.exp(y.mean() - x.mean())
+    if len(x) < 2 or len(y) < 2 or np.ptp(x) + np.ptp(y) == 0:
+        return Ratio(value, math.nan, math.nan, math.nan)
+    test = stats.ttest_ind(y, x, equal_var=False)
+    interval = test.confidence_interval(confidence)
+    return Ratio(value, math.exp(interval.low), math.exp(interval.high), float(test.pvalue))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """b - a of two samples, with its confidence interval and Welch's p."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Difference:
+    """Difference of the means b - a by Welch's test; NaN where one side has a single value."""
+    x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    value = float(y.mean() - x.mean())
+    if len(x) < 2 or len(y) < 2 or np.ptp(x) + np.ptp(y) == 0:
+        return Difference(value, math.nan, math.nan, math.nan)
+    test = stats.ttest_ind(y, x, equal_var=False)
+    interval = test.confidence_interval(confidence)
+    return Difference(value, float(interval.low), float(interval.high), float(test.pvalue))

@@ -1,0 +1,338 @@
+"""The record tables: public history and our own records, for a terminal, Markdown or JSON.
+
+Everything is computed from `records/data/` and from the record folders. The README holds a compact
+table between two markers; TABLES.md beside this file holds all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from records import check, facts, page, rules
+from records.facts import FOLDER, clock, count
+from records.rules import Track
+
+BEGIN = "<!-- records:begin -->"
+END = "<!-- records:end -->"
+MILESTONE = 0.8  # a milestone takes at most this share of the time of the one before
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record, ours or public. Missing facts are None and shown as a dash."""
+
+    track: str
+    label: str  # "#12", or the name of a record of ours
+    own: bool
+    kind: str  # record, re-timing, baseline
+    date: str | None
+    time_ms: float | None
+    time_sd_ms: float | None
+    steps: int | None
+    tokens: int | None
+    num_runs: int
+    mean: float | None
+    sd: float | None
+    p: float | None
+    hardware: str | None
+    evidence: str  # what stands behind the row
+    changed: str
+    by: tuple[str, ...]
+    folder: str | None
+
+
+def rows(track: Track, root: Path = FOLDER) -> list[Row]:
+    """The records of a track: the public ones as they came, then ours, best last."""
+    found = [_public(r) for r in facts.history(root) if r["track"] == track.name]
+    ours = [_own(r, root) for r in facts.own_records(track.name, root)]
+    return found + ours[::-1]
+
+
+def _public(record: dict) -> Row:
+    evidence, minutes = record["evidence"], record["minutes"]
+    num = evidence["num_runs"]
+    words = f"{num} log{'s' * (num > 1)}" if num else "none"
+    log_ms = evidence["train_time_ms"]
+    if log_ms and abs(log_ms / (minutes * 60_000) - 1) > 0.03:
+        words += f", clock {log_ms / (minutes * 60_000) - 1:+.0%}"
+    return Row(
+        track=record["track"],
+        label=f"#{record['number']}",
+        own=False,
+        kind=record["kind"],
+        date=record["date"],
+        time_ms=minutes * 60_000,
+        time_sd_ms=evidence.get("train_time_ms_sd"),
+        steps=record["steps"],
+        tokens=record["tokens"],
+        num_runs=num,
+        mean=evidence["val_loss"],
+        sd=evidence.get("val_loss_sd"),
+        p=evidence.get("p"),
+        hardware=_class(record["track"]),
+        evidence=words,
+        changed=record["title"] + (" (re-timed)" if record["kind"] == "re-timing" else ""),
+        by=tuple(record["contributors"]),
+        folder=None,
+    )
+
+
+def _class(name: str) -> str:
+    track = rules.track(name)
+    return f"{track.gpu_count}x {track.gpu}"
+
+
+def _own(record: dict, root: Path) -> Row:
+    folder = root / record["folder"]
+    names = check.check_folder(folder, root).names() - {"unwritten"}
+    try:
+        changed = page.changed((folder / "README.md").read_text())
+    except OSError:
+        changed = ""
+    return Row(
+        track=record["track"],
+        label=record["name"],
+        own=True,
+        kind=record["kind"],
+        date=record["date"],
+        time_ms=record["train_time_ms"]["mean"],
+        time_sd_ms=record["train_time_ms"]["sd"],
+        steps=record["steps"],
+        tokens=record["tokens"],
+        num_runs=record["num_runs"],
+        mean=record["val_loss"]["mean"],
+        sd=record["val_loss"]["sd"],
+        p=record["p"],
+        hardware=record["hardware"],
+        evidence="re-derived" if not names else f"FAILS: {', '.join(sorted(names))}",
+        changed=changed + (" (baseline)" if record["kind"] == "baseline" else ""),
+        by=tuple(record["by"]),
+        folder=record["folder"],
+    )
+
+
+# ---------------------------------------------------------------------------------- cells
+
+
+def number(value: float | None, digits: int) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def p_value(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.4f}" if value >= 0.00005 else f"{value:.0e}"
+
+
+def _short_hardware(text: str | None) -> str:
+    if text is None:
+        return "-"
+    for word in ("NVIDIA ", " 80GB HBM3", "(R)", "(TM)", " Processor", " CPU"):
+        text = text.replace(word, "")
+    return text if len(text) <= 24 else text[:23] + "…"
+
+
+# header, cell, importance (smaller is kept longer when the terminal is narrow)
+COLUMNS = (
+    ("record", lambda r: r.label, 0),
+    ("date", lambda r: r.date or "-", 2),
+    ("time", lambda r: clock(r.time_ms, tenths=True), 0),
+    ("steps", lambda r: f"{r.steps:,}" if r.steps else "-", 1),
+    ("tokens", lambda r: count(r.tokens), 3),
+    ("n", lambda r: str(r.num_runs) if r.num_runs else "-", 4),
+    ("loss", lambda r: number(r.mean, 4), 4),
+    ("sd", lambda r: number(r.sd, 4), 6),
+    ("p", lambda r: p_value(r.p), 5),
+    ("hardware", lambda r: _short_hardware(r.hardware), 8),
+    ("evidence", lambda r: r.evidence, 7),
+    ("what changed", lambda r: r.changed, 0),
+    ("by", lambda r: ", ".join(r.by), 9),
+)
+LEFT = {"record", "date", "hardware", "evidence", "what changed", "by"}
+CHANGED_MIN = 22
+
+
+def terminal(track: Track, found: list[Row], width: int) -> str:
+    """The table of a track in `width` columns: what does not fit is left out, not wrapped."""
+    head = f"{track.name}: {track.title}"
+    target = "target not yet fixed" if track.target is None else f"target {track.target:g}"
+    lines = [_fit(head, width), _fit(f"{target}; {track.rule}", width)]
+    if not found:
+        return "\n".join([*lines, "  no record yet"])
+    cells = {name: [cell(row) for row in found] for name, cell, _ in COLUMNS}
+    widths = {name: max(len(name), *map(len, cells[name])) for name in cells}
+    natural = widths["what changed"]
+    widths["what changed"] = min(natural, CHANGED_MIN)
+    widths["record"] = min(widths["record"], 16)
+    widths["by"] = min(widths["by"], 24)
+    widths["evidence"] = min(widths["evidence"], 30)
+    shown = [name for name, _, importance in COLUMNS if importance == 0]
+    first = {"train_time_ms": "time"}.get(track.metric[0], track.metric[0])
+    for name, _, importance in sorted(COLUMNS, key=lambda c: 1 if c[0] == first else c[2]):
+        useful = any(cell != "-" for cell in cells[name])
+        room = width - sum(widths[n] for n in shown) - 2 * len(shown)
+        if importance and useful and widths[name] <= room:
+            shown.append(name)
+    used = sum(widths[n] for n in shown) + 2 * (len(shown) - 1)
+    widths["what changed"] = min(natural, widths["what changed"] + max(0, width - used))
+    order = [name for name, *_ in COLUMNS if name in shown]
+
+    def line(values: dict[str, str]) -> str:
+        parts = []
+        for name in order:
+            text = _fit(values[name], widths[name])
+            parts.append(text.ljust(widths[name]) if name in LEFT else text.rjust(widths[name]))
+        return "  ".join(parts).rstrip()
+
+    lines.append(line({name: name for name in order}))
+    lines += [line({name: cells[name][i] for name in order}) for i in range(len(found))]
+    return "\n".join(lines)
+
+
+def _fit(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: max(0, width - 1)] + "…"
+
+
+# ---------------------------------------------------------------------------------- Markdown
+
+
+def _markdown(names: list[str], found: list[Row], link: str) -> str:
+    cells = {name: cell for name, cell, _ in COLUMNS}
+
+    def text(row: Row, name: str) -> str:
+        value = cells[name](row).replace("|", "\\|")
+        if name == "record" and row.folder:
+            return f"[{value}]({link}{row.folder})"
+        return value
+
+    align = [":--" if name in LEFT else "--:" for name in names]
+    lines = [f"| {' | '.join(names)} |", f"| {' | '.join(align)} |"]
+    lines += [f"| {' | '.join(text(row, name) for name in names)} |" for row in found]
+    return "\n".join(lines)
+
+
+def milestones(found: list[Row]) -> list[Row]:
+    """The first record, each that took at most 80% of the milestone before it, and the newest."""
+    records = [row for row in found if row.kind == "record" and not row.own]
+    chosen: list[Row] = []
+    for row in records:
+        if not chosen or row.time_ms <= MILESTONE * chosen[-1].time_ms:
+            chosen.append(row)
+    if records and chosen[-1] is not records[-1]:
+        chosen.append(records[-1])
+    return chosen
+
+
+def compact(root: Path = FOLDER) -> str:
+    """What stands between the markers of README.md: our records, and how the public ones fell."""
+    parts = []
+    for track in rules.TRACKS.values():
+        ours = [row for row in rows(track, root) if row.own]
+        if ours:
+            names = ["record", "tokens", "time", "loss", "sd", "n", "p", "hardware", "what changed"]
+            if track.metric[0] == "train_time_ms":
+                names.remove("tokens")
+            target = f", target {track.target:g}" if track.target is not None else ""
+            parts.append(f"**{track.name}**: {track.title}{target}\n\n"
+                         + _markdown(names, ours[::-1], "records/"))
+    short = rules.TRACKS["short"]
+    public = milestones(rows(short, root))
+    if public:
+        total = len([r for r in facts.history(root) if r["kind"] == "record"
+                     and r["track"] == "short"])
+        parts.append(
+            f"**{short.name}**, public history: {short.title}, {total} records, of which each "
+            f"row took at most {MILESTONE:.0%} of the time of the row above, and the newest\n\n"
+            + _markdown(["record", "date", "time", "steps", "tokens", "what changed"], public, "")
+        )
+        parts.append("All records of all tracks, with evidence: [records/TABLES.md]"
+                     "(records/TABLES.md), or `python -m records table`.")
+    return "\n\n".join(parts)
+
+
+def full(root: Path = FOLDER) -> str:
+    """TABLES.md: every record of every track."""
+    parts = [
+        "# Record tables",
+        "Written by `python -m records table --markdown` from `records/data/` and the record "
+        "folders; `python -m records check` says when it is out of date. Public rows: the official "
+        "time; steps, loss and spread of the logs named under evidence (`clock +8%`: the log's own "
+        "clock ends that far from the official time, which was chained across machines). Our rows: "
+        "everything is derived again from the logs in the folder.",
+    ]
+    for track in rules.TRACKS.values():
+        target = "not yet fixed" if track.target is None else f"{track.target:g}"
+        parts.append(f"## {track.name}\n\n{track.title}. Target {target}; {track.rule}.")
+        found = rows(track, root)
+        names = [name for name, *_ in COLUMNS]
+        parts.append(_markdown(names, found, "") if found else "No record yet.")
+    return "\n\n".join(parts) + "\n"
+
+
+def replaced(text: str, root: Path = FOLDER) -> str:
+    """README text with the tables of today between the markers; ValueError without markers."""
+    start, end = text.find(BEGIN), text.find(END)
+    if start < 0 or end < start or text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README.md: expected the markers {BEGIN} and {END}, once each, in this "
+                         "order, around the record table")
+    return f"{text[: start + len(BEGIN)]}\n{compact(root)}\n{text[end:]}"
+
+
+def stale(text: str, root: Path = FOLDER) -> list[str]:
+    """What is out of date in the README text (if it has the markers) and in TABLES.md."""
+    problems = []
+    renew = "run python -m records table --markdown"
+    if BEGIN in text or END in text:
+        try:
+            if replaced(text, root) != text:
+                problems.append(f"the table between the markers is out of date: {renew}")
+        except ValueError as error:
+            problems.append(str(error))
+    tables = root / "TABLES.md"
+    if not tables.is_file() or tables.read_text() != full(root):
+        problems.append(f"records/TABLES.md is not what the data gives: {renew}")
+    return problems
+
+
+def write_markdown(root: Path = FOLDER) -> list[str]:
+    """Bring TABLES.md, README.md and the numbers of every record's README up to date.
+
+    Returns what was written. A README without markers, or none at all, is left alone and said so.
+    """
+    done = []
+    for folder in check.record_folders(root):
+        readme = folder / "README.md"
+        if readme.is_file() and (folder / "result.json").is_file():
+            before = readme.read_text()
+            done += _update(readme, before, page.renew(before, check.read_result(folder)))
+    tables = root / "TABLES.md"
+    done += _update(tables, tables.read_text() if tables.is_file() else None, full(root))
+    readme = root.parent / "README.md"
+    if not readme.is_file():
+        done.append(f"{readme} is not there: no table written")
+    elif BEGIN not in readme.read_text():
+        done.append(f"{readme} has no {BEGIN}: no table written")
+    else:
+        before = readme.read_text()
+        done += _update(readme, before, replaced(before, root))
+    return done
+
+
+def _update(path: Path, before: str | None, after: str) -> list[str]:
+    if before == after:
+        return [f"{path} is up to date"]
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(after)
+    os.replace(partial, path)
+    return [f"{path} written"]
+
+
+def as_json(tracks: list[Track], root: Path = FOLDER) -> str:
+    """Every row of these tracks, as plain data."""
+    return json.dumps(
+        {t.name: [row.__dict__ for row in rows(t, root)] for t in tracks}, indent=1, default=list
+    )
