@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -270,6 +271,12 @@ def _stand(args) -> int:
     return 0
 
 
+def _label(path: Path) -> str:
+    """The name of a log without its uuid, short enough for a legend."""
+    text = re.sub(r"[_-]?[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", "", path.stem) or path.stem
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
 def _plot(args) -> int:
     from records import check, plot
 
@@ -284,7 +291,7 @@ def _plot(args) -> int:
             label = label if equals else result["name"]
         else:
             logs = _logs(path)
-            label = label if equals else path.stem
+            label = label if equals else _label(path)
         runs, unread = check.load(logs)
         for reason in unread:
             raise ValueError(str(reason))

@@ -53,7 +53,10 @@ def numbers(result: dict) -> str:
     if race:
         rows.append(("race", race["words"]))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return f"{BEGIN}\n| | |\n| --- | --- |\n{table}\n{END}"
+    metric = track.metric[0]
+    best = amount(metric_value(result, metric), metric)
+    head = f"{best}, {result['date']}, by {', '.join(result['by'])}."
+    return f"{BEGIN}\n{head}\n\n| | |\n| --- | --- |\n{table}\n{END}"
 
 
 def renew(text: str, result: dict) -> str:
@@ -80,11 +83,7 @@ def template(result: dict) -> str:
     """The README of a new record folder."""
     folder = f"records/{result['track']}/{result['date']}_{result['name']}"
     before = f"record `{result['prior']}`" if result.get("prior") else "the recipe it starts from"
-    track = rules.track(result["track"])
-    best = amount(metric_value(result, track.metric[0]), track.metric[0])
     return f"""# {result["name"]}
-
-{best} on the {track.name} track, {result["date"]}, by {", ".join(result["by"])}.
 
 {numbers(result)}
 

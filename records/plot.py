@@ -5,6 +5,7 @@ The same input gives the same files: no date, fixed identifiers in the SVG, the 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +69,13 @@ def draw(
             1, len(axes_of), figsize=(width, 3.5), layout="constrained", squeeze=False, sharey=True
         )
         for axis, what in zip(axes[0], axes_of):
-            _panel(axis, what, groups, behind, track, legend=axis is axes[0][0])
+            _panel(axis, what, groups, behind, track)
+        handles, names = axes[0][0].get_legend_handles_labels()
+        if max(map(len, names), default=0) <= 24 and len(names) <= 6:
+            axes[0][0].legend(loc="upper right")
+        else:
+            columns = 1 if len(axes_of) == 1 else 2
+            figure.legend(handles, names, loc="outside lower center", ncols=columns)
         axes[0][0].set_ylabel("validation loss")
         if title:
             figure.suptitle(title, fontsize=10)
@@ -118,67 +125,91 @@ def _curve_xs(curve: Curve, what: str) -> list[float] | None:
     return list(curve.steps)
 
 
-def _panel(axis, what, groups, behind, track, legend: bool) -> None:
-    from matplotlib.ticker import FuncFormatter
+def _panel(axis, what, groups, behind, track) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    lowest, starts, ends = [], [], []
-    for curve in behind:
+    floors, tops, starts, ends = [], [], [], []
+
+    def line(xs, losses, **style) -> bool:
+        """One curve, without the loss before the first step. True if there was anything to draw."""
+        pairs = [(x, y) for x, y in zip(xs, losses) if x > 0]
+        if not pairs:
+            return False
+        axis.plot(*zip(*pairs), **style)
+        floors.append(min(losses))
+        starts.append(pairs[0][0])
+        ends.append(pairs[-1][0])
+        return True
+
+    labelled = -math.inf
+    for curve in sorted(behind, key=lambda c: (_curve_xs(c, what) or [0])[-1]):
         xs = _curve_xs(curve, what)
-        if xs is None:
+        if xs is None or not line(xs, curve.losses, color="#b8b8b8", lw=0.8, zorder=1):
             continue
-        axis.plot(xs, curve.losses, color="#b0b0b0", lw=0.8, zorder=1)
-        axis.annotate(
-            curve.label, (xs[-1], curve.losses[-1]), xytext=(2, 1), textcoords="offset points",
-            fontsize=6, color="#8a8a8a", zorder=1,
-        )
-        lowest.append(min(curve.losses))
-        ends.append(xs[-1])
-        starts += [x for x in xs if x > 0][:2]
+        if math.log(xs[-1] / labelled if labelled > 0 else math.inf) > 0.05:
+            axis.annotate(
+                curve.label, (xs[-1], curve.losses[-1]), xytext=(0, -4), rotation=90,
+                textcoords="offset points", ha="center", va="top", fontsize=6, color="#808080",
+            )
+            labelled = xs[-1]
     for i, (label, runs) in enumerate(groups):
-        color, first = COLORS[i % len(COLORS)], True
-        thin = len(runs) > 1
+        color, several, first = COLORS[i % len(COLORS)], len(runs) > 1, True
+        name = f"{label} (n = {len(runs)})" if several else label
         for run in runs:
             xs = _xs(run, what)
-            if xs is None:
-                continue
             losses = [p.val_loss for p in run.points]
-            name = f"{label} (n = {len(runs)})" if thin else label
-            axis.plot(
-                xs, losses, color=color, lw=0.9 if thin else 1.6, alpha=0.75 if thin else 1.0,
-                label=name if first else None, zorder=3,
-            )
-            axis.plot(xs[-1:], losses[-1:], "o", ms=3, color=color, zorder=3)
+            if xs is None or not line(
+                xs, losses, color=color, lw=0.9 if several else 1.6, zorder=3,
+                alpha=0.75 if several else 1.0, label=name if first else None,
+            ):
+                continue
+            axis.plot(xs[-1:], losses[-1:], "o", ms=3, color=color, zorder=4)
+            tops.append(max(p.val_loss for p in run.points if p.step > 0))
             first = False
-            lowest.append(min(losses))
-            ends.append(xs[-1])
-            starts += [x for x in xs if x > 0][:2]
     if track is not None and track.target is not None:
         axis.axhline(track.target, color="#444444", lw=0.8, ls=(0, (4, 3)), zorder=2)
         axis.annotate(
-            f"target {track.target:g}", (1, track.target), xycoords=("axes fraction", "data"),
-            xytext=(-2, 2), textcoords="offset points", ha="right", fontsize=7, color="#444444",
+            f"target {track.target:g}", (0, track.target), xycoords=("axes fraction", "data"),
+            xytext=(3, -3), textcoords="offset points", va="top", fontsize=7, color="#444444",
         )
-    if ends and max(ends) > 6 * min(ends) and starts:
+        floors.append(track.target)
+    if not ends:
+        return
+    floor = min(floors)
+    # the part where runs differ: the first validations stand far above all others
+    height = min(max(tops, default=floor + 1) - floor, 1.5)
+    axis.set_ylim(floor - 0.13 * height, floor + 1.04 * height)
+    logarithmic = max(ends) > 5 * min(ends)
+    names = {"time": "training time", "tokens": "training tokens", "steps": "steps"}
+    labels = {"time": _time_label, "tokens": _tokens_label, "steps": lambda x, _: f"{x:,.0f}"}
+    axis.set_xlabel(names[what])
+    if logarithmic:
         axis.set_xscale("log")
-        axis.set_xlim(min(starts), max(ends) * 1.25)
+        low, high = max(min(starts) * 0.8, max(ends) / 1000), max(ends) * 1.15
+        axis.set_xlim(low, high)
+        axis.xaxis.set_major_locator(FixedLocator(_ticks(low, high, what)))
+        axis.xaxis.set_minor_locator(NullLocator())
     else:
-        axis.set_xlim(0, max(ends) * 1.06 if ends else 1)
-    floor = min([*lowest, *([track.target] if track and track.target else [])])
-    start = max((p.val_loss for _, runs in groups for run in runs for p in run.points), default=4)
-    # the first validations are far above all others; the eye needs the part where runs differ
-    axis.set_ylim(floor - 0.04 * max(start - floor, 0.5), floor + 0.6 * max(start - floor, 0.2))
-    units = {"time": ("training time", _time_label), "tokens": ("training tokens", _tokens_label),
-             "steps": ("steps", lambda x, _: f"{x:,.0f}")}
-    name, formatter = units[what]
-    axis.set_xlabel(name)
-    axis.xaxis.set_major_formatter(FuncFormatter(formatter))
-    axis.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: ""))
-    if legend and groups:
-        axis.legend(loc="upper right")
+        axis.set_xlim(0, max(ends) * 1.04)
+    axis.xaxis.set_major_formatter(FuncFormatter(labels[what]))
+
+
+_TIMES = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 18_000, 36_000, 86_400)
+
+
+def _ticks(low: float, high: float, what: str) -> list[float]:
+    """Round numbers of the unit on a logarithmic axis, far enough apart to be read."""
+    every = _TIMES if what == "time" else [m * 10**e for e in range(13) for m in (1, 2, 5)]
+    chosen: list[float] = []
+    for x in every:
+        apart = not chosen or math.log(x / chosen[-1]) > 0.1 * math.log(high / low)
+        if low <= x <= high and apart:
+            chosen.append(x)
+    return chosen
 
 
 def _time_label(seconds: float, _: object = None) -> str:
-    if seconds < 120:
+    if seconds < 60:
         return f"{seconds:g} s"
     if seconds < 7200:
         return f"{seconds / 60:g} min"

@@ -43,6 +43,8 @@ def stand(
         return f"{track}: loss is {val_loss}, no record is like that"
     if target is None:
         target = rules.target
+    if step == 0:
+        return f"{track}: {val_loss:.4f} before the first step"
     curves = _curves(rules, folder)
     at = _position(rules, train_time_ms, tokens, step)
     parts = [_neighbours(rules, curves, val_loss, at)]
@@ -131,8 +133,6 @@ def _neighbours(rules: Track, curves: list[Curve], val_loss: float, at: float | 
     if at is None:
         return f"{val_loss:.4f}"
     here = f"{val_loss:.4f} at {amount(at, metric)}"
-    if val_loss >= 8 and rules.published:  # every run starts here
-        return here
     had = sorted((x, c.label) for c in curves if (x := c.first_at(val_loss, metric)) is not None)
     if not had:
         return f"{here}: no record has a curve to compare" if not curves else (
@@ -142,10 +142,12 @@ def _neighbours(rules: Track, curves: list[Curve], val_loss: float, at: float | 
     slower = [entry for entry in had if entry[0] > at]
     if not faster:
         x, label = slower[0]
-        return f"{here}: before every record (first {label}, {amount(x, metric)})"
+        first = ", the first of all" if len(had) > 1 else ""
+        return f"{here}: ahead of {label} ({amount(x, metric)}){first}"
     if not slower:
         x, label = faster[-1]
-        return f"{here}: later than every record (last {label}, {amount(x, metric)})"
+        last = ", the last of all" if len(had) > 1 else ""
+        return f"{here}: behind {label} ({amount(x, metric)}){last}"
     (x1, label1), (x2, label2) = faster[-1], slower[0]
     before, after = amount(x1, metric), amount(x2, metric)
     return f"{here}: behind {label1} ({before}), ahead of {label2} ({after})"
