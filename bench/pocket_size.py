@@ -55,10 +55,11 @@ def main() -> None:
             for precision in ("fp32", "bf16"):
                 model, ms, first = measure(size, precision, compiled)
                 tokens_per_s = TOKENS / ms * 1000
-                print(f"| {size[0]} x {size[1] * size[2]} | {num_parameters(model):,} | {precision} "
-                      f"| {'compiled' if compiled else 'eager'} | {first:.1f} | {ms:.0f} "
-                      f"| {tokens_per_s:,.0f} | {tokens_per_s * flops_per_token(model) / 1e9:.0f} |",
-                      flush=True)
+                mode = "compiled" if compiled else "eager"
+                gflops = tokens_per_s * flops_per_token(model) / 1e9
+                print(f"| {size[0]} x {size[1] * size[2]} | {num_parameters(model):,} "
+                      f"| {precision} | {mode} | {first:.1f} | {ms:.0f} | {tokens_per_s:,.0f} "
+                      f"| {gflops:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
