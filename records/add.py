@@ -143,7 +143,6 @@ def read_race(path: Path) -> dict:
         return {
             "a": {key: race["a"][key] for key in ("label", "code_sha256", "losses", "times_ms")},
             "b": {key: race["b"][key] for key in ("label", "code_sha256", "losses", "times_ms")},
-            "words": race["words"],
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--race: {path}: expected the race.json of a finished race: "

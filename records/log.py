@@ -364,7 +364,7 @@ _SOURCE = re.compile(
 _BLOCK = re.compile(r"begin (environment|recipe) lines=(\d{1,7})$")
 
 
-def _find_kept(path: Path | None, name: str, sha256: str) -> Path | None:
+def find_kept(path: Path | None, name: str, sha256: str) -> Path | None:
     """The file of a kept source, in `source/` beside the log or one folder up; maybe a variant."""
     if path is None:
         return None
@@ -588,7 +588,7 @@ def _read_body(stream, num_lines, cut_newline, digest, body, want) -> int:
 def _insert_kept(stream, run, path, text, header, digest, body, want) -> int:
     """Hashes the block of a source that the record folder keeps, as if it stood in the log."""
     _, name, num_lines, newline, sha256 = header.groups()
-    file = _find_kept(path, name, sha256)
+    file = find_kept(path, name, sha256)
     if file is None:
         run.edit(f"source {name} is not in the record folder, or not as it was run")
         digest.update(b"missing")

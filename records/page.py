@@ -11,6 +11,7 @@ import re
 
 from records import rules
 from records.facts import amount, clock, count, metric_value
+from records.stats import comparison_words
 
 BEGIN, END = "<!-- numbers:begin (written by python -m records) -->", "<!-- numbers:end -->"
 _ASK = re.compile(r"<!-- write: (.{1,300}?) -->", re.DOTALL)
@@ -51,7 +52,7 @@ def numbers(result: dict) -> str:
     ]
     race = result.get("race")
     if race:
-        rows.append(("race", race["words"]))
+        rows.append(("race", comparison_words(race["a"], race["b"])))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     metric = track.metric[0]
     best = amount(metric_value(result, metric), metric)

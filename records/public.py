@@ -6,7 +6,9 @@ llm.c's `s:N tel:X`, captures of stdout, several runs in one file.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 
@@ -21,6 +23,7 @@ from records.lines import (
     show,
 )
 
+CODE_CAP = 1 << 24  # bytes of a program
 _LLMC = re.compile(rb"s:(\d{1,9}) (tel|trl):")
 _RULE = re.compile(rb"={80,}\s*$")
 _TORCH = re.compile(
@@ -138,3 +141,30 @@ def _environment_line(text: str, run: Run, gpus: dict[int, str]) -> None:
             run.python = match[1]
     elif (match := _SMI_GPU.match(text)) and len(gpus) < 4096:
         gpus.setdefault(int(match[1]), match[2].strip())
+
+
+def embedded_code(path: str | os.PathLike) -> bytes | None:
+    """The program at the head of a public log, byte for byte; None if there is none.
+
+    It is what stands before the first rule of 100 `=` (after a rule of 80 that opens some logs), if
+    that part imports anything.
+    """
+    opened = gzip.open if _is_gzip(path) else open
+    kept, imports = bytearray(), False
+    with opened(path, "rb") as file:
+        while raw := file.readline(LINE_CAP):
+            if _RULE.match(raw):
+                if kept.strip():
+                    return bytes(kept) if imports else None
+                kept.clear()
+                continue
+            imports = imports or _CODE.match(raw) is not None
+            kept += raw
+            if len(kept) > CODE_CAP:
+                return None
+    return None
+
+
+def _is_gzip(path: str | os.PathLike) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"

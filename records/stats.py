@@ -114,3 +114,34 @@ def difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95)
     test = stats.ttest_ind(y, x, equal_var=False)
     interval = test.confidence_interval(confidence)
     return Difference(value, float(interval.low), float(interval.high), float(test.pvalue))
+
+
+def prediction_limit(values: Sequence[float], confidence: float = 0.99) -> float:
+    """A further run of the same kind stays below this with this confidence; NaN for one value."""
+    sample = Sample.of(values)
+    if not sample.sd > 0:
+        return math.nan
+    t = float(stats.t.ppf(confidence, sample.n - 1))
+    return sample.mean + t * sample.sd * math.sqrt(1 + 1 / sample.n)
+
+
+def comparison_words(a: dict, b: dict, alpha: float = 0.05) -> str:
+    """What a race between a and b (`times_ms`, `losses` each) says, in one or two sentences."""
+    time, loss = ratio(a["times_ms"], b["times_ms"]), difference(a["losses"], b["losses"])
+    if not math.isfinite(time.low):
+        return f"B took {time.value:.3f} of A's time in one run each: more runs are needed"
+    span = f"B/A {time.value:.4f}, 95% interval {time.low:.4f} to {time.high:.4f}, p {time.p:.2g}"
+    if time.high < 1:
+        words = f"B is faster than A by {1 - time.value:.1%} of the time ({span})"
+    elif time.low > 1:
+        words = f"B is slower than A by {time.value - 1:.1%} of the time ({span})"
+    else:
+        words = f"no difference in time was found ({span})"
+    same = set(a["losses"]) == set(b["losses"]) and len(set(a["losses"])) == 1
+    if same or (math.isnan(loss.p) and loss.value == 0):
+        return f"{words}; the losses are equal"
+    span = f"B - A {loss.value:+.4f}, 95% interval {loss.low:+.4f} to {loss.high:+.4f}"
+    if math.isfinite(loss.p) and loss.p < alpha:
+        which = "lower" if loss.value < 0 else "higher"
+        return f"{words}; B's loss is {which} ({span}, p {loss.p:.2g})"
+    return f"{words}; no difference in loss was found ({span}, p {loss.p:.2g})"

@@ -1,0 +1,240 @@
+"""Find the program somebody means, and run it: shared by race and reproduce.
+
+A program is a folder with train_gpt.py and the options it is started with. It prints its steps and,
+in its last lines, `log: PATH`; that log is all that is taken from it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from records import check
+from records.facts import FOLDER, own_records
+from records.lines import Run
+from records.log import find_kept, parse, without_sources
+
+SCRIPT = "train_gpt.py"
+CACHES = ("data/corpus_cache", "data/fineweb10B")  # kept out of git; linked, never copied
+# options of one launch, not of the training
+DROPPED = {"--seed": 1, "--runs": 1, "--log_dir": 1, "--data_dir": 1, "--wandb": 0, "--prepare": 0}
+
+
+@dataclass(frozen=True)
+class Program:
+    label: str
+    folder: Path
+    options: tuple[str, ...] = ()
+
+    def command(self, seed: int | None, nproc: int) -> list[str]:
+        start = [sys.executable]
+        if nproc > 1:
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+        seeded = [] if seed is None else ["--seed", str(seed)]
+        return [*start, SCRIPT, *self.options, *seeded]
+
+
+def training_options(command: str) -> list[str]:
+    """The options of a logged command line that say what is trained, without seed and folders."""
+    words = deque(shlex.split(command)[1:])
+    kept = []
+    while words:
+        word = words.popleft()
+        name = word.partition("=")[0].replace("-", "_").replace("__", "--", 1)
+        if name in DROPPED:
+            if "=" not in word and DROPPED[name] and words:
+                words.popleft()
+            continue
+        kept.append(word)
+        if word.startswith("--") and "=" not in word and words and not words[0].startswith("--"):
+            kept.append(words.popleft())
+    return kept
+
+
+def unpack(run: Run, into: Path) -> None:
+    """Write the sources of a log of ours, each checked by its sha256, into a new folder."""
+    if run.edits:
+        raise ValueError(f"{run.path}: was changed after the run: {run.edits[0]}")
+    if not run.sources:
+        raise ValueError(f"{run.path}: expected the sources of the program, the log holds none")
+    raw = without_sources(run.path)[1]
+    into.mkdir(parents=True)
+    for name, source in run.sources.items():
+        target = into / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name in raw:
+            target.write_bytes(raw[name])
+        else:
+            shutil.copyfile(find_kept(Path(run.path), name, source.sha256), target)
+
+
+def link_caches(folder: Path, tree: Path) -> None:
+    """Let an unpacked program use the data this tree has fetched or built already."""
+    for name in CACHES:
+        here, there = folder / name, tree / name
+        if there.is_dir() and not here.exists() and not here.is_symlink():
+            here.parent.mkdir(parents=True, exist_ok=True)
+            here.symlink_to(there.resolve())
+
+
+def find(text: str, place: Path, root: Path = FOLDER) -> Program:
+    """The program that a word (and options after it) means; `place` is where it may be unpacked.
+
+    A number is a record of the current tree's ladder; a folder with result.json, or the name of a
+    record of ours, is that record's program; a folder with train_gpt.py is a working tree; anything
+    else is a git revision.
+    """
+    words = shlex.split(text)
+    if not words:
+        raise ValueError("expected a record, a folder or a revision, got nothing")
+    what, options = words[0], tuple(words[1:])
+    tree = root.parent.resolve()
+    if re.fullmatch(r"#?\d+", what):
+        number = what.removeprefix("#")
+        return Program(f"#{number}" + _tail(options), tree, ("--record", number, *options))
+    folder = next((f for f in (Path(what), root / what) if f.is_dir()), None)
+    named = [r for r in own_records(None, root) if what in (r["name"], r["folder"])]
+    if named and (folder is None or not (folder / SCRIPT).is_file()):
+        folder = root / named[0]["folder"]
+    if folder is not None and (folder / "result.json").is_file():
+        run = parse(check.folder_logs(folder)[0])[0]
+        if not place.exists():
+            unpack(run, place)
+        link_caches(place, tree)
+        kept = training_options(run.environment.get("command", SCRIPT))
+        name = check.read_result(folder).get("name", folder.name)
+        return Program(name + _tail(options), place.resolve(), (*kept, *options))
+    if folder is not None:
+        if not (folder / SCRIPT).is_file():
+            raise ValueError(f"{what}: expected a folder with {SCRIPT} or result.json")
+        return Program(what + _tail(options), folder.resolve(), options)
+    commit = _git(tree, "rev-parse", "--verify", "--quiet", f"{what}^{{commit}}")
+    if not commit:
+        raise ValueError(f"{what}: expected a record's number or name, a folder with {SCRIPT} or "
+                         "result.json, or a git revision; it is none of them")
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _git(tree, "worktree", "prune")
+        done = subprocess.run(
+            ["git", "-C", str(tree), "worktree", "add", "--detach", "--quiet",
+             str(place.resolve()), commit], capture_output=True, text=True,
+        )
+        if done.returncode:
+            raise ValueError(f"{what}: git worktree: {done.stderr.strip()}")
+    if _git(place, "rev-parse", "HEAD") != commit:
+        raise ValueError(f"{place}: expected revision {commit[:12]}: it holds another; remove it")
+    if not (place / SCRIPT).is_file():
+        raise ValueError(f"{what}: revision {commit[:12]} has no {SCRIPT}")
+    link_caches(place, tree)
+    return Program(what + _tail(options), place.resolve(), options)
+
+
+def forget(program: Program, place: Path, root: Path = FOLDER) -> None:
+    """Remove a worktree that `find` made, or what it unpacked."""
+    if program.folder == place.resolve() and place.exists():
+        if (place / ".git").exists():
+            _git(root.parent, "worktree", "remove", "--force", str(place.resolve()))
+        else:
+            shutil.rmtree(place)
+
+
+def _tail(options: tuple[str, ...]) -> str:
+    return f" {' '.join(options)}" if options else ""
+
+
+def _git(tree: Path, *words: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(tree), *words], capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+class ProgramFailed(ValueError):
+    """A program ended without a complete log."""
+
+
+@contextmanager
+def _terminating():
+    """SIGTERM raises KeyboardInterrupt here, so that the program that runs is ended too."""
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: whoever runs this takes care
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def execute(
+    program: Program, seed: int | None, nproc: int, output: Path, on_step: Callable = lambda f: None
+) -> Run:
+    """Run a program to its end; its complete run. What it prints goes to the file `output`.
+
+    on_step is called with the fraction of steps done. If this process is interrupted, the program
+    and all its ranks are ended. Raises ProgramFailed with the program's last lines otherwise.
+    """
+    command = program.command(seed, nproc)
+    last: deque[str] = deque(maxlen=8)
+    log: Path | None = None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with _terminating(), open(output, "w") as file:
+        process = subprocess.Popen(
+            command, cwd=program.folder, env=environment, stdout=subprocess.PIPE, text=True,
+            stderr=subprocess.STDOUT, errors="replace", start_new_session=True,
+        )
+        try:
+            for line in process.stdout:
+                file.write(line)
+                last.append(line.rstrip())
+                if match := re.match(r"step:(\d{1,9})/(\d{1,9}) ", line):
+                    on_step(int(match[1]) / max(1, int(match[2])))
+                if line.startswith("log: "):
+                    log = program.folder / line[5:].strip()
+            code = process.wait()
+        except BaseException:
+            end_group(process)
+            raise
+        finally:
+            process.stdout.close()
+    shown = "\n  ".join(last)
+    if code:
+        raise ProgramFailed(f"{program.label}: {shlex.join(command)} in {program.folder} ended "
+                            f"with status {code}:\n  {shown}")
+    if log is None or not log.is_file():
+        raise ProgramFailed(f"{program.label}: expected `log: PATH` in its last lines, got:\n  "
+                            f"{shown}")
+    runs = parse(log)
+    if len(runs) != 1 or not runs[0].complete:
+        why = runs[0].why_incomplete if runs else "no run in it"
+        raise ProgramFailed(f"{program.label}: {log} is not the log of one complete run: {why}")
+    return runs[0]
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """End a program and everything it started (it leads its own process group)."""
+    for number, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()

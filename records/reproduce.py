@@ -1,0 +1,117 @@
+"""Run the program inside a log again, ours or a public one, or say what it needs.
+
+A log of ours holds every source, the recipe and the command line; a public log holds its training
+script at most. What is unpacked is somebody's program: `--dry-run` unpacks it and runs nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from records import check, launch, public, stats
+from records.facts import FOLDER, clock
+from records.lines import Run
+from records.log import parse
+
+
+def reproduce(
+    what: Path,
+    *,
+    into: Path | None = None,
+    dry_run: bool = False,
+    nproc: int | None = None,
+    seed: int | None = None,
+    options: str = "",
+    root: Path = FOLDER,
+) -> int:
+    """Unpack and run. Exit status 0 if the run ended as the log or the record leads to expect."""
+    record = None
+    path = what
+    if (what / "result.json").is_file():
+        record = check.read_result(what)
+        path = check.folder_logs(what)[0]
+    runs = parse(path)
+    if not runs:
+        raise ValueError(f"{path}: expected a log, found no measurement in it")
+    run = runs[0]
+    into = into or Path("reproduced") / (record["name"] if record else path.stem.split(".")[0])
+    if into.exists():
+        raise ValueError(f"{into} exists already: choose --into, or remove it")
+    if run.format != "ours":
+        return _public(path, run, into)
+    launch.unpack(run, into)
+    tree = root.parent.resolve()
+    launch.link_caches(into, tree)
+    kept = launch.training_options(run.environment.get("command", launch.SCRIPT))
+    program = launch.Program(
+        record["name"] if record else path.name, into.resolve(), (*kept, *shlex.split(options))
+    )
+    nproc = nproc or run.result.get("world_size") or 1
+    seed = run.result.get("seed") if seed is None else seed
+    command = shlex.join(program.command(seed, nproc))
+    print(f"{len(run.sources)} sources unpacked into {into}")
+    print(f"made with Python {run.python}, torch {run.torch}, on {check.hardware(run)}")
+    print(f"run with: cd {into} && {command}")
+    if dry_run:
+        return 0
+    again = launch.execute(program, seed, nproc, into / "reproduce.out")
+    return _compare(run, again, record, seed)
+
+
+def _compare(run: Run, again: Run, record: dict | None, seed: int | None) -> int:
+    print(f"there: val_loss {run.final_val_loss:.4f} in {clock(run.train_time_ms)} "
+          f"on {check.hardware(run)}")
+    print(f"here:  val_loss {again.final_val_loss:.4f} in {clock(again.train_time_ms)} "
+          f"on {check.hardware(again)}")
+    print(f"log: {again.path}")
+    if run.result.get("data_digest") != again.result.get("data_digest"):
+        print("not comparable: the corpus here is another one (data_digest differs)")
+        return 1
+    if check.recipe_sha256(run.recipe) != check.recipe_sha256(again.recipe):
+        print("not the same training: the recipe differs from the log's")
+        return 1
+    same = [p.val_loss for p in run.points] == [p.val_loss for p in again.points]
+    if same and seed == run.result.get("seed"):
+        print("the losses are equal at every validation")
+        return 0
+    if record is None:
+        print(f"difference: {again.final_val_loss - run.final_val_loss:+.4f}")
+        return 0
+    limit = stats.prediction_limit(record["losses"])
+    if again.final_val_loss <= limit:
+        print(f"as expected: 99 of 100 further runs of this record stay below {limit:.4f}")
+        return 0
+    print(f"not as claimed: 99 of 100 further runs of this record should stay below {limit:.4f}")
+    return 1
+
+
+def _public(path: Path, run: Run, into: Path) -> int:
+    """A public log: its script, and what it would need. It is not run from here."""
+    code = public.embedded_code(path)
+    if code is None:
+        raise ValueError(f"{path}: expected the program inside the log, it does not hold one "
+                         "(some logs never did; of others the source was removed)")
+    into.mkdir(parents=True)
+    (into / launch.SCRIPT).write_bytes(code)
+    text = code.decode(errors="replace")
+    modules = set(re.findall(r"^(?:import|from) ([A-Za-z_]\w*)", text, re.MULTILINE))
+    local = sorted(modules & {"triton_kernels", "muon", "utils", "kernels", "model"})
+    gpus = run.gpu_count or 8
+    print(f"the script of the log is in {into / launch.SCRIPT} ({len(text.splitlines())} lines)")
+    print("it is not run from here; it needs")
+    print(f"  GPUs      {gpus}x {run.gpu or 'not said in the log'}")
+    print(f"  Python    {run.python or 'not said in the log'}")
+    print(f"  torch     {run.torch or 'not said in the log'}, CUDA {run.cuda or 'not said'}")
+    print(f"  packages  {', '.join(sorted(modules - _STANDARD)) or 'none'}")
+    print("  data      python -m data.fineweb --shards 9, in the folder it reads "
+          "(data/fineweb10B)")
+    if local:
+        print(f"  modules   {', '.join(local)}: imported, perhaps at the end of the script")
+    print(f"then: cd {into} && torchrun --standalone --nproc_per_node={gpus} {launch.SCRIPT}")
+    return 0
+
+
+_STANDARD = set(sys.stdlib_module_names)
