@@ -83,17 +83,30 @@ def ensure(
             )
         stop = threading.Event()
         with ThreadPoolExecutor(jobs) as pool:
-            tasks = [
-                pool.submit(_fetch, name, folder, endpoint, attempts, stop) for name in missing
-            ]
             try:
-                for task in as_completed(tasks):
+                for task in as_completed([
+                    pool.submit(_fetch_or_stop, name, folder, endpoint, attempts, stop)
+                    for name in missing
+                ]):
                     task.result()
             except BaseException:  # also Ctrl-C: the other files stop at their next megabytes
                 stop.set()
-                pool.shutdown(cancel_futures=True)
                 raise
     return [folder / name for name in train], [folder / name for name in val]
+
+
+def _fetch_or_stop(
+    name: str, folder: Path, endpoint: str | None, attempts: int, stop: threading.Event
+) -> None:
+    """One shard; when it fails, the others need not go on, and only this one says why."""
+    if stop.is_set():
+        return
+    try:
+        _fetch(name, folder, endpoint, attempts, stop)
+    except BaseException:
+        if not stop.is_set():
+            stop.set()
+            raise
 
 
 class _Part(io.BufferedWriter):
