@@ -136,8 +136,7 @@ class Run:
 
 # step lines as nearly all logs have them; the general reading below covers the rest
 TRAIN = re.compile(
-    rb"step:(\d{1,9})/(\d{1,9}) (?:train_loss:(\S{1,24}) )?train_time:(\d{1,12}(?:\.\d{1,9})?)(m?s)"
-    rb" step_avg:\S{1,24}ms\s*$"
+    rb"step:(\d{1,9})/\d{1,9} (?:train_loss:\S{1,24} )?train_time:(\d{1,12}(?:\.\d{1,9})?)(m?s) "
 )
 _KEY_VALUE = re.compile(rb"([A-Za-z_]\w{0,40}):(\S{1,64})$")
 _STEP = re.compile(rb"(\d{1,9})(?:/(\d{1,9}))?$")
@@ -199,7 +198,7 @@ class Collector:
     def _fresh(self) -> None:
         self.seen: set[int] = set()
         self.step = -1
-        self.clock: float | None = None
+        self.clock = -1.0
         self.decimals: int | None = None
 
     def _run(self, kind: str) -> Run:
@@ -241,31 +240,37 @@ class Collector:
             self._fresh()
         return False
 
-    def _tick(self, step: int, clock: float | None, line: int) -> None:
-        if clock is None:
-            return
-        if self.clock is not None and clock < self.clock and self.step > self.EARLY:
+    def _tick(self, clock: float, line: int) -> None:
+        if clock < self.clock and self.step > self.EARLY:
             self.fault(
                 f"line {line}: the clock runs backwards, {clock:.0f} ms after {self.clock:.0f} ms"
             )
         self.clock = clock
 
     def train(self, match: re.Match, raw: bytes, line: int) -> None:
-        step = int(match[1])
-        if step <= 1 and step < self.step and self._back(step, raw, line):
-            return
-        if step < self.step:  # an echo of a line of this run, or text of another program
-            if hash(raw) in self.seen:
-                self.runs[-1].num_echoed += 1
-            elif self.fixed_run is not None:
-                self.fault(f"line {line}: step {step} comes after step {self.step}")
-            return
-        run = self._run("step/ms" if match[5] == b"ms" else "step/s")
+        """A training line. Nearly all lines of a log are of this kind: written to be fast.
+
+        Only its step and clock count; an echo of a line of this run is dropped.
+        """
+        number, clock, unit = match.groups()
+        step = int(number)
+        if step < self.step:
+            if step <= 1:
+                if self._back(step, raw, line):
+                    return
+            else:
+                if hash(raw) in self.seen:
+                    self.runs[-1].num_echoed += 1
+                elif self.fixed_run is not None:
+                    self.fault(f"line {line}: step {step} comes after step {self.step}")
+                return
+        run = self.runs[-1] if self.runs else self._run("")
+        if not run.format:
+            run.format = "step/ms" if unit == b"ms" else "step/s"
         if len(self.seen) < POINT_CAP:
             self.seen.add(hash(raw))
-        self._tick(step, float(match[4]) * (1.0 if match[5] == b"ms" else 1000.0), line)
-        self.step = step
-        run.last_train_step = max(step, run.last_train_step or 0)
+        self._tick(float(clock) if unit == b"ms" else 1000.0 * float(clock), line)
+        self.step = run.last_train_step = step
 
     def val(self, fields: dict[str, bytes], raw: bytes, line: int, ended: bool) -> None:
         try:
@@ -310,7 +315,8 @@ class Collector:
             self.fault(
                 f"line {line}: {point.total} steps where this run had {run.points[-1].total}"
             )
-        self._tick(point.step, point.train_time_ms, line)
+        if point.train_time_ms is not None:
+            self._tick(point.train_time_ms, line)
         if len(self.seen) < POINT_CAP:
             self.seen.add(hash(raw))
         self.step = point.step

@@ -11,11 +11,13 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
+from itertools import chain
 
 from records.lines import (
     LINE_CAP,
     LOSS,
     POINT_CAP,
+    TRAIN,
     Collector,
     LogError,
     Point,
@@ -47,12 +49,12 @@ def parse_public(first: bytes, pieces: Iterator[bytes], name: str, loss_key: str
     curve = Collector(name, loss_key)
     environment = Run(name)
     gpus: dict[int, str] = {}
-    code_hash, num_code = hashlib.sha256(), 0
+    code_hash, has_code = hashlib.sha256(), False
     in_code = False
     aside: list[tuple[bytes, int, bool]] = []
     early: list[bytes] = []  # lines before the first import belong to the code too
     key = loss_key.encode()
-    line, piece, continued, fault = 0, first, False, None
+    line, continued, fault = 0, False, None
 
     def read(raw: bytes, number: int, ended: bool) -> None:
         if curve.read(raw, number, ended):
@@ -63,44 +65,47 @@ def parse_public(first: bytes, pieces: Iterator[bytes], name: str, loss_key: str
         elif not ended and curve.runs and raw.startswith(b"step:"):
             curve.runs[-1].note(f"line {number}: the last line is cut: {show(raw)}")
 
-    while piece:
-        ended = piece.endswith(b"\n")
-        too_long = not ended and len(piece) == LINE_CAP
-        if not continued:
+    try:
+        for piece in chain([first], pieces):
+            if not in_code and not continued and piece.startswith(b"step:"):
+                match = TRAIN.match(piece)
+                if match and piece.endswith(b"\n") and key not in piece:  # nearly every line
+                    line += 1
+                    curve.train(match, piece, line)
+                    continue
+            ended = piece.endswith(b"\n")
+            too_long = not ended and len(piece) == LINE_CAP
+            if continued:
+                if in_code:
+                    code_hash.update(piece)
+                continued = not ended
+                continue
+            continued = too_long
             line += 1
-            interesting = not too_long and (
-                piece.startswith((b"step:", b"s:")) or key in piece
-            )
+            interesting = not too_long and (piece.startswith((b"step:", b"s:")) or key in piece)
             if in_code:
                 if _RULE.match(piece):
                     in_code, aside = False, []
                 else:
                     code_hash.update(piece)
-                    num_code += 1
                     if interesting and len(aside) < POINT_CAP:
                         aside.append((piece, line, ended))
             elif interesting:
                 read(piece, line, ended)
             elif _CODE.match(piece):
-                in_code = True
+                in_code = has_code = True
                 for raw in early:
                     code_hash.update(raw)
                 code_hash.update(piece)
-                num_code += 1
             elif _RULE.match(piece):
                 early = []
             else:
-                if num_code == 0 and len(early) < 200:
+                if not has_code and len(early) < 200:
                     early.append(piece)
                 if piece[:1] in b"R|":
                     _environment_line(piece.decode(errors="replace"), environment, gpus)
-        elif in_code:
-            code_hash.update(piece)
-        continued = too_long or (continued and not ended)
-        try:
-            piece = next(pieces, b"")
-        except LogError as error:
-            piece, fault = b"", str(error)
+    except LogError as error:
+        fault = str(error)
     for raw, number, ended in aside:
         read(raw, number, ended)
     if fault:
@@ -113,7 +118,7 @@ def parse_public(first: bytes, pieces: Iterator[bytes], name: str, loss_key: str
             run.gpu = gpus[min(gpus)]
         if run.gpu_count is None and gpus:
             run.gpu_count = len(gpus)
-        if num_code and not aside:
+        if has_code and not aside:
             run.code_sha256 = code_hash.hexdigest()
     return runs
 
