@@ -1,13 +1,21 @@
 """The model: GPT-2's shape with what the speedrun found, every idea one named, deletable piece.
 
-`GPT(config)` is decided when it is built: a piece that a recipe does not use is not there, and the
-forward pass has no branch that asks. `print(model)` reads as what the recipe computes.
+A model is a list of blocks, a block a list of pieces, and a piece a few lines that act on the
+residual stream, given what all layers are given (`Given`). `GPT(config)` is decided when it is
+built: a piece that a recipe does not use is not there, and the forward pass has no branch that
+asks. `print(model)` reads as what the recipe computes. To add an idea, write a piece, put it into
+`Block` or `Attention`, and give its parameters a rule in `init_rules` and `param_role`.
+
+What changes while training (windows, rotary frequencies, targets, tied or not) is a `Stage`:
+`model.set_stage(stage)` between two steps.
 
 Shapes: B rows, T tokens a row, C model_dim, H heads, D head_dim, V vocabulary (padded).
 A tensor's name ends in its shape: x_BTC, q_BTHD, logits_BTV.
 """
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,25 +23,84 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import DTYPES, attention
+from kernels import DTYPES, Fp8Linear, Keys, attention, document_ids, packed_keys
+
+GATE_CHANNELS = 12  # of the stream, that the gates of record #28 and later look at
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """What a model is. Defaults: record #6 (2024-10-18), the 124M model of the speedrun."""
+    """What a model is. Defaults: record #2 (2024-06-06), GPT-2's size with rotary positions."""
 
+    # sizes
     num_layers: int = 12
-    num_heads: int = 6
-    head_dim: int = 128
-    vocab_size: int = 50257         # true tokens; the tables are padded to a multiple of 64
-    seq_len: int = 1024             # tokens a row in training
+    num_heads: int = 12
+    head_dim: int = 64
+    vocab_size: int = 50257         # true tokens; the last one opens a document
+    pad_vocab: bool = False         # tables padded to a multiple of 64 rows (#5)
+    seq_len: int = 1024             # tokens of the longest row in training
+    max_seq_len: int | None = None  # of any row, in validation; none: seq_len
     mlp_ratio: int = 4
+    architecture: str = "gpt"       # gpt, or gpt2: record #1's, in gpt2.py
+
+    # positions
     rotary_base: float = 10_000.0
-    qk_norm: bool = True            # record #5
-    tied_head: bool = True          # head and embedding share one table; untied from record #8
-    embed_norm: bool = False        # RMSNorm right after the embedding; record #8
-    logit_softcap: float | None = None  # cap * tanh(logits / cap); record #9
-    compute_dtype: str = "bf16"     # of matrix products and attention; parameters stay fp32
+    rotary_half: bool = False       # half of the dimensions stay put (#17)
+    yarn: bool = False              # rotary frequencies follow the window (#31)
+
+    # attention
+    qk_norm: str = "none"           # RMSNorm of q and k: none, after (#5) or before (#6) rotary
+    attn_scale: float | None = None     # of q k^T; none: 1/sqrt(head_dim); 0.12 in #20
+    attn_damping: bool = False      # attention's output times 1/sqrt(2 num_layers) (#2 to #4)
+    packed: bool = False            # documents do not see each other (#12)
+    windows: str = "one"            # of all layers one, or long and short ones (#20)
+    attn_gate: bool = False         # heads gated by the stream (#28)
+    key_offset: bool = False        # keys of long layers half from the token before (#49)
+    paired_heads: bool = False      # two heads share one stream in some short layers (#58)
+    qkv_lambda: bool = False        # learned factors of QKV and output weights (#47)
+
+    # values
+    value_residual: bool = False    # mixed with the first layer's values (#9)
+    value_embeds: str = "none"      # tables: none, all (#14), mirror (#15), ends (#17)
+    value_mix: str = "one"          # (1-l) v + l e (#14), two lambdas (#15), add (#47), gate (#55)
+
+    # residual stream
+    embed_norm: bool = False        # RMSNorm right after the embedding (#8)
+    x0_lambdas: bool = False        # x = a x + b x0 at the start of each block (#9)
+    resid_lambda: float = 1.0       # initial a; 1.1 from #45
+    unet: str = "none"              # skips: weight (#11), sigmoid (#32), single (#45), gate (#55)
+    smear: bool = False             # a token's embedding takes some of the one before (#34)
+    backout: bool = False           # subtract a middle layer's output at the end (#40)
+    bigram: bool = False            # hashed bigram embedding into every block (#62)
+    bigram_factor: int = 5          # its rows, in vocabularies
+
+    # layers left out
+    drop_attention: bool = False    # the layer behind the middle has no attention (#17)
+    drop_mlp: bool = False          # the first layer has no MLP (#30)
+    drop_first: bool = False        # the first layer is gone; num_layers counts what is left (#35)
+
+    # MLP, head, loss
+    activation: str = "gelu"        # gelu, or relu2 (#5)
+    tied_head: bool = True          # head and embedding share one table; untied from #8
+    logit_softcap: float | None = None  # cap * tanh(z / cap) (#9), or cap * sigmoid (#19)
+    softcap_kind: str = "tanh"
+    softcap_div: float | None = None    # what z is divided by; none: cap
+    softcap_shift: float = 0.0      # added to z before
+    softcap_sqrt_dim: bool = False  # divide by sqrt(model_dim) as well (#22 to #27)
+
+    # start: standard deviations of matrices in units of 1/sqrt(fan_in), drawn uniformly
+    init_std: float = 3 ** -0.5     # torch's own for nn.Linear; 0.5 from #19
+    qkv_init_std: float | None = None   # none: init_std; 1.0 in #53
+    zero_proj: bool = False         # output matrices start at zero (#5)
+    head_init_std: float = 0.0      # of an untied head; 0.005 from #51
+    value_embed_init_std: float = 1.0   # 0 from #53
+
+    # precision
+    compute_dtype: str = "bf16"     # of matrix products and attention; matrices stay fp32
+    stream_dtype: str = "fp32"      # of the residual stream; bf16 from #10
+    embed_dtype: str = "fp32"       # of the embedding tables; bf16 from #10
+    head: str = "bf16"              # of the head's product in training; fp8 from #19
+    fp8_factors: tuple[float, ...] = ()  # of x, w and the summed loss's gradient, before the cast
 
     @property
     def model_dim(self) -> int:
@@ -41,21 +108,122 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: a multiple of 64 keeps the head's products on fast tiles."""
-        return 64 * math.ceil(self.vocab_size / 64)
+        """Rows of the tables: a multiple of 64 keeps the head's products on fast tiles."""
+        return 64 * math.ceil(self.vocab_size / 64) if self.pad_vocab else self.vocab_size
 
+    @property
+    def bos_id(self) -> int:
+        """The token that opens a document: GPT-2's 50256, the built-in corpus's 256."""
+        return self.vocab_size - 1
+
+    @property
+    def bigram_rows(self) -> int:
+        return self.bigram_factor * self.padded_vocab_size
+
+
+class Stage(NamedTuple):
+    """What of a model changes while it trains; see recipes.stage."""
+
+    window: int | None = None           # tokens that a long layer sees, self included
+    short_window: int | None = None     # and a short one
+    yarn_windows: tuple[int, ...] = ()  # the windows so far, for the rotary frequencies
+    target_weights: tuple[float, ...] = (1.0,)  # of the next token, the one after it, ...
+    tied: bool = False                  # the embedding is the head's table for now (#51)
+    batch_tokens: int = 1               # what the loss is divided by after the model
+
+
+# --- which layer has what: lists derived from num_layers ------------------------------------------
+
+class Layer(NamedTuple):
+    """What one layer takes besides the stream."""
+
+    keys: str = "long"                  # long, short, paired: what its attention sees
+    value_table: int | None = None
+    skip_from: int | None = None        # the layer whose output comes back here
+
+
+def layer_plan(config: GPTConfig) -> list[Layer]:
+    """One Layer for each of num_layers; with 12 (11 where the first is gone) as in the records."""
+    L = config.num_layers
+    long = {L // 3, L - 1} | (set() if config.drop_first else {0})
+    if config.windows == "one":
+        long = set(range(L))
+    paired = {p * L // 11 for p in (0, 2, 5, 9)} - long if config.paired_heads else set()
+    keys = ["paired" if i in paired else "long" if i in long else "short" for i in range(L)]
+
+    ends = max(1, (L + 1) // 4)  # tables of the sparse layout: first and last layers
+    gone = int(config.drop_first)
+    first = {i: i + gone for i in range(ends - gone)}
+    last = {L - ends + i: i for i in range(ends)}
+    tables = {"none": {}, "all": {i: i for i in range(L)},
+              "mirror": {i: min(i, L - 1 - i) for i in range(L)},
+              "ends": first | last}[config.value_embeds]
+
+    half = L // 2
+    mirror = {2 * half - 1 - i: i for i in range(half)}
+    skips = {"none": {}, "weight": mirror, "sigmoid": mirror}.get(
+        config.unet, {dropped_attention(config): L // 3})
+    return [Layer(keys[i], tables.get(i), skips.get(i)) for i in range(L)]
+
+
+def dropped_attention(config: GPTConfig) -> int:
+    """The layer that record #17 leaves without attention: 7 of 12, 6 of 11."""
+    return 7 * config.num_layers // 12
+
+
+def backout_layer(config: GPTConfig) -> int:
+    return 2 * config.num_layers // 3
+
+
+# --- small parts ----------------------------------------------------------------------------------
 
 class Given(NamedTuple):
-    """What every layer is given besides x. Tensors or None, never ints: an int that changes
-    from layer to layer makes torch.compile build one graph each."""
+    """What a layer is given besides x. Tensors or None, never ints: an int that changes from layer
+    to layer makes torch.compile build one graph each."""
 
-    cos_TD: Tensor
-    sin_TD: Tensor
+    rotary: tuple[Tensor, Tensor]           # cos and sin, (positions, D/2)
+    keys: Keys | None = None                # which keys are seen; None: all up to the query's
+    x0_BTC: Tensor | None = None            # the embedding, as it enters the first block
+    first_v_BTHD: Tensor | None = None      # values of the first layer
+    bigram_BTC: Tensor | None = None
+    value_BTHD: Tensor | None = None        # this layer's value embedding
+    skip_BTC: Tensor | None = None          # output of the layer that this one is linked to
 
 
-def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension, no parameters, eps of the dtype (record #5)."""
-    return F.rms_norm(x, (x.size(-1),))
+class Then(nn.ModuleDict):
+    """Pieces that act in turn on one tensor; may be empty."""
+
+    def forward(self, x: Tensor, *rest) -> Tensor:
+        for piece in self.values():
+            x = piece(x, *rest)
+        return x
+
+
+def norm(x: Tensor, *_) -> Tensor:
+    """RMSNorm over the last dimension, no parameters, eps of fp32 (records #2 and #5)."""
+    return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
+
+
+class Norm(nn.Module):
+    """`norm` as a piece."""
+
+    def forward(self, x: Tensor, *_) -> Tensor:
+        return norm(x)
+
+
+def scalar() -> nn.Parameter:
+    """A learned number. 0-dimensional, so that it does not lift a bf16 stream to fp32."""
+    return nn.Parameter(torch.empty(()))
+
+
+def gate_weight(num_gates: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(num_gates, GATE_CHANNELS))
+
+
+def gate(weight: Tensor, x_BTC: Tensor) -> Tensor:
+    """(B, T, gates) between 0 and 1, from the first channels of the stream (record #28)."""
+    x = x_BTC[..., :GATE_CHANNELS]
+    return torch.sigmoid(F.linear(x, weight.to(x.dtype)))
 
 
 class Linear(nn.Module):
@@ -74,83 +242,407 @@ class Linear(nn.Module):
         return f"{in_dim} -> {out_dim}, {str(self.compute_dtype).removeprefix('torch.')}"
 
 
-def rotary_tables(seq_len: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency, (T, D/2) fp32: geometric frequencies 1 .. 1/base."""
-    freqs = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle_TD = torch.outer(torch.arange(seq_len, dtype=torch.float64), freqs)
-    return angle_TD.cos().float(), angle_TD.sin().float()
+class ScaledLinear(Linear):
+    """A matrix with a learned factor of its own (#47; on QKV it acts on the values alone, because
+    q and k are normed)."""
+
+    def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype):
+        super().__init__(in_dim, out_dim, compute_dtype)
+        self.factor = scalar()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.factor * self.weight
+        return F.linear(x.to(self.compute_dtype), weight.to(self.compute_dtype))
 
 
-def rotate(x_BTHD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+class Fp8Head(Linear):
+    """The head with its three products in fp8 while training (#19); bf16 in validation."""
+
+    def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype, factors):
+        super().__init__(in_dim, out_dim, compute_dtype)
+        self.factors = factors
+        self.register_buffer("grad_factor", torch.ones(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        x_NC = x.to(self.compute_dtype).flatten(0, -2)
+        y_NV = Fp8Linear.apply(x_NC, self.weight, *self.factors[:2], self.grad_factor)
+        return y_NV.unflatten(0, x.shape[:-1])
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ", fp8 in training"
+
+
+# --- positions ------------------------------------------------------------------------------------
+
+def rotary_frequencies(config: GPTConfig) -> Tensor:
+    """(D/2,) radians a position, fp64: geometric from 1 down to 1/base (record #2). With
+    rotary_half the second half of the pairs stays put, and the rest spans the whole range (#17)."""
+    if config.rotary_half:
+        turning = config.rotary_base ** -torch.linspace(0, 1, config.head_dim // 4,
+                                                        dtype=torch.float64)
+        return torch.cat([turning, torch.zeros_like(turning)])
+    return config.rotary_base ** -(
+        torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+
+
+def yarn(freqs: Tensor, windows: tuple[int, ...]) -> tuple[Tensor, float]:
+    """Frequencies and attention's temperature after the window grew through `windows` (tokens).
+
+    YaRN (Peng et al. 2023; record #31): a pair that turns more than 32 times in the old window
+    keeps its frequency, one that turns once or less slows down by old/new, between them linear;
+    attention gets sharper by 1 + 0.2 ln(new/old).
+    """
+    sharper = 1.0
+    for old, new in itertools.pairwise(windows):
+        if new != old:
+            turns = old * freqs / (2 * math.pi)
+            keep = ((turns - 1) / 31).clamp(0, 1)
+            freqs = freqs * (old / new + keep * (1 - old / new))
+            sharper *= 1 + 0.2 * math.log(new / old)
+    return freqs, sharper
+
+
+class Rotary(nn.Module):
     """Rotary embedding (Su et al. 2021; record #2): turn the pair (i, i + D/2) by its angle."""
-    cos, sin = cos_TD[:, None], sin_TD[:, None]  # the same for all heads
-    x1, x2 = x_BTHD.chunk(2, dim=-1)
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+    def forward(self, x_BTHD: Tensor, given: Given) -> Tensor:
+        cos_TD, sin_TD = (table[:x_BTHD.size(1), None] for table in given.rotary)
+        x1, x2 = x_BTHD.chunk(2, dim=-1)
+        turned = torch.cat([x1 * cos_TD + x2 * sin_TD, x2 * cos_TD - x1 * sin_TD], dim=-1)
+        return turned.type_as(x_BTHD)
+
+
+class KeyOffset(nn.Module):
+    """The dimensions that do not turn come from the position before, so that a head can look for
+    "what followed this token" in one layer (#49)."""
+
+    def forward(self, k_BTHD: Tensor, given: Given) -> Tensor:
+        t1, s1, t2, s2 = k_BTHD.chunk(4, dim=-1)  # turning, still, turning, still
+        s1, s2 = (torch.cat([s[:, :1], s[:, :-1]], dim=1) for s in (s1, s2))
+        return torch.cat([t1, s1, t2, s2], dim=-1)
+
+
+# --- what is done with values ---------------------------------------------------------------------
+
+class MixOne(nn.Module):
+    """v = (1 - l) v + l e: with the first layer's values (Zhou et al. 2024; record #9) or with a
+    value embedding (record #14)."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.source = source
+        self.value_lambda = scalar()
+
+    def forward(self, v_BTHD: Tensor, h_BTC: Tensor, given: Given) -> Tensor:
+        e_BTHD = getattr(given, self.source)
+        return (1 - self.value_lambda) * v_BTHD + self.value_lambda * e_BTHD
+
+    def extra_repr(self) -> str:
+        return f"{self.source}"
+
+
+class ScaleValue(nn.Module):
+    """v = a v, in layers without a table of their own (record #17)."""
+
+    def __init__(self):
+        super().__init__()
+        self.value_lambda = scalar()
+
+    def forward(self, v_BTHD: Tensor, h_BTC: Tensor, given: Given) -> Tensor:
+        return self.value_lambda * v_BTHD
+
+
+class MixTwo(nn.Module):
+    """v = a v + b e (record #15)."""
+
+    def __init__(self):
+        super().__init__()
+        self.value_lambda, self.embed_lambda = scalar(), scalar()
+
+    def forward(self, v_BTHD: Tensor, h_BTC: Tensor, given: Given) -> Tensor:
+        return self.value_lambda * v_BTHD + self.embed_lambda * given.value_BTHD
+
+
+class AddValue(nn.Module):
+    """v = v + e (#47)."""
+
+    def forward(self, v_BTHD: Tensor, h_BTC: Tensor, given: Given) -> Tensor:
+        return v_BTHD + given.value_BTHD
+
+
+class GateValue(nn.Module):
+    """v = v + 2 sigmoid(W h) e, a gate for each head (#55)."""
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.value_gate = gate_weight(num_heads)
+
+    def forward(self, v_BTHD: Tensor, h_BTC: Tensor, given: Given) -> Tensor:
+        return v_BTHD + 2 * gate(self.value_gate, h_BTC).unsqueeze(-1) * given.value_BTHD
+
+
+def value_piece(config: GPTConfig, layer: Layer) -> dict[str, nn.Module]:
+    if config.value_residual:
+        return {"residual": MixOne("first_v_BTHD")}
+    if layer.value_table is None:
+        sparse = config.value_embeds == "ends" and config.value_mix == "two"
+        return {"scale": ScaleValue()} if sparse else {}
+    make = {"one": lambda: MixOne("value_BTHD"), "two": MixTwo, "add": AddValue,
+            "gate": lambda: GateValue(config.num_heads)}
+    return {"embed": make[config.value_mix]()}
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+class Scores(nn.Module):
+    """softmax(q k^T) v over the keys that are seen."""
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, given: Given) -> Tensor:
+        return attention(q_BTHD, k_BTHD, v_BTHD, self.scale, given.keys)
+
+    def extra_repr(self) -> str:
+        return f"scale {self.scale:.4g}"
+
+
+class HeadGate(nn.Module):
+    """Each head's output times sigmoid(W h) (sparse attention gate, #28)."""
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.attn_gate = gate_weight(num_heads)
+
+    def forward(self, y_BTHD: Tensor, h_BTC: Tensor) -> Tensor:
+        return y_BTHD * gate(self.attn_gate, h_BTC).unsqueeze(-1)
+
+
+class Damping(nn.Module):
+    """y times a constant (records #2 to #4)."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, y: Tensor, *_) -> Tensor:
+        return y * self.factor
+
+    def extra_repr(self) -> str:
+        return f"{self.factor:.4f}"
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions; adds to the residual stream."""
+    """Causal self-attention; adds to the residual stream."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: Layer):
         super().__init__()
-        dim, dtype = config.model_dim, DTYPES[config.compute_dtype]
+        dim, dtype, heads = config.model_dim, DTYPES[config.compute_dtype], config.num_heads
+        linear = ScaledLinear if config.qkv_lambda else Linear
+        scale = config.head_dim ** -0.5 if config.attn_scale is None else config.attn_scale
         self.head_dim = config.head_dim
-        self.scale = config.head_dim ** -0.5
-        self.q, self.k, self.v = (Linear(dim, dim, dtype) for _ in range(3))
-        self.out = Linear(dim, dim, dtype)
-        self.qk_norm = norm if config.qk_norm else nn.Identity()
+        self.qkv = linear(dim, 3 * dim, dtype)
+        self.on_v = Then(value_piece(config, layer))
+        # A pair of heads in one stream of 2T positions: queries of one see keys of both (#58).
+        # Which two heads share a stream is only a name; here it is h and h + H/2.
+        self.streams = heads // 2 if layer.keys == "paired" else heads
+        self.on_qk = Then({
+            "none": lambda: {"rotary": Rotary()},
+            "after": lambda: {"rotary": Rotary(), "norm": Norm()},
+            "before": lambda: {"norm": Norm(), "rotary": Rotary()}}[config.qk_norm]())
+        self.on_k = Then({"offset": KeyOffset()} if config.key_offset and layer.keys == "long"
+                         else {})
+        self.scores = Scores(scale)
+        self.on_y = Then({"gate": HeadGate(heads)} if config.attn_gate else {})
+        self.out = linear(dim, dim, dtype)
+        self.on_out = Then({"damping": Damping((2 * config.num_layers) ** -0.5)}
+                           if config.attn_damping else {})
 
     def forward(self, x_BTC: Tensor, given: Given) -> Tensor:
         h_BTC = norm(x_BTC)
-        q_BTHD, k_BTHD, v_BTHD = (
-            project(h_BTC).unflatten(-1, (-1, self.head_dim))
-            for project in (self.q, self.k, self.v))
-        q_BTHD = rotate(self.qk_norm(q_BTHD), given.cos_TD, given.sin_TD)
-        k_BTHD = rotate(self.qk_norm(k_BTHD), given.cos_TD, given.sin_TD)
-        y_BTHD = attention(q_BTHD, k_BTHD, v_BTHD, self.scale)
-        return x_BTC + self.out(y_BTHD.flatten(-2))
+        q_BTHD, k_BTHD, v_BTHD = self.qkv(h_BTC).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        v_BTHD = self.on_v(v_BTHD, h_BTC, given).type_as(q_BTHD)
+        q, k, v = (x.reshape(x.size(0), -1, self.streams, self.head_dim)
+                   for x in (q_BTHD, k_BTHD, v_BTHD))
+        q, k = self.on_qk(q, given), self.on_k(self.on_qk(k, given), given)
+        y_BTHD = self.on_y(self.scores(q, k, v, given).reshape_as(q_BTHD), h_BTC)
+        return x_BTC + self.on_out(self.out(y_BTHD.flatten(-2)))
 
+
+# --- the other pieces of a block ------------------------------------------------------------------
 
 class MLP(nn.Module):
-    """Two matrices with ReLU^2 between them (So et al. 2021; record #5)."""
+    """Two matrices with GELU or ReLU^2 (So et al. 2021; record #5) between them."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         dim, dtype = config.model_dim, DTYPES[config.compute_dtype]
         self.fc = Linear(dim, config.mlp_ratio * dim, dtype)
+        self.activation = {"gelu": nn.GELU, "relu2": ReLU2}[config.activation]()
         self.proj = Linear(config.mlp_ratio * dim, dim, dtype)
 
     def forward(self, x_BTC: Tensor, given: Given) -> Tensor:
-        return x_BTC + self.proj(F.relu(self.fc(norm(x_BTC))).square())
+        return x_BTC + self.proj(self.activation(self.fc(norm(x_BTC))))
 
 
-class Block(nn.Module):
-    """One layer: its pieces, in the order in which they act on x."""
+class ReLU2(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
 
-    def __init__(self, config: GPTConfig, layer: int):
+
+class Skip(nn.Module):
+    """x = x + w * output of an earlier layer (U-net, record #11)."""
+
+    def __init__(self):
         super().__init__()
-        self.attn = Attention(config)
-        self.mlp = MLP(config)
+        self.skip_lambda = scalar()
 
     def forward(self, x_BTC: Tensor, given: Given) -> Tensor:
-        for piece in self.children():
-            x_BTC = piece(x_BTC, given)
-        return x_BTC
+        return x_BTC + self.skip_lambda * given.skip_BTC
 
 
-class Softcap(nn.Module):
-    """cap * tanh(z / cap): logits that cannot run away (Gemma 2; record #9)."""
+class SigmoidSkip(Skip):
+    """x = x + sigmoid(w) * output of an earlier layer (#32; a single one from #45)."""
 
-    def __init__(self, cap: float):
+    def forward(self, x_BTC: Tensor, given: Given) -> Tensor:
+        return x_BTC + torch.sigmoid(self.skip_lambda) * given.skip_BTC
+
+
+class GatedSkip(Skip):
+    """x = x + sigmoid(w) * 2 sigmoid(W x0) * output of an earlier layer (#55)."""
+
+    def __init__(self):
         super().__init__()
-        self.cap = cap
+        self.skip_gate = gate_weight(1)
 
-    def forward(self, logits_BTV: Tensor) -> Tensor:
-        return self.cap * torch.tanh(logits_BTV / self.cap)
+    def forward(self, x_BTC: Tensor, given: Given) -> Tensor:
+        opened = 2 * torch.sigmoid(self.skip_lambda) * gate(self.skip_gate, given.x0_BTC)
+        return x_BTC + opened * given.skip_BTC
+
+
+class MixX0(nn.Module):
+    """x = a x + b x0: the embedding again, at the start of each block (record #9)."""
+
+    def __init__(self):
+        super().__init__()
+        self.resid_lambda, self.x0_lambda = scalar(), scalar()
+
+    def forward(self, x_BTC: Tensor, given: Given) -> Tensor:
+        return self.resid_lambda * x_BTC + self.x0_lambda * given.x0_BTC
+
+
+class AddBigram(nn.Module):
+    """x = x + c * embedding of the last two tokens' hash (record #62)."""
+
+    def __init__(self):
+        super().__init__()
+        self.bigram_lambda = scalar()
+
+    def forward(self, x_BTC: Tensor, given: Given) -> Tensor:
+        return x_BTC + self.bigram_lambda * given.bigram_BTC
+
+
+class Block(Then):
+    """One layer: its pieces, in the order in which they act on x."""
+
+    def __init__(self, config: GPTConfig, index: int, layer: Layer):
+        pieces: dict[str, nn.Module] = {}
+        if layer.skip_from is not None:
+            pieces["skip"] = {"weight": Skip, "gate": GatedSkip}.get(config.unet, SigmoidSkip)()
+        if config.x0_lambdas:
+            pieces["x0"] = MixX0()
+        if config.bigram:
+            pieces["bigram"] = AddBigram()
+        if not (config.drop_attention and index == dropped_attention(config)):
+            pieces["attn"] = Attention(config, layer)
+        if not (config.drop_mlp and index == 0):
+            pieces["mlp"] = MLP(config)
+        super().__init__(pieces)
+        self.layer = layer
 
     def extra_repr(self) -> str:
-        return f"{self.cap}"
+        table, source = self.layer.value_table, self.layer.skip_from
+        return ", ".join(
+            [f"{self.layer.keys} window"] * ("attn" in self)
+            + [f"value table {table}"] * (table is not None)
+            + [f"skip from layer {source}"] * (source is not None))
 
+
+# --- before and after the blocks ------------------------------------------------------------------
+
+class Smear(nn.Module):
+    """e_t = e_t + l sigmoid(W e_t) e_{t-1} (#34). Documents are not kept apart here."""
+
+    def __init__(self):
+        super().__init__()
+        self.smear_gate, self.smear_lambda = gate_weight(1), scalar()
+
+    def forward(self, e_BTC: Tensor) -> Tensor:
+        now, before = e_BTC[:, 1:], e_BTC[:, :-1]
+        smeared = now + self.smear_lambda * gate(self.smear_gate, now) * before
+        return torch.cat([e_BTC[:, :1], smeared], dim=1)
+
+
+class Bigrams(nn.Embedding):
+    """An embedding of (token before, token), hashed into a few vocabularies of rows (#62)."""
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        last = self.num_embeddings - 1  # the first position of a row has no token before
+        now, before = tokens_BT[:, 1:].long(), tokens_BT[:, :-1].long()
+        hashed = torch.bitwise_xor(36313 * now, 27191 * before) % last
+        return super().forward(F.pad(hashed, (1, 0), value=last))
+
+
+class Backout(nn.Module):
+    """x = x - l * output of a middle layer: what served there need not reach the head (#40)."""
+
+    def __init__(self, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.backout_lambda = scalar()
+
+    def forward(self, x_BTC: Tensor, outputs: dict[int, Tensor]) -> Tensor:
+        return x_BTC - self.backout_lambda * outputs[self.layer]
+
+    def extra_repr(self) -> str:
+        return f"layer {self.layer}"
+
+
+class TanhCap(nn.Module):
+    """cap * tanh(z / div): logits that cannot run away (Gemma 2; record #9)."""
+
+    def __init__(self, cap: float, div: float, shift: float):
+        super().__init__()
+        self.cap, self.div, self.shift = cap, div, shift
+
+    def forward(self, z_BTV: Tensor) -> Tensor:
+        return self.cap * torch.tanh((z_BTV + self.shift) / self.div)
+
+    def extra_repr(self) -> str:
+        return f"cap {self.cap:g}, (z + {self.shift:g}) / {self.div:.4g}"
+
+
+class SigmoidCap(TanhCap):
+    """cap * sigmoid((z + shift) / div): the same curve moved up, which softmax does not see (#19),
+    until a shift makes room for larger logits (#54)."""
+
+    def forward(self, z_BTV: Tensor) -> Tensor:
+        return self.cap * torch.sigmoid((z_BTV + self.shift) / self.div)
+
+
+def softcap_piece(config: GPTConfig) -> dict[str, nn.Module]:
+    if config.logit_softcap is None:
+        return {}
+    div = config.logit_softcap if config.softcap_div is None else config.softcap_div
+    div *= math.sqrt(config.model_dim) if config.softcap_sqrt_dim else 1.0
+    cap = {"tanh": TanhCap, "sigmoid": SigmoidCap}[config.softcap_kind]
+    return {"softcap": cap(config.logit_softcap, div, config.softcap_shift)}
+
+
+# --- the whole ------------------------------------------------------------------------------------
 
 class GPT(nn.Module):
     """tokens -> embedding -> blocks -> head -> loss."""
@@ -158,37 +650,122 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        dim, dtype = config.model_dim, DTYPES[config.compute_dtype]
-        self.embed = nn.Embedding(config.padded_vocab_size, dim)
-        self.embed_norm = norm if config.embed_norm else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
-        self.lm_head = Linear(dim, config.padded_vocab_size, dtype)
+        dim, rows, dtype = config.model_dim, config.padded_vocab_size, DTYPES[config.compute_dtype]
+        table_dtype = DTYPES[config.embed_dtype]
+        self.stream_dtype = DTYPES[config.stream_dtype]
+        self.plan = layer_plan(config)
+
+        self.embed = nn.Embedding(rows, dim, dtype=table_dtype)
+        self.on_embed = Then({"smear": Smear()} if config.smear else {})
+        if config.embed_norm:
+            self.on_embed["norm"] = Norm()
+        tables = {layer.value_table for layer in self.plan} - {None}
+        self.value_embeds = nn.ModuleDict({
+            str(i): nn.Embedding(rows, dim, dtype=table_dtype) for i in sorted(tables)})
+        self.blocks = nn.ModuleList(
+            Block(config, i, layer) for i, layer in enumerate(self.plan))
+        self.on_end = Then({"backout": Backout(backout_layer(config))} if config.backout else {})
+        self.lm_head = Linear(dim, rows, DTYPES[config.head]) if config.head != "fp8" else (
+            Fp8Head(dim, rows, dtype, config.fp8_factors))
         if config.tied_head:
             self.lm_head.weight = self.embed.weight
-        self.softcap = nn.Identity() if config.logit_softcap is None else (
-            Softcap(config.logit_softcap))
-        # Positions restart with every row; rows are never longer in training than seq_len.
-        cos, sin = rotary_tables(config.seq_len, config.head_dim, config.rotary_base)
-        self.register_buffer("cos_TD", cos.to(dtype), persistent=False)
-        self.register_buffer("sin_TD", sin.to(dtype), persistent=False)
+        self.on_logits = Then(softcap_piece(config))
 
-    def hidden(self, inputs_BT: Tensor) -> Tensor:
+        # What all layers are given, made once a forward pass from (tokens, x0): Given's fields.
+        self.shared: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+        if config.x0_lambdas:
+            self.shared["x0_BTC"] = self.embedding_again
+        if config.value_residual:
+            self.shared["first_v_BTHD"] = self.first_values
+        if config.bigram:
+            self.bigram = Bigrams(config.bigram_rows, dim, dtype=table_dtype)
+            self.shared["bigram_BTC"] = self.bigrams
+        self.see = self.see_documents if config.packed else self.see_row
+
+        # Rotary tables of every position; two positions a token where heads share a stream.
+        positions = (config.max_seq_len or config.seq_len) * (2 if config.paired_heads else 1)
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(positions, config.head_dim // 2),
+                                 persistent=False)
+        self.register_buffer("target_weights", torch.ones(1), persistent=False)
+        self.set_stage(Stage())
+
+    @torch.no_grad()
+    def set_stage(self, stage: Stage) -> None:
+        """Take what `stage` says. Costs a few small kernels; call it when the stage changes."""
+        self.stage = stage
+        freqs, sharper = yarn(rotary_frequencies(self.config), stage.yarn_windows)
+        angle = torch.outer(torch.arange(len(self.cos), dtype=torch.float64), freqs)
+        # q and k both carry the root of YaRN's temperature, so that no kernel sees a new number.
+        self.cos.copy_(angle.cos() * math.sqrt(sharper))
+        self.sin.copy_(angle.sin() * math.sqrt(sharper))
+        self.embeds_from = "lm_head" if stage.tied else "embed"
+        if len(stage.target_weights) != len(self.target_weights):
+            self.target_weights = torch.ones(len(stage.target_weights), device=self.cos.device)
+        self.target_weights.copy_(torch.tensor(stage.target_weights))
+        if isinstance(self.lm_head, Fp8Head):
+            self.lm_head.grad_factor.fill_(self.config.fp8_factors[2] * stage.batch_tokens)
+
+    @torch.no_grad()
+    def untie(self) -> None:
+        """The embedding becomes a copy of the head's table that was used in its place (#51)."""
+        self.embed.weight.copy_(self.lm_head.weight)
+
+    def embedding_again(self, tokens_BT: Tensor, x0_BTC: Tensor) -> Tensor:
+        return x0_BTC
+
+    def bigrams(self, tokens_BT: Tensor, x0_BTC: Tensor) -> Tensor:
+        return self.bigram(tokens_BT).to(self.stream_dtype)
+
+    def first_values(self, tokens_BT: Tensor, x0_BTC: Tensor) -> Tensor:
+        """(B, T, H, D): layer 0's values. Computed ahead, since its input is x0 up to a factor."""
+        attn = self.blocks[0]["attn"]
+        weight = attn.qkv.weight[2 * self.config.model_dim:].to(attn.qkv.compute_dtype)
+        return F.linear(norm(x0_BTC).to(weight.dtype), weight).unflatten(-1, (-1, attn.head_dim))
+
+    def see_row(self, tokens_BT: Tensor) -> dict[str, Keys | None]:
+        return {"long": None}
+
+    def see_documents(self, tokens_BT: Tensor) -> dict[str, Keys]:
+        """Documents and windows, once for all layers of a kind."""
+        doc_BT, T = document_ids(tokens_BT, self.config.bos_id), tokens_BT.size(1)
+        long, short = self.stage.window or T, self.stage.short_window or T
+        make = {"long": lambda: packed_keys(doc_BT, long),
+                "short": lambda: packed_keys(doc_BT, short),
+                "paired": lambda: packed_keys(doc_BT.repeat_interleave(2, 1), short)}
+        return {kind: make[kind]() for kind in {layer.keys for layer in self.plan}}
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
         """(B, T) tokens -> (B, T, C), normed, ready for the head."""
-        seq_len = inputs_BT.size(1)
-        given = Given(self.cos_TD[:seq_len], self.sin_TD[:seq_len])
-        x_BTC = self.embed_norm(self.embed(inputs_BT))
-        for block in self.blocks:
-            x_BTC = block(x_BTC, given)
-        return norm(x_BTC)
+        table = getattr(self, self.embeds_from).weight
+        x_BTC = self.on_embed(F.embedding(tokens_BT, table).to(self.stream_dtype))
+        given = Given((self.cos, self.sin), **{
+            name: make(tokens_BT, x_BTC) for name, make in self.shared.items()})
+        keys = self.see(tokens_BT)
+        values: dict[int | None, Tensor | None] = {None: None} | {
+            int(i): table(tokens_BT).to(self.stream_dtype).unflatten(-1, (-1, self.config.head_dim))
+            for i, table in self.value_embeds.items()}
+        outputs: dict[int | None, Tensor | None] = {None: None}
+        for i, (layer, block) in enumerate(zip(self.plan, self.blocks)):
+            x_BTC = outputs[i] = block(x_BTC, given._replace(
+                keys=keys[layer.keys], value_BTHD=values[layer.value_table],
+                skip_BTC=outputs[layer.skip_from]))
+        return norm(self.on_end(x_BTC, outputs))
 
     def logits(self, x_BTC: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, V) in fp32; the columns past vocab_size are padding."""
-        return self.softcap(self.lm_head(x_BTC).float())
+        return self.on_logits(self.lm_head(x_BTC).float())
 
     def head_loss(self, x_BTC: Tensor, targets_BT: Tensor) -> Tensor:
-        """Cross-entropy in nats, summed over the B*T tokens: fp32 scalar."""
+        """Cross-entropy in nats, summed over the B*T tokens: fp32 scalar. With several targets
+        (multi-token prediction, #53) each has its weight; they do not reach into the next row."""
         logits_BTV = self.logits(x_BTC)
-        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
+        for ahead in range(1, len(self.target_weights)):
+            loss = loss + self.target_weights[ahead] * F.cross_entropy(
+                logits_BTV[:, :-ahead].flatten(0, 1), targets_BT[:, ahead:].flatten(),
+                reduction="sum")
+        return loss
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The summed cross-entropy of predicting targets from inputs, both (B, T).
@@ -198,57 +775,97 @@ class GPT(nn.Module):
         """
         return self.head_loss(self.hidden(inputs_BT), targets_BT)
 
+    def init_rules(self) -> dict[str, tuple]:
+        """Ending of a parameter's name -> ("uniform" or "normal", std) or ("constant", value)."""
+        c = self.config
+        dim = c.model_dim
+        qkv_std = c.init_std if c.qkv_init_std is None else c.qkv_init_std
+        zero = ("constant", 0.0)
 
-def init_weights(model: GPT, seed: int) -> None:
-    """Set every parameter, by name, from one seed; the same values on every device and rank.
+        def matrix(std: float, fan_in: int) -> tuple:
+            return ("uniform", std * fan_in ** -0.5)
 
-    Raises ValueError for a parameter that no rule names: a forgotten one must not train.
-    """
+        def out(fan_in: int) -> tuple:
+            return zero if c.zero_proj else matrix(c.init_std, fan_in)
+
+        return {
+            "embed.weight": matrix(3 ** -0.5, dim) if c.tied_head else ("normal", 1.0),
+            "lm_head.weight": ("normal", c.head_init_std),
+            "qkv.weight": matrix(qkv_std, dim), "out.weight": out(dim),
+            "fc.weight": matrix(c.init_std, dim), "proj.weight": out(c.mlp_ratio * dim),
+            "value_embeds": ("normal", c.value_embed_init_std), "bigram.weight": zero,
+            "attn_gate": zero, "value_gate": zero, "skip_gate": zero, "smear_gate": zero,
+            "value_lambda": ("constant", 0.5), "embed_lambda": ("constant", 0.5),
+            "resid_lambda": ("constant", c.resid_lambda), "x0_lambda": zero,
+            "bigram_lambda": ("constant", 0.1), "smear_lambda": zero,
+            "backout_lambda": ("constant", 0.5),
+            "skip_lambda": ("constant", 1.0 if c.unet == "weight" else -1.5),
+            "qkv.factor": ("constant", 0.5), "out.factor": ("constant", 1.0),
+        }
+
+
+def init_rule(model: nn.Module, name: str) -> tuple:
+    """The rule of init_rules that names this parameter. Raises ValueError where none does: a
+    forgotten parameter must not train."""
+    rules = model.init_rules()
+    key = "value_embeds" if name.startswith("value_embeds.") else next(
+        (ending for ending in rules if name.endswith(ending)), None)
+    if key is None:
+        raise ValueError(f"no initialisation for parameter {name}: add a rule to init_rules of "
+                         f"{type(model).__name__}")
+    return rules[key]
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, seed: int) -> None:
+    """Set every parameter, by name, from one seed; the same values on every device and rank."""
     generator = torch.Generator().manual_seed(seed)
-    tied = model.config.tied_head
-
-    def uniform(p: Tensor) -> Tensor:  # torch's default for nn.Linear: bound 1/sqrt(fan_in)
-        bound = p.size(-1) ** -0.5
-        return torch.empty(p.shape).uniform_(-bound, bound, generator=generator)
-
-    rules = {
-        "embed.weight": uniform if tied else lambda p: torch.randn(p.shape, generator=generator),
-        "lm_head.weight": torch.zeros_like,     # record #8
-        "attn.q.weight": uniform, "attn.k.weight": uniform, "attn.v.weight": uniform,
-        "attn.out.weight": torch.zeros_like,    # each block starts as the identity (record #5)
-        "mlp.fc.weight": uniform,
-        "mlp.proj.weight": torch.zeros_like,
-    }
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            rule = next((r for suffix, r in rules.items() if name.endswith(suffix)), None)
-            if rule is None:
-                raise ValueError(f"no initialisation for parameter {name} {tuple(p.shape)}: "
-                                 "add a rule to init_weights in model.py")
-            p.copy_(rule(p))
+    for name, p in model.named_parameters():
+        kind, number = init_rule(model, name)
+        if kind == "constant" or number == 0:
+            p.fill_(number)
+        elif kind == "uniform":
+            bound = math.sqrt(3) * number
+            p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
+        else:
+            p.copy_(torch.empty(p.shape).normal_(0, number, generator=generator))
 
 
 def param_role(name: str) -> str:
-    """Which optimizer group a parameter belongs to: embed, head, scalar or matrix."""
-    if name == "embed.weight":
-        return "embed"
-    if name == "lm_head.weight":
-        return "head"
-    return "matrix"
+    """What a parameter is to the optimizer; see recipes.optimizer_groups."""
+    if name.startswith("value_embeds."):
+        return "value_embed"
+    of_name = {"embed.weight": "embed", "lm_head.weight": "head", "bigram.weight": "bigram",
+               "position.weight": "embed", "qkv.weight": "attn_in", "out.weight": "attn_out",
+               "fc.weight": "mlp_in", "proj.weight": "mlp_out"}
+    last = name.rpartition(".")[2]
+    role = next((role for ending, role in of_name.items() if name.endswith(ending)), None)
+    if role is not None:
+        return role
+    if last.endswith("_gate"):
+        return last
+    return "x0_lambda" if last == "x0_lambda" else "scalar"
 
 
-def num_parameters(model: GPT) -> int:
+def num_parameters(model: nn.Module) -> int:
     """Trained numbers, a tied head counted once."""
     return sum(p.numel() for p in model.parameters())
 
 
-def flops_per_token(model: GPT) -> float:
+def mean_keys(seq_len: int, window: int | None) -> float:
+    """Keys a token sees on average in a row without document bounds."""
+    W = min(window or seq_len, seq_len)
+    return W - W * (W - 1) / (2 * seq_len)
+
+
+def flops_per_token(model: nn.Module) -> float:
     """Forward and backward FLOPs a token: 6 x parameters of matrix products, plus 12 C times the
     keys a token attends to on average, per attention layer. The softmax that backward recomputes
-    is not counted.
+    is not counted; neither are document bounds, which only take keys away.
     """
-    config = model.config
+    config, stage = model.config, model.stage
     matmul_parameters = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
-    mean_keys = (config.seq_len + 1) / 2
-    num_attention = sum(isinstance(m, Attention) for m in model.modules())
-    return 6 * matmul_parameters + 12 * config.model_dim * mean_keys * num_attention
+    windows = {"long": stage.window, "short": stage.short_window, "paired": stage.short_window}
+    keys = sum(mean_keys(config.seq_len, windows[block.layer.keys])
+               for block in model.blocks if "attn" in block)
+    return 6 * matmul_parameters + 12 * config.model_dim * keys

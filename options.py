@@ -57,7 +57,8 @@ def _parse(name: str, text: str, kind) -> object:
             return {"true": True, "1": True, "yes": True, "on": True,
                     "false": False, "0": False, "no": False, "off": False}[text.lower()]
         if typing.get_origin(kind) is tuple:
-            return tuple(float(part) for part in text.split(","))
+            of = typing.get_args(kind)[0]
+            return tuple(of(part.replace("_", "")) for part in text.split(",") if part)
         if kind is int:
             return int(text.replace("_", ""))
         return kind(text)
@@ -76,7 +77,8 @@ _NOT_OPTIONS = {"model", "record", "scale", "title", "track", "corpus"}
 
 def recipe_kinds() -> dict[str, object]:
     """Name -> type of every recipe field that an option may set, the model's fields included."""
-    own = {k: v for k, v in _kinds(Recipe).items() if k not in _NOT_OPTIONS}
+    own = {k: v for k, v in _kinds(Recipe).items()
+           if k not in _NOT_OPTIONS and typing.get_origin(v) is not dict}
     return own | _kinds(GPTConfig)
 
 
@@ -180,7 +182,8 @@ def help_text() -> str:
         "  NNODES=2 NODE_RANK=0 MASTER_ADDR=host ./run.sh",
         "                                 several machines: one call on each",
         "",
-        f"Records: {', '.join(map(str, sorted(RECORDS)))}.  Scales: {', '.join(SCALES)}.",
+        *textwrap.wrap(f"Records: {', '.join(map(str, sorted(RECORDS)))}.", 80),
+        f"Scales: {', '.join(SCALES)}.",
         "",
         "Options of the run:",
         rows((f.name, f.metadata["help"]) for f in fields(Run)),

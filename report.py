@@ -14,6 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import recipes
+from kernels import describe_attention
 from model import GPT, num_parameters
 from ranks import Signal, World
 from recipes import Recipe, batch_shape
@@ -139,7 +140,8 @@ def header(recipe: Recipe, seed: int, model: GPT, data: str, world: World, how: 
                  f"{recipe.model.seq_len}: {recipe.total_tokens:,} tokens",
         "device": f"{world.size} x " + (where["gpu"] if on_gpu else
                                         f"{where['cpu']}, {where['threads']} threads"),
-        "backends": f"{recipe.model.compute_dtype} products; {how}; attention: SDPA; "
+        "backends": f"{recipe.model.compute_dtype} products; {how}; "
+                    f"attention: {describe_attention(world.device, recipe.model.packed)}; "
                     f"collectives: {dist.get_backend() if world.size > 1 else 'none (one rank)'}",
         "data": data,
         "target": "not fixed yet" if recipe.target is None else f"val_loss {recipe.target}",

@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import checkpoint
@@ -37,7 +38,7 @@ from data import corpus, fineweb
 from data.loader import Batch, Loader, check_enough_tokens, rank_rows, val_batches
 from data.shards import data_digest
 from kernels import peak_flops
-from model import GPT, flops_per_token, init_weights, num_parameters
+from model import GPT, flops_per_token, num_parameters
 from muon import Muon
 from ranks import (
     Clock,
@@ -88,8 +89,9 @@ def find_data(recipe: Recipe, run: options.Run) -> Data:
     bos_id = corpus.BOS if recipe.corpus == "built-in" else fineweb.BOS
     check_enough_tokens(train_files, partial(batch_shape, recipe=recipe),
                         recipe.num_iterations, vocab_size=recipe.model.vocab_size, bos_id=bos_id,
-                        repeat_first=recipe.first_batch_repeated)
-    val_batches(val_files, recipe.val_tokens, recipe.model.seq_len, 1,
+                        repeat_first=recipe.first_batch_repeated, align=recipe.data_align,
+                        max_doc_len=recipe.max_doc_len)
+    val_batches(val_files, recipe.val_tokens, recipe.val_row, 1,
                 vocab_size=recipe.model.vocab_size)
     return Data(train_files, val_files, bos_id, data_digest([*train_files, *val_files]))
 
@@ -147,15 +149,13 @@ def _read(path: str) -> str:
 # --- model and optimizer --------------------------------------------------------------------------
 
 def build_model(recipe: Recipe, seed: int, device: torch.device) -> GPT:
-    model = GPT(recipe.model)
-    init_weights(model, seed)  # on the CPU, so that every device starts from the same numbers
-    return model.to(device)
+    return recipes.build_model(recipe, seed).to(device)
 
 
 def build_optimizer(model: GPT, recipe: Recipe) -> Muon:
     """One optimizer for all parameters, grouped by the recipe."""
     return Muon(recipes.optimizer_groups(recipe, model.named_parameters()), reduce="sum",
-                collective=recipe.grad_collective)
+                collective=recipe.grad_collective, overlap=recipe.grad_overlap)
 
 
 def nonfinite_names(optimizer: Muon) -> list[str]:
@@ -180,6 +180,7 @@ def compile_segments(model: GPT) -> None:
     arrive block by block, so that their reduction overlaps with the rest of the backward pass."""
     # A block that no longer fits the cache would run eager with only a warning.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.recompile_limit = 64  # kinds of blocks x shapes of batches
     for block in model.blocks:
         block.compile(dynamic=False)
     model.head_loss = torch.compile(model.head_loss, dynamic=False)
@@ -203,7 +204,24 @@ def micro_batches(batch: Batch, micro_rows: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(batch.inputs_BT.split(micro_rows), batch.targets_BT.split(micro_rows)))
 
 
-def train_step(model: GPT, optimizer: Muon, batch: Batch, micro_rows: int,
+def clip_gradients(model: GPT, largest: float) -> None:
+    """Scale all gradients down so that the norm of their sum over ranks is at most `largest`.
+
+    Record #1 alone does it. The norm is known only after all gradients have met, so they meet here,
+    and each rank hands the optimizer, which adds them up, its share of the sum.
+    """
+    grads = [p.grad for p in model.parameters()]
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    if size > 1:
+        for grad in grads:
+            dist.all_reduce(grad)
+    total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
+    factor = (largest / (total + 1e-6)).clamp(max=1.0) / size
+    for grad in grads:
+        grad.mul_(factor)
+
+
+def train_step(model: GPT, optimizer: Muon, recipe: Recipe, batch: Batch, micro_rows: int,
                global_tokens: int) -> Tensor:
     """Gradients of one step and the update; returns this rank's share of the mean loss.
 
@@ -212,11 +230,13 @@ def train_step(model: GPT, optimizer: Muon, batch: Batch, micro_rows: int,
     share = torch.zeros((), device=batch.inputs_BT.device)
     parts = micro_batches(batch, micro_rows)
     for i, (inputs_BT, targets_BT) in enumerate(parts):
-        if i == len(parts) - 1:
+        if i == len(parts) - 1 and recipe.grad_clip is None:
             optimizer.arm()  # from here on a bucket is reduced as soon as its gradients are there
         loss = model(inputs_BT, targets_BT) / global_tokens
         loss.backward()
         share += loss.detach()
+    if recipe.grad_clip is not None:
+        clip_gradients(model, recipe.grad_clip)
     optimizer.step()
     optimizer.zero_grad()
     return share
@@ -230,8 +250,9 @@ def evaluate(model: GPT, recipe: Recipe, data: Data, world: World, micro_rows: i
     """
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for batch in val_batches(data.val_files, recipe.val_tokens, recipe.model.seq_len, micro_rows,
-                             world.rank, world.size, vocab_size=recipe.model.vocab_size,
+    rows = max(1, micro_rows * recipe.model.seq_len // recipe.val_row)
+    for batch in val_batches(data.val_files, recipe.val_tokens, recipe.val_row, rows, world.rank,
+                             world.size, vocab_size=recipe.model.vocab_size,
                              device=world.device):
         total += model(batch.inputs_BT, batch.targets_BT).double()
     model.train()
@@ -252,22 +273,26 @@ def warm_up(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: Worl
 
     before = {k: v.clone() for k, v in state().items()}
     optimizer_before = optimizer.state_dict()
-    num_rows, seq_len = batch_shape(0, recipe)
-    rows = len(rank_rows(num_rows, world.rank, world.size))
     generator = torch.Generator().manual_seed(0)
-    for _ in range(2):
+    for step in [0, *recipes.stage_steps(recipe)]:
+        recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
+        num_rows, seq_len = batch_shape(step, recipe)
+        rows = len(rank_rows(num_rows, world.rank, world.size))
         tokens = torch.randint(recipe.model.vocab_size, (rows, seq_len + 1),
                                generator=generator).to(world.device)
         batch = Batch(tokens[:, :-1].int().contiguous(), tokens[:, 1:].contiguous())
-        train_step(model, optimizer, batch, micro_rows, num_rows * seq_len)
-    val_tokens = recipe.model.seq_len * min(micro_rows * world.size,
-                                            recipe.val_tokens // recipe.model.seq_len)
+        train_step(model, optimizer, recipe, batch, micro_rows, num_rows * seq_len)
+    val_tokens = recipe.val_row * min(
+        max(1, micro_rows * recipe.model.seq_len // recipe.val_row) * world.size,
+        recipe.val_tokens // recipe.val_row)
+    model.set_stage(recipes.eval_stage(0, recipe))
     evaluate(model, dataclasses.replace(recipe, val_tokens=val_tokens), data, world, micro_rows)
+    model.set_stage(recipes.stage(0, recipe))
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(before[f"model.{name}"])
-    optimizer.zero_grad()
     optimizer.load_state_dict(optimizer_before)
+    optimizer.zero_grad()  # after the state: groups that collect over steps are at their start now
     torch.set_rng_state(before["rng"])
     leaks = [k for k, v in state().items() if k in before and not torch.equal(v, before[k])]
     assert not leaks, f"the warm-up changed {leaks}"
@@ -311,17 +336,21 @@ def timed_loop(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: W
 
     loader = Loader(data.train_files, partial(batch_shape, recipe=recipe),
                     vocab_size=recipe.model.vocab_size, bos_id=data.bos_id,
-                    repeat_first=recipe.first_batch_repeated, rank=world.rank,
+                    repeat_first=recipe.first_batch_repeated, align=recipe.data_align,
+                    max_doc_len=recipe.max_doc_len, rank=world.rank,
                     world_size=world.size, device=world.device)
     with loader:
         clock.start()
         while not reason:
             ends = step == recipe.num_iterations
+            recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
             if ends or step % recipe.val_every == 0:
                 reason = heed(signals.receive())
                 clock.stop()
                 began = time.perf_counter()
+                model.set_stage(recipes.eval_stage(step, recipe))
                 val_loss = evaluate(model, recipe, data, world, micro_rows)
+                model.set_stage(recipes.stage(step, recipe))
                 reporter.validated(step, val_loss, 1000 * clock.elapsed_s, tokens)
                 validation_s += time.perf_counter() - began
                 clock.start()
@@ -330,7 +359,8 @@ def timed_loop(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: W
             for group in optimizer.param_groups:
                 group.update(recipes.group_schedule(step, group["name"], recipe))
             step_tokens = math.prod(batch_shape(step, recipe))
-            loss_share = train_step(model, optimizer, next(loader), micro_rows, step_tokens)
+            loss_share = train_step(model, optimizer, recipe, next(loader), micro_rows,
+                                    step_tokens)
             reason = heed(signals.receive())  # of the step before: the host never waits
             signals.send(step, clock.now_ms(), loss_share, optimizer.nonfinite.sum(),
                          stop_request.asked)
