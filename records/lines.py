@@ -241,7 +241,7 @@ class Collector:
         return False
 
     def _tick(self, clock: float, line: int) -> None:
-        if clock < self.clock and self.step > self.EARLY:
+        if clock < self.clock and (self.step > self.EARLY or self.fixed_run is not None):
             self.fault(
                 f"line {line}: the clock runs backwards, {clock:.0f} ms after {self.clock:.0f} ms"
             )
