@@ -274,17 +274,19 @@ class RunLog:
         return None
 
     def _check_untouched(self) -> None:
-        """The file under this path is the one written here, and nobody cut or extended it."""
+        """What is on disk under this path is what was written here, read back byte for byte."""
         try:
             here, ours = os.stat(self.path), os.fstat(self._file.fileno())
         except FileNotFoundError:
             raise LogError(f"{self.path}: was removed while the run wrote to it") from None
         if (here.st_dev, here.st_ino) != (ours.st_dev, ours.st_ino):
             raise LogError(f"{self.path}: was replaced while the run wrote to it")
-        if ours.st_size != self._size:
+        with open(self.path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").digest()
+        if found != self._hash.digest():
             raise LogError(
-                f"{self.path}: expected {self._size} bytes written, found {ours.st_size}: "
-                "something else wrote to this log"
+                f"{self.path}: expected the {self._size} bytes written by this run, found "
+                f"{ours.st_size} others: something else wrote to this log"
             )
 
     def __enter__(self) -> RunLog:
