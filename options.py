@@ -37,6 +37,14 @@ class Run:
     data_dir: str | None = _option(
         None, "folder with *train*.bin and *val*.bin to use in place of the recipe's corpus")
     log_dir: str = _option("logs", "folder of the log and the trained model")
+    checkpoint_every: int = _option(
+        0, "write a checkpoint every that many steps; 0: only when asked to stop")
+    keep: int = _option(2, "checkpoints of a run to keep, the newest ones")
+    resume: str | None = _option(
+        None, "auto: go on from the newest checkpoint of this recipe and seed in --log_dir, or "
+              "start; or the path of one")
+    timeout_s: float = _option(
+        60.0, "how long ranks wait for each other, from the first step on; then one is lost")
     wandb: bool = _option(False, "log to Weights & Biases as well (WANDB_MODE=offline works)")
     prepare: bool = _option(False, "check the options, get the data, stop before training")
 
@@ -136,6 +144,15 @@ def _check_run(run: Run, has_cuda: bool) -> None:
         raise OptionError(f"--runs: expected a whole number from 1, got {run.runs}")
     if run.seed < 0:
         raise OptionError(f"--seed: expected 0 or more, got {run.seed}")
+    if run.checkpoint_every < 0:
+        raise OptionError(f"--checkpoint_every: expected 0 or more, got {run.checkpoint_every}")
+    if run.keep < 1:
+        raise OptionError(f"--keep: expected a whole number from 1, got {run.keep}")
+    if not 1 <= run.timeout_s < 1e6:
+        raise OptionError(f"--timeout_s: expected 1 to 1000000 seconds, got {run.timeout_s}")
+    if run.resume not in (None, "auto") and run.runs > 1:
+        raise OptionError("--resume PATH: goes on with one run, got --runs "
+                          f"{run.runs}; --resume auto finds the checkpoint of each seed")
     if run.micro_batch_tokens is not None and run.micro_batch_tokens < 1:
         raise OptionError("--micro_batch_tokens: expected a whole number from 1, "
                           f"got {run.micro_batch_tokens}")

@@ -5,9 +5,12 @@ On a terminal there is a progress bar below lines that stay; without one the lin
 
 import contextlib
 import math
+import os
+import re
 import shutil
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,10 +21,26 @@ from kernels import describe_attention
 from model import GPT, num_parameters
 from ranks import Signal, World
 from recipes import Recipe, batch_shape
-from records.log import RunLog, train_line, val_line
+from records.log import LogError, RunLog, train_line, val_line
 from records.standing import rank as rank_in_table
 from records.standing import stand
 from sample import generate
+
+
+def secrets_here() -> dict[str, str]:
+    """Environment variables that hold a secret, by their name: WANDB_API_KEY, HF_TOKEN, ..."""
+    return {name: value for name, value in os.environ.items() if len(value) >= 8
+            and re.search(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", name.upper())}
+
+
+def without_secrets(text: str) -> str:
+    """`text` with what must not be published blacked out: values of this environment's secrets,
+    Hugging Face tokens, passwords in URLs, and what stands behind key=, token=, password=."""
+    for name, value in secrets_here().items():
+        text = text.replace(value, f"[{name}]")
+    text = re.sub(r"\bhf_[A-Za-z0-9]{16,}", "[token]", text)
+    text = re.sub(r"(\w+://)[^/@\s]+@", r"\1[login]@", text)
+    return re.sub(r"(?i)((?:key|token|password|secret)[ =]+)\S+", r"\1[secret]", text)
 
 
 class Screen:
@@ -36,6 +55,10 @@ class Screen:
         if self.speaks:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+
+    def warn(self, text: str) -> None:
+        if self.speaks:
+            tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def facts(self, rows: dict[str, object]) -> None:
         """Aligned `name  value` rows, wrapped to the terminal's width."""
@@ -74,11 +97,23 @@ class Reporter:
     def __init__(self, recipe: Recipe, screen: Screen, run_id: str, with_wandb: bool):
         self.recipe, self.screen = recipe, screen
         self.log: RunLog | None = None
+        self.fault = ""
         self.wandb_run = self._start_wandb(run_id) if with_wandb and screen.speaks else None
         self.history: list[tuple[int, float]] = []
 
     def open_log(self, path: Path, sources: dict[str, str], environment: dict[str, str]) -> None:
-        self.log = RunLog(path, sources, environment, recipes.to_dict(self.recipe))
+        """Raises ValueError where the log cannot be made, or would publish a secret."""
+        for name, text in sources.items():
+            for secret, value in secrets_here().items():
+                if value in text:
+                    raise ValueError(f"{name} contains the value of {secret}, and every log "
+                                     "contains the sources: take it out")
+        try:
+            self.log = RunLog(path, sources, environment, recipes.to_dict(self.recipe))
+        except OSError as error:
+            path.unlink(missing_ok=True) if not isinstance(error, FileExistsError) else None
+            raise ValueError(f"--log_dir: the log {path} cannot be written ({error.strerror}); "
+                             "choose another folder") from None
 
     def _start_wandb(self, run_id: str):
         """It can fail; a training run does not fail with it."""
@@ -87,18 +122,28 @@ class Reporter:
             return wandb.init(project="nanogpt-speedrun", name=run_id,
                               config=recipes.to_dict(self.recipe))
         except Exception as error:
-            self.screen.line(f"wandb: not logging ({type(error).__name__}: {error})")
+            self.screen.line(without_secrets(
+                f"wandb: not logging ({type(error).__name__}: {error})"))
             return None
 
+    def _write(self, line: str) -> None:
+        """A log that cannot be written ends the run: `fault` says so to the loop."""
+        if self.log is None or self.fault:
+            return
+        try:
+            self.log.line(line)
+        except (OSError, LogError) as error:
+            self.fault = f"the log cannot be written ({error})"
+            self.screen.warn(f"{self.fault}: the run stops, because a run without a log is lost")
+
     def say(self, text: str) -> None:
+        text = without_secrets(text)
         self.screen.line(text)
-        if self.log is not None:
-            self.log.line(text)
+        self._write(text)
 
     def trained(self, signal: Signal) -> None:
-        if self.log is not None:
-            self.log.line(train_line(signal.step + 1, self.recipe.num_iterations, signal.loss,
-                                     signal.ms))
+        self._write(train_line(signal.step + 1, self.recipe.num_iterations, signal.loss,
+                               signal.ms))
         self.screen.advance(math.prod(batch_shape(signal.step, self.recipe)), signal.loss)
         self._to_wandb(signal.step + 1, train_loss=signal.loss)
 
@@ -116,16 +161,32 @@ class Reporter:
         try:
             self.wandb_run.log(values, step=step)
         except Exception as error:  # whatever it is, it is not worth a training run
-            self.screen.line(f"wandb: stopped logging ({type(error).__name__}: {error})")
+            self.screen.line(without_secrets(
+                f"wandb: stopped logging ({type(error).__name__}: {error})"))
             self.wandb_run = None
 
-    def close(self, result: dict[str, object]) -> None:
+    def close(self, result: dict[str, object]) -> bool:
+        """Close the log, then tell Weights & Biases. Returns whether the log is whole."""
         self.screen.stop()
         if self.log is not None:
-            self.log.close(result)
+            try:
+                if self.fault:
+                    self.log.abandon()
+                else:
+                    self.log.close(result)
+            except (OSError, LogError) as error:
+                self.fault = f"the log cannot be closed ({error})"
+                self.screen.warn(self.fault)
         if self.wandb_run is not None:
-            with contextlib.suppress(Exception):
-                self.wandb_run.finish(quiet=True)
+            # It waits for its server, which may never answer.
+            end = threading.Thread(target=self._finish_wandb, daemon=True)
+            end.start()
+            end.join(timeout=30)
+        return not self.fault
+
+    def _finish_wandb(self) -> None:
+        with contextlib.suppress(Exception):
+            self.wandb_run.finish(quiet=True)
 
 
 def header(recipe: Recipe, seed: int, model: GPT, data: str, world: World, how: str,

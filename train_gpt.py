@@ -15,6 +15,7 @@ validation and saving stand outside it and are reported beside it.
 
 import dataclasses
 import datetime
+import hashlib
 import math
 import os
 import platform
@@ -23,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,12 +38,13 @@ import options
 import recipes
 from data import corpus, fineweb
 from data.loader import Batch, Loader, check_enough_tokens, rank_rows, val_batches
-from data.shards import data_digest
+from data.shards import check_disjoint, data_digest
 from kernels import peak_flops
 from model import GPT, flops_per_token, num_parameters
 from muon import Muon
 from ranks import (
     Clock,
+    LostRank,
     Signal,
     Signals,
     StopRequest,
@@ -50,7 +53,7 @@ from ranks import (
     peak_memory_mib,
 )
 from recipes import Recipe, batch_shape
-from report import Reporter, Screen, header, show_end
+from report import Reporter, Screen, header, show_end, without_secrets
 
 ROOT = Path(__file__).resolve().parent
 
@@ -86,6 +89,7 @@ def find_data(recipe: Recipe, run: options.Run) -> Data:
         num_shards = math.ceil(recipe.num_iterations / steps_per_shard)
         folder = ROOT / "data" / "fineweb10B"
         train_files, val_files = fineweb.ensure(num_shards, folder)
+    check_disjoint(train_files, val_files)
     bos_id = corpus.BOS if recipe.corpus == "built-in" else fineweb.BOS
     check_enough_tokens(train_files, partial(batch_shape, recipe=recipe),
                         recipe.num_iterations, vocab_size=recipe.model.vocab_size, bos_id=bos_id,
@@ -106,6 +110,10 @@ def local_sources() -> dict[str, str]:
     return {str(f): (ROOT / f).read_text() for f in own}
 
 
+def source_digest(sources: dict[str, str]) -> str:
+    return hashlib.sha256("".join(f"{k}\0{v}\0" for k, v in sources.items()).encode()).hexdigest()
+
+
 def environment(world: World, threads: int) -> dict[str, str]:
     """Where the run runs: versions, devices, the commit and whether the tree was clean."""
     def output(*command: str) -> str:
@@ -116,7 +124,7 @@ def environment(world: World, threads: int) -> dict[str, str]:
             return ""
 
     facts = {
-        "command": " ".join(["train_gpt.py", *sys.argv[1:]]),
+        "command": without_secrets(" ".join(["train_gpt.py", *sys.argv[1:]])),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
@@ -156,12 +164,6 @@ def build_optimizer(model: GPT, recipe: Recipe) -> Muon:
     """One optimizer for all parameters, grouped by the recipe."""
     return Muon(recipes.optimizer_groups(recipe, model.named_parameters()), reduce="sum",
                 collective=recipe.grad_collective, overlap=recipe.grad_overlap)
-
-
-def nonfinite_names(optimizer: Muon) -> list[str]:
-    """Parameters whose gradient was not finite in the last step; this rank's own, a host sync."""
-    names = [name for group in optimizer.param_groups for name in group["param_names"]]
-    return [name for name, bad in zip(names, optimizer.nonfinite.tolist()) if bad]
 
 
 def wants_compile(run: options.Run, device: torch.device) -> tuple[bool, str]:
@@ -222,24 +224,31 @@ def clip_gradients(model: GPT, largest: float) -> None:
 
 
 def train_step(model: GPT, optimizer: Muon, recipe: Recipe, batch: Batch, micro_rows: int,
-               global_tokens: int) -> Tensor:
-    """Gradients of one step and the update; returns this rank's share of the mean loss.
+               global_tokens: int, signals: Signals | None = None, stop: bool = False) -> None:
+    """Gradients of one step and the update; where `signals` watches, a bad step moves nothing.
 
-    The share is a sum over this rank's tokens divided by all ranks' tokens, so shares add up.
+    A rank's share of the mean loss is a sum over its tokens divided by all ranks' tokens, so
+    shares add up.
     """
     share = torch.zeros((), device=batch.inputs_BT.device)
     parts = micro_batches(batch, micro_rows)
     for i, (inputs_BT, targets_BT) in enumerate(parts):
-        if i == len(parts) - 1 and recipe.grad_clip is None:
-            optimizer.arm()  # from here on a bucket is reduced as soon as its gradients are there
+        if i == len(parts) - 1:
+            if signals is not None:
+                signals.arm()
+            if recipe.grad_clip is None:
+                optimizer.arm()  # from here on a bucket is reduced as soon as it is complete
         loss = model(inputs_BT, targets_BT) / global_tokens
         loss.backward()
         share += loss.detach()
     if recipe.grad_clip is not None:
         clip_gradients(model, recipe.grad_clip)
+    if signals is not None:
+        go = signals.agree(share, optimizer.nonfinite.any(), stop)
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * go  # 0 in a bad step: no parameter moves, no host waits
     optimizer.step()
     optimizer.zero_grad()
-    return share
 
 
 @torch.no_grad()
@@ -260,7 +269,7 @@ def evaluate(model: GPT, recipe: Recipe, data: Data, world: World, micro_rows: i
 
 
 def warm_up(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: World,
-            micro_rows: int) -> None:
+            micro_rows: int, signals: Signals | None = None) -> None:
     """Run every kernel of a step and of a validation, then put everything back as it was.
 
     What is restored (parameters, gradients, optimizer state, random numbers) is compared with
@@ -281,7 +290,7 @@ def warm_up(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: Worl
         tokens = torch.randint(recipe.model.vocab_size, (rows, seq_len + 1),
                                generator=generator).to(world.device)
         batch = Batch(tokens[:, :-1].int().contiguous(), tokens[:, 1:].contiguous())
-        train_step(model, optimizer, recipe, batch, micro_rows, num_rows * seq_len)
+        train_step(model, optimizer, recipe, batch, micro_rows, num_rows * seq_len, signals)
     val_tokens = recipe.val_row * min(
         max(1, micro_rows * recipe.model.seq_len // recipe.val_row) * world.size,
         recipe.val_tokens // recipe.val_row)
@@ -305,85 +314,154 @@ def new_run_id(recipe: Recipe, seed: int) -> str:
     return f"{now}_r{recipe.record}_{recipe.scale}_s{seed}_{secrets.token_hex(2)}"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How the timed loop ended."""
+@dataclass
+class Progress:
+    """Where a run stands."""
 
-    status: str         # complete, preempted, failed
-    step: int           # updates done
-    tokens: int         # trained on
-    val_loss: float     # of the last validation
-    train_time_s: float
-    validation_s: float
+    clock: Clock
+    step: int = 0               # updates done
+    validation_s: float = 0.0
+    reason: str = ""            # why it stopped before its end
+
+    @property
+    def status(self) -> str:
+        return {"": "complete", PREEMPTED: "preempted"}.get(self.reason, "failed")
+
+    def tokens(self, recipe: Recipe) -> int:
+        """Trained on so far."""
+        return sum(math.prod(batch_shape(step, recipe)) for step in range(self.step))
+
+
+PREEMPTED = "preempted: somebody asked to stop"
+
+
+class Crash(RuntimeError):
+    """Something nobody foresaw; what it was stands above it in the traceback."""
+
+
+def make_loader(recipe: Recipe, data: Data, world: World, cursor: dict | None) -> Loader:
+    return Loader(data.train_files, partial(batch_shape, recipe=recipe),
+                  vocab_size=recipe.model.vocab_size, bos_id=data.bos_id,
+                  repeat_first=recipe.first_batch_repeated, align=recipe.data_align,
+                  max_doc_len=recipe.max_doc_len, rank=world.rank, world_size=world.size,
+                  cursor=cursor, device=world.device)
+
+
+def next_batch(loader: Loader, step: int, recipe: Recipe, world: World, signals: Signals) -> Batch:
+    """This rank's rows. Where they cannot be read it takes part in the step with zeros, so that
+    no rank waits for it, and the fault makes the step void for all."""
+    try:
+        return next(loader)
+    except (ValueError, OSError) as error:
+        signals.fault = str(error)
+        num_rows, seq_len = batch_shape(step, recipe)
+        zeros_BT = torch.zeros(len(rank_rows(num_rows, world.rank, world.size)), seq_len,
+                               dtype=torch.int32, device=world.device)
+        return Batch(zeros_BT, zeros_BT.long())
+
+
+def validate(model: GPT, recipe: Recipe, data: Data, world: World, micro_rows: int, step: int,
+             signals: Signals) -> tuple[float, str]:
+    """(loss, what is wrong) of a validation, with the clock stopped; collective."""
+    model.set_stage(recipes.eval_stage(step, recipe))
+    try:
+        val_loss = evaluate(model, recipe, data, world, micro_rows)
+    except (ValueError, OSError) as error:  # a file that went away: the others wait for a number
+        signals.fault = str(error)
+        val_loss = world.sum(torch.full((), math.nan, dtype=torch.float64,
+                                        device=world.device)).item()
+    model.set_stage(recipes.stage(step, recipe))
+    drifted = world.drifted(model.named_parameters())
+    if not math.isfinite(val_loss):
+        return val_loss, f"validation loss {val_loss} after step {step}; {signals.why()}"
+    if drifted:
+        return val_loss, f"ranks drifted apart before step {step}: {', '.join(drifted[:5])}"
+    return val_loss, ""
 
 
 def timed_loop(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: World,
-               micro_rows: int, reporter: Reporter, stop_request: StopRequest) -> Outcome:
-    """The training itself, with the clock on it."""
-    clock, signals = Clock(world), Signals(world)
-    step, tokens, val_loss, validation_s, reason = 0, 0, math.nan, 0.0, ""
+               micro_rows: int, loader: Loader, signals: Signals, reporter: Reporter, at: Progress,
+               stop_request: StopRequest, run: options.Run,
+               keep: Callable[[Progress, dict], None]) -> None:
+    """The training itself, with the clock on it; `at` says how it ended."""
+    clock, start = at.clock, at.step
+    validated = reporter.history[-1][0] if reporter.history else -1
+    kept = start
 
     def heed(said: Signal | None) -> str:
         """Note what the ranks said of a step; the reason to stop, or nothing."""
         if said is None:
             return ""
+        if said.step == start:
+            world.limit_waiting(run.timeout_s, *signals.groups)
         reporter.trained(said)
-        if said.num_nonfinite or not math.isfinite(said.loss):
-            names = ", ".join(nonfinite_names(optimizer))
-            return (f"non-finite at step {said.step + 1}: loss {said.loss}"
-                    + (f", gradients of {names}" if names else ""))
-        return "preempted" if said.stop else ""
+        if said.num_bad or not math.isfinite(said.loss):
+            at.step = said.step  # neither this update nor one after it was made
+            return f"bad step {said.step + 1}, no update was made; {signals.why()}"
+        return PREEMPTED if said.stop else ""
 
-    loader = Loader(data.train_files, partial(batch_shape, recipe=recipe),
-                    vocab_size=recipe.model.vocab_size, bos_id=data.bos_id,
-                    repeat_first=recipe.first_batch_repeated, align=recipe.data_align,
-                    max_doc_len=recipe.max_doc_len, rank=world.rank,
-                    world_size=world.size, device=world.device)
-    with loader:
-        clock.start()
-        while not reason:
-            ends = step == recipe.num_iterations
-            recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
-            if ends or step % recipe.val_every == 0:
-                reason = heed(signals.receive())
-                clock.stop()
-                began = time.perf_counter()
-                model.set_stage(recipes.eval_stage(step, recipe))
-                val_loss = evaluate(model, recipe, data, world, micro_rows)
-                model.set_stage(recipes.stage(step, recipe))
-                reporter.validated(step, val_loss, 1000 * clock.elapsed_s, tokens)
-                validation_s += time.perf_counter() - began
-                clock.start()
-            if ends or reason:
+    clock.start()
+    while True:
+        step = at.step
+        ends = step == recipe.num_iterations
+        recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
+        validates = (ends or step % recipe.val_every == 0) and step > validated
+        # Gradients that add up over several steps are not part of a checkpoint.
+        whole = not any(optimizer.calls % group["every"] for group in optimizer.param_groups)
+        every = run.checkpoint_every
+        keeps = every > 0 and whole and (step // every > kept // every or (ends and step > kept))
+        if validates or keeps or at.reason or ends:
+            at.reason = heed(signals.receive()) or at.reason
+            if ends and at.reason == PREEMPTED:
+                at.reason = ""  # nothing is left to be stopped
+            clock.stop()
+            began = time.perf_counter()
+            if validates and not at.reason:
+                val_loss, at.reason = validate(model, recipe, data, world, micro_rows, step,
+                                               signals)
+                reporter.validated(step, val_loss, 1000 * clock.elapsed_s, at.tokens(recipe))
+                validated = step
+                at.validation_s += time.perf_counter() - began
+            if (keeps and not at.reason) or (whole and at.reason == PREEMPTED):
+                keep(at, loader.cursor)
+                kept = step
+            if ends or (at.reason and (whole or at.reason != PREEMPTED)):
                 break
-            for group in optimizer.param_groups:
-                group.update(recipes.group_schedule(step, group["name"], recipe))
-            step_tokens = math.prod(batch_shape(step, recipe))
-            loss_share = train_step(model, optimizer, recipe, next(loader), micro_rows,
-                                    step_tokens)
-            reason = heed(signals.receive())  # of the step before: the host never waits
-            signals.send(step, clock.now_ms(), loss_share, optimizer.nonfinite.sum(),
-                         stop_request.asked)
-            step, tokens = step + 1, tokens + step_tokens
-        clock.stop()
-    status = {"": "complete", "preempted": "preempted"}.get(reason, "failed")
-    if reason:
-        reporter.say(f"stopped after step {step}: {reason}")
-    return Outcome(status, step, tokens, val_loss, clock.elapsed_s, validation_s)
+            clock.start()
+        for group in optimizer.param_groups:
+            group.update(recipes.group_schedule(step, group["name"], recipe))
+        batch = next_batch(loader, step, recipe, world, signals)
+        signals.fault = signals.fault or clock.fault or reporter.fault
+        train_step(model, optimizer, recipe, batch, micro_rows,
+                   math.prod(batch_shape(step, recipe)), signals, stop_request.asked)
+        at.step += 1
+        world.mark(at.step)
+        at.reason = heed(signals.receive()) or at.reason  # of the step before: the host never waits
+        signals.send(step, clock.now_ms())
+    reporter.screen.stop()
 
 
 def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World, screen: Screen,
-          stop_request: StopRequest) -> bool:
-    """One training from seed to log. Returns whether it ran to its end."""
+          stop_request: StopRequest) -> str:
+    """One training from seed to log: complete, preempted or failed."""
     wall_start = time.perf_counter()
+    log_dir = Path(run.log_dir)
     run_id = world.first(lambda: new_run_id(recipe, seed))
-    log_path = Path(run.log_dir) / f"{run_id}.txt"
+    log_path = log_dir / f"{run_id}.txt"
+    sources = local_sources()
+    identity = {"seed": seed, "recipe": recipes.to_dict(recipe), "data_digest": data.digest}
+    earlier = world.first(lambda: resume_from(run, identity, source_digest(sources), world, screen))
+    if earlier is not None and earlier["step"] == recipe.num_iterations:
+        screen.line(f"run {earlier['run_id']} is complete: all {earlier['step']} steps are done, "
+                    "nothing is left to do (another --seed trains another model)")
+        return "complete"
 
     model = build_model(recipe, seed, world.device)
     flops, parameters = flops_per_token(model), num_parameters(model)
     compiled, how = wants_compile(run, world.device)
     if compiled:
         compile_segments(model)
+    signals = Signals(world, model.named_parameters())
     optimizer = build_optimizer(model, recipe)
     micro_rows = default_micro_rows(recipe, world)
     if run.micro_batch_tokens is not None:
@@ -394,43 +472,137 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
                         f"digest {data.digest[:12]}", world, how, where))
 
     warmup_start = time.perf_counter()
-    warm_up(model, optimizer, recipe, data, world, micro_rows)
+    warm_up(model, optimizer, recipe, data, world, micro_rows, signals)
     world.synchronize()
     warmup_s = time.perf_counter() - warmup_start
     screen.line(f"warm-up done in {warmup_s:.1f} s; everything put back as it was")
 
+    at = Progress(Clock(world))
     reporter = Reporter(recipe, screen, run_id, run.wandb)
-    world.first(lambda: reporter.open_log(log_path, local_sources(), where))
-    end = timed_loop(model, optimizer, recipe, data, world, micro_rows, reporter, stop_request)
+    if earlier is not None:
+        recipes.enter_stage(model, optimizer, recipes.stage(earlier["step"], recipe))
+        checkpoint.restore(earlier, model, optimizer)
+        at.step, at.clock.elapsed_s = earlier["step"], earlier["elapsed_s"]
+        at.validation_s = earlier["validation_s"]
+        reporter.history = [tuple(point) for point in earlier["history"]]
+        where |= {"resumed_from": earlier["run_id"], "resumed_step": str(at.step),
+                  "resumed_log_sha256": world.first(lambda: sha256_of(log_dir, earlier))}
+    loader = world.every(lambda: make_loader(recipe, data, world,
+                                             earlier and earlier["cursor"]))
+
+    def keep(at: Progress, cursor: dict) -> None:
+        """Write a checkpoint; a disk that refuses costs the checkpoint, not the run."""
+        state = optimizer.state_dict()  # collective
+        if not world.is_first:
+            return
+        path = checkpoint.path_of(log_dir, run_id, at.step)
+        try:
+            checkpoint.save(path, {
+                "kind": "checkpoint", "run_id": run_id, **identity, "step": at.step,
+                "elapsed_s": at.clock.elapsed_s, "validation_s": at.validation_s,
+                "history": [list(point) for point in reporter.history], "cursor": cursor,
+                "source_digest": source_digest(sources), "world_size": world.size,
+                **checkpoint.capture(model, state)})
+            checkpoint.prune(log_dir, run_id, run.keep)
+            reporter.say(f"checkpoint: {path.name}")
+        except OSError as error:
+            reporter.say(f"NO CHECKPOINT at step {at.step}: {error}; earlier ones are intact")
+
+    with loader:
+        world.first(lambda: reporter.open_log(log_path, sources, where))
+        crash = None
+        if at.step:
+            reporter.say(f"resumed from step {at.step} of run {earlier['run_id']}, after "
+                         f"{at.clock.elapsed_s:.1f} s of training")
+        screen.start(recipe.total_tokens, at.tokens(recipe))
+        try:
+            with world.watched():
+                timed_loop(model, optimizer, recipe, data, world, micro_rows, loader, signals,
+                           reporter, at, stop_request, run, keep)
+        except Exception as error:
+            crash, at.reason = error, f"{type(error).__name__}: {error}"
+    if at.clock.fault:
+        at.reason = at.clock.fault
+    if at.reason:
+        reporter.say(f"stopped after step {at.step}: {at.reason}")
 
     model_path = log_path.with_suffix(".pt")
-    if world.is_first:
-        checkpoint.save(model_path, {
-            "kind": "model", "run_id": run_id, "step": end.step, "recipe": recipes.to_dict(recipe),
-            "model": {k: v.detach().cpu() for k, v in model.state_dict().items()}})
-    tokens_per_s = end.tokens / max(end.train_time_s, 1e-9)
+    if world.is_first and crash is None:
+        try:
+            checkpoint.save(model_path, {
+                "kind": "model", "run_id": run_id, "step": at.step, "recipe": identity["recipe"],
+                "model": checkpoint.on_cpu(model.state_dict())})
+        except OSError as error:
+            reporter.say(f"THE MODEL IS NOT SAVED: {error}")
+            model_path = None
+    tokens, val_loss = at.tokens(recipe), reporter.history[-1][1] if reporter.history else math.nan
+    tokens_per_s = tokens / max(at.clock.elapsed_s, 1e-9)
     peak = peak_flops(world.device)
     result = {
-        "status": end.status, "track": recipe.track, "record": recipe.record,
+        "status": at.status, "track": recipe.track, "record": recipe.record,
         "scale": recipe.scale, "seed": seed, "world_size": world.size, "target": recipe.target,
-        "reached": recipe.target is not None and end.status == "complete"
-                   and end.val_loss <= recipe.target,
-        "final_val_loss": f"{end.val_loss:.6f}", "num_iterations": recipe.num_iterations,
-        "tokens": end.tokens, "train_time_ms": f"{1000 * end.train_time_s:.0f}",
+        "reached": recipe.target is not None and at.status == "complete"
+                   and val_loss <= recipe.target,
+        "final_val_loss": f"{val_loss:.6f}", "num_iterations": recipe.num_iterations,
+        "tokens": tokens, "train_time_ms": f"{1000 * at.clock.elapsed_s:.0f}",
         "wall_time_s": f"{time.perf_counter() - wall_start:.1f}",
-        "warmup_s": f"{warmup_s:.1f}", "validation_s": f"{end.validation_s:.1f}",
+        "warmup_s": f"{warmup_s:.1f}", "validation_s": f"{at.validation_s:.1f}",
         "tokens_per_s": f"{tokens_per_s:.0f}",
         "mfu": "unknown" if peak is None else f"{tokens_per_s * flops / peak / world.size:.4f}",
         "peak_memory_mib": f"{peak_memory_mib(world.device):.0f}", "parameters": parameters,
-        "data_digest": data.digest, "resumed": False, "checkpoint": model_path,
+        "data_digest": data.digest, "resumed": earlier is not None,
+        "checkpoint": None if crash else model_path,
     }
-    reporter.close(result)
+    whole = reporter.close(result)
+    if crash is not None:
+        raise crash if isinstance(crash, LostRank) else Crash(f"rank {world.rank}") from crash
     if world.is_first:
         show_end(screen, recipe, result, log_path, model)
-    return end.status == "complete"
+    return at.status if whole else "failed"
+
+
+def sha256_of(log_dir: Path, earlier: dict) -> str:
+    """Of the log that a resumed run continues, as it stands now (its run may have been killed)."""
+    path = log_dir / f"{earlier['run_id']}.txt"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "log not found"
+
+
+def resume_from(run: options.Run, identity: dict, code: str, world: World,
+                screen: Screen) -> dict | None:
+    """The checkpoint that --resume asks for; None to start at step 0."""
+    log_dir = Path(run.log_dir)
+    checkpoint.check_folder(log_dir)
+    checkpoint.sweep(log_dir)
+    if run.resume is None:
+        return None
+    if run.resume == "auto":
+        found = checkpoint.newest(log_dir, identity, warn=screen.warn)
+        if found is None:
+            screen.line(f"--resume auto: {log_dir} holds no checkpoint of this recipe and seed; "
+                        "starting at step 0")
+            return None
+        path, state = found
+    else:
+        path = Path(run.resume)
+        state = checkpoint.load_run(path, identity)
+    screen.line(f"resuming from {path}: step {state['step']}, "
+                f"{state['elapsed_s']:.1f} s of training")
+    if state["source_digest"] != code:
+        screen.warn("the code has changed since this checkpoint was made: the run goes on with "
+                    "the new code")
+    if state["world_size"] != world.size:
+        screen.warn(f"the checkpoint was made by {state['world_size']} ranks, these are "
+                    f"{world.size}: the same training up to rounding, not bit for bit")
+    return state
 
 
 # --- main -----------------------------------------------------------------------------------------
+
+def data_here(data: Data) -> str:
+    """What this rank sees of the files that the first one found."""
+    sizes = [f"{path} {path.stat().st_size}" for path in (*data.train_files, *data.val_files)]
+    return f"{len(sizes)} files, {hashlib.sha256(' '.join(sizes).encode()).hexdigest()[:12]}"
+
 
 def main(argv: list[str]) -> int:
     first = int(os.environ.get("RANK", 0)) == 0
@@ -441,22 +613,30 @@ def main(argv: list[str]) -> int:
     screen = Screen(speaks=first)
     try:
         run, recipe = options.parse(argv, has_cuda=torch.cuda.is_available())
-        Path(run.log_dir).mkdir(parents=True, exist_ok=True)
         if run.prepare:
+            checkpoint.check_folder(Path(run.log_dir))
             find_data(recipe, run)
             return 0
-        with join_world(run.device) as world:
+        with join_world(run.device) as world, StopRequest() as stop_request, world.watched():
+            world.agree(recipes.to_dict(recipe) | recipes.to_dict(recipe)["model"]
+                        | {name: getattr(run, name) for name in
+                           ("seed", "runs", "resume", "checkpoint_every", "timeout_s", "compile")}
+                        | {"the code": source_digest(local_sources())})
             data = world.first(lambda: find_data(recipe, run))
+            world.agree({"the data": world.every(lambda: data_here(data))})
             rank_rows(batch_shape(0, recipe)[0], world.rank, world.size)
-            stop_request = StopRequest()
             for seed in range(run.seed, run.seed + run.runs):
-                if not train(run, recipe, seed, data, world, screen, stop_request):
-                    return 1
+                status = train(run, recipe, seed, data, world, screen, stop_request)
+                if status != "complete":
+                    return int(status == "failed")
         return 0
     except (ValueError, FileNotFoundError) as error:
         if first:
-            print(f"train_gpt.py: {error}", file=sys.stderr)
+            print(f"train_gpt.py: {without_secrets(str(error))}", file=sys.stderr)
         return 2
+    except LostRank as error:
+        print(f"train_gpt.py: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
