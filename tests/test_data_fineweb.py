@@ -81,11 +81,15 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def redirect(self):
-        name = self.path.removeprefix(RESOLVE)
+        name = self.path.rpartition("/")[2]
         content = self.server.hub.files[name]
         etag = self.server.hub.etags.get(name, hashlib.sha256(content).hexdigest())
-        self.answer(302, Location=f"{self.server.hub.cdn}/cdn/{name}", X_Repo_Commit="c" * 40,
-                    X_Linked_Etag=f'"{etag}"', X_Linked_Size=str(len(content)), ETag='"pointer"')
+        # Some versions follow to another port of the same host and ask for the same there.
+        self.answer(
+            302 if self.path.startswith(RESOLVE) else 200, send=False,
+            Location=f"{self.server.hub.cdn}/cdn/{name}", X_Repo_Commit="c" * 40,
+            X_Linked_Etag=f'"{etag}"', X_Linked_Size=str(len(content)), ETag='"pointer"',
+        )
 
     def do_HEAD(self):
         name = self.path.rpartition("/")[2]
