@@ -453,35 +453,35 @@ DEFAULT_POCKET = 6
 
 # --- scales ---------------------------------------------------------------------------------------
 
-POCKET_TOKENS = 2 ** 20     # every rung of the pocket ladder sees as many
+POCKET_TOKENS = 2 ** 19     # every rung of the pocket ladder sees as many
+POCKET_BATCH = 256          # its batches are so many times smaller
 
 
 def pocket(recipe: Recipe) -> Recipe:
     """The recipe for two CPU cores and the built-in corpus: every idea kept, all sizes shrunk.
 
-    A third of the layers, a sixth of the width, a batch of 1/128, rows, documents and windows a
-    quarter as long (packed rows: four in a batch), one million tokens; schedules in proportion.
+    A third of the layers, a sixth of the width, a batch of 1/256, rows, documents and windows a
+    quarter as long (packed rows: four in a batch), half a million tokens; schedules in proportion.
     Learning rates and decay as they are. All in fp32, the head included: CPUs only emulate fp8.
     """
-    tokens_per_step = recipe.total_tokens / recipe.num_iterations / 128
-    num_iterations = round(POCKET_TOKENS / tokens_per_step)
-    batch_tokens = recipe.batch_tokens // 128
+    num_iterations = round(
+        POCKET_TOKENS * POCKET_BATCH * recipe.num_iterations / recipe.total_tokens)
+    batch_tokens = recipe.batch_tokens // POCKET_BATCH
     packed = recipe.model.packed
-    seq_len = batch_tokens // 4 if packed else recipe.model.seq_len // 4
-
     return change(
         recipe, scale="pocket", track="pocket", corpus="built-in", target=None,
         num_layers=max(2, round(recipe.model.num_layers / 3)), num_heads=2, head_dim=64,
-        vocab_size=257, seq_len=seq_len, max_seq_len=1024 if packed else None,
+        vocab_size=257, seq_len=batch_tokens // 4 if packed else recipe.model.seq_len // 4,
+        max_seq_len=1024 if packed else None,
         attn_scale=recipe.model.attn_scale and recipe.model.attn_scale * 2 ** 0.5,  # 128 -> 64
         compute_dtype="fp32", stream_dtype="fp32", embed_dtype="fp32", head="fp32",
         muon_mode="accurate",
         num_iterations=num_iterations, batch_tokens=batch_tokens,
-        batch_stages=tuple(b // 128 for b in recipe.batch_stages),
+        batch_stages=tuple(b // POCKET_BATCH for b in recipe.batch_stages),
         max_doc_len=recipe.max_doc_len and recipe.max_doc_len // 4,
         window_range=tuple(w // 4 for w in recipe.window_range),
         window_block=recipe.window_block // 4,
-        val_tokens=262_144, val_seq_len=1024 if packed else None,
+        val_tokens=131_072, val_seq_len=1024 if packed else None,
         val_every=max(1, round(num_iterations / 8)))
 
 
