@@ -7,6 +7,7 @@
     reproduce LOG|RECORD  unpack the program of a log and run it again
     plot RUNS..           loss curves over the published ones, as PNG and SVG
     stand LOG             where a finished log stands
+    ladder                every rung of the ladder at pocket scale, beside the published one
 
 `python -m records COMMAND --help` says more; records/README.md is the guide to a submission.
 """
@@ -21,7 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from records import facts, rules
+from records import facts, ladder, rules
 from records.log import parse
 from records.standing import rank, stand
 
@@ -107,6 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sub.add_argument("--nproc", type=int, help="ranks (default: as in the log, or 1)")
     sub.add_argument("--seed", type=int, help="another seed than the log's")
     sub.add_argument("--options", default="", help="further options for the program, in quotes")
+
+    ladder.add_arguments(command("ladder", ladder.ladder,
+                                 "Train every rung of the ladder at pocket scale; table and plot."))
 
     args = parser.parse_args(argv)
     try:

@@ -95,7 +95,7 @@ def find(text: str, place: Path, root: Path = FOLDER) -> Program:
     else is a git revision.
     """
     words = shlex.split(text)
-    if not words:
+    if not words or not words[0]:
         raise ValueError("expected a record, a folder or a revision, got nothing")
     what, options = words[0], tuple(words[1:])
     tree = root.parent.resolve()
@@ -194,7 +194,7 @@ def execute(
     log: Path | None = None
     output.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with _terminating(), open(output, "w") as file:
+    with _terminating(), open(output, "w", buffering=1) as file:
         process = subprocess.Popen(
             command, cwd=program.folder, env=environment, stdout=subprocess.PIPE, text=True,
             stderr=subprocess.STDOUT, errors="replace", start_new_session=True,

@@ -1,0 +1,421 @@
+"""Every rule of a record, each broken by itself; and the way from logs to a record folder."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from records_runs import TARGET, write_log, write_logs
+
+from records import add, check, facts, rules, table
+from records.__main__ import main
+from records.log import parse
+
+# the pocket track with a target, whatever the real one is by now
+POCKET = dataclasses.replace(
+    rules.TRACKS["pocket"], target=TARGET, data_digest=None, fixed={}, min_runs=5)
+
+
+@pytest.fixture(autouse=True)
+def pocket(monkeypatch):
+    monkeypatch.setitem(rules.TRACKS, "pocket", POCKET)
+    return POCKET
+
+
+def judged(paths, track="pocket", **options):
+    runs, unread = check.load(paths)
+    verdict = check.judge(runs, rules.TRACKS[track], **options)
+    verdict.reasons += unread
+    return verdict
+
+
+def test_six_honest_runs_pass(tmp_path):
+    verdict = judged(write_logs(tmp_path))
+    assert verdict.passed, list(map(str, verdict.reasons))
+    assert verdict.result["num_runs"] == 6 and verdict.result["seeds"] == list(range(6))
+    assert verdict.result["tokens"] == 409_600
+    assert verdict.result["curve"]["tokens"][-1] == 409_600
+    assert verdict.result["hardware"] == "1x Example CPU"
+
+
+def broken(name, **changes):
+    """Six runs, of which the last differs from the rules in one way."""
+    return pytest.param(changes, name, id=name + "-" + "-".join(changes))
+
+
+@pytest.mark.parametrize("changes, name", [
+    broken("source-differs", sources={"train_gpt.py": "print('other')\n"}),
+    broken("recipe-differs", recipe={"lr": 0.1}),
+    broken("steps-differ", steps=80),
+    broken("track-differs", track="short"),
+    broken("data-differs", data_digest="cd" * 32),
+    broken("hardware-differs", environment={"cpu": "Another CPU"}),
+    broken("wrong-hardware", environment={"device": "cuda"}),
+    broken("same-seed", seed=0),
+    broken("resumed", resumed=True),
+    broken("unreadable", tokens=100),
+    broken("no-source", sources={}),
+    broken("incomplete", status="preempted"),
+])
+def test_each_rule_names_the_run_that_breaks_it(tmp_path, changes, name):
+    paths = write_logs(tmp_path)
+    paths[5].unlink()
+    write_log(paths[5], **({"seed": 5, "curve_seed": 5} | changes))
+    verdict = judged(paths)
+    assert name in verdict.names(), list(map(str, verdict.reasons))
+    assert any(r.name == name and r.where == "run5.txt" for r in verdict.reasons)
+
+
+def test_a_difference_that_is_named_is_allowed(tmp_path):
+    paths = write_logs(tmp_path)
+    paths[5].unlink()
+    write_log(paths[5], 5, sources={"train_gpt.py": "print('x')\n",
+                                    "data/loader.py": "x = 1\nno_newline = True"})
+    assert judged(paths).names() == {"source-differs"}
+    verdict = judged(paths, differs=["train_gpt.py"])
+    assert verdict.passed and "differs between runs, as named" in verdict.facts[0]
+
+
+def test_a_copy_is_a_copy_under_any_name_and_seed(tmp_path):
+    paths = write_logs(tmp_path)
+    shutil.copy(paths[0], tmp_path / "other.txt")
+    paths.append(tmp_path / "other.txt")
+    paths.append(write_log(tmp_path / "seeded.txt", 77, curve_seed=1))
+    found = [r for r in judged(paths).reasons if r.name == "duplicate-run"]
+    assert [(r.where, r.text) for r in found] == [
+        ("other.txt", "the same losses at every step as run0.txt"),
+        ("seeded.txt", "the same losses at every step as run1.txt")]
+
+
+def test_too_few_runs_and_how_many_more(tmp_path):
+    verdict = judged(write_logs(tmp_path, 3))
+    assert "too-few-runs" in verdict.names()
+    assert "2 more runs (5 in all)" in check.outlook(verdict, tmp_path)
+
+
+def test_a_mean_above_the_target(tmp_path):
+    paths = [write_log(tmp_path / f"{s}.txt", s, loss=TARGET + 0.001 * s) for s in range(6)]
+    verdict = judged(paths)
+    assert verdict.names() == {"above-target", "not-significant"}
+    assert "no number of runs would do" in check.outlook(verdict, tmp_path)
+
+
+def test_a_mean_on_the_target_reaches_it(tmp_path):
+    paths = [write_log(tmp_path / f"{s}.txt", s, loss=TARGET + 0.001 * (s - 2)) for s in range(5)]
+    assert judged(paths).names() == {"not-significant"}
+
+
+def test_losses_that_are_all_equal_prove_nothing(tmp_path):
+    paths = [write_log(tmp_path / f"{s}.txt", s, loss=1.8) for s in range(5)]
+    [reason] = judged(paths).reasons
+    assert reason.name == "not-significant" and "not independent" in reason.text
+
+
+def test_an_open_target_is_a_reason_and_nothing_fails(tmp_path, monkeypatch, pocket):
+    monkeypatch.setitem(rules.TRACKS, "pocket", dataclasses.replace(pocket, target=None))
+    verdict = judged(write_logs(tmp_path))
+    assert verdict.names() == {"target-open"}
+    assert verdict.result["p"] is None and check.outlook(verdict, tmp_path) is None
+
+
+def test_the_corpus_and_fields_that_a_track_prescribes(tmp_path, monkeypatch, pocket):
+    fixed = dataclasses.replace(pocket, data_digest="ef" * 32, fixed={"model.num_layers": 3})
+    monkeypatch.setitem(rules.TRACKS, "pocket", fixed)
+    verdict = judged(write_logs(tmp_path))
+    assert verdict.names() == {"data-differs", "fixed-field"}
+    assert any(r.text == "model.num_layers: expected 3, got 2" for r in verdict.reasons)
+
+
+LINE = "step:10/10 val_loss:{} train_time:1000ms step_avg:100.00ms\n"
+
+
+def public(folder, losses, num_gpus=8):
+    """Public logs with code, so that nothing but the numbers decides."""
+    for i, loss in enumerate(losses):
+        (folder / f"{i}.txt").write_text(
+            "import torch\n" + "=" * 100 + "\nRunning PyTorch 2.9 compiled for CUDA 12.6 on "
+            f"NVIDIA H100 with world_size {num_gpus}\n"
+            + LINE.format(loss).replace("1000", str(1000 + i)))
+    return sorted(folder.glob("*.txt"))
+
+
+def test_a_systems_record_needs_no_p_but_the_target(tmp_path):
+    paths = public(tmp_path, ["3.2790", "3.2799", "3.2801"])
+    assert judged(paths, "short").names() == {"no-digest", "not-significant"}
+    verdict = judged(paths, "short", systems_only=True)
+    assert verdict.names() == {"no-digest"} and "exempt" in verdict.facts[0]
+
+
+def test_the_steps_track_counts_with_a_known_spread(tmp_path):
+    paths = public(tmp_path, ["3.27656", "3.27675"])
+    assert judged(paths, "steps").names() == {"no-digest"}
+    paths = public(tmp_path, ["3.27756", "3.27775"])
+    verdict = judged(paths, "steps")
+    assert verdict.names() == {"no-digest", "not-significant"}
+    assert check.outlook(verdict, tmp_path) == "1 more runs would do if the mean stays"
+
+
+def test_the_medium_track_asks_for_the_mean(tmp_path):
+    assert judged(public(tmp_path, ["2.9190"]), "medium").names() == {"no-digest"}
+    assert judged(public(tmp_path, ["2.9201"]), "medium").names() == {"no-digest", "above-target"}
+
+
+def test_the_hardware_of_a_track(tmp_path):
+    paths = public(tmp_path, ["3.2700", "3.2701"], num_gpus=4)
+    assert "wrong-hardware" in judged(paths, "short").names()
+    assert "wrong-hardware" not in judged(public(tmp_path, ["3.2700", "3.2701"]), "short").names()
+
+
+def test_an_unfinished_run_is_named_and_not_counted(tmp_path):
+    paths = public(tmp_path, ["3.2700", "3.2701", "3.2702"])
+    paths[0].write_text(paths[0].read_text().replace("step:10/10", "step:9/10"))
+    verdict = judged(paths, "short")
+    assert verdict.result["num_runs"] == 2 and "incomplete" in verdict.names()
+
+
+def test_what_is_no_log_is_named(tmp_path):
+    (tmp_path / "stderr.txt").write_text("W0506 a warning\n")
+    assert judged([tmp_path / "stderr.txt"]).names() == {"not-a-log", "too-few-runs"}
+
+
+# --- from logs to a record ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Six logs, and a repository with the record of them, finished, and a README with a table."""
+    place = tmp_path_factory.mktemp("made")
+    root = place / "repo" / "records"
+    shutil.copytree(facts.FOLDER / "data", root / "data")
+    (root.parent / "README.md").write_text(f"# x\n\n{table.BEGIN}\n{table.END}\n\nend\n")
+    logs = write_logs(place / "logs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(rules.TRACKS, "pocket", POCKET)
+        assert run(root, "add", *logs, "--name", "first", "--by", "@me") == 0
+        answer(next((root / "pocket").iterdir()))
+        assert run(root, "table", "--markdown") == 0
+    return place
+
+
+@pytest.fixture
+def root(made, tmp_path, capsys):
+    """The records folder of a copy of it."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    capsys.readouterr()
+    return tmp_path / "repo" / "records"
+
+
+def run(root, *words) -> int:
+    return main(["--root", str(root), *map(str, words)])
+
+
+def answer(folder):
+    """What the author does: replace every question by prose."""
+    text = (folder / "README.md").read_text()
+    for question in check_questions(text):
+        text = text.replace(f"<!-- write: {question} -->", "It is deeper.")
+    (folder / "README.md").write_text(text)
+
+
+def check_questions(text):
+    from records import page
+
+    return page.unanswered(text)
+
+
+def record(root):
+    return next((root / "pocket").glob("*_first"))
+
+
+def test_a_record_folder_holds_everything_once(root, tmp_path):
+    folder = record(root)
+    assert folder.name == "2026-11-20_first"
+    held = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    assert held == ["README.md", "curves.png", "curves.svg",
+                    *(f"logs/run{s}.txt" for s in range(6)), "result.json",
+                    "source/data/loader.py", "source/train_gpt.py"]
+    assert not any("print('hello')" in p.read_text() for p in (folder / "logs").iterdir())
+    for seed in range(6):
+        [here], [there] = parse(folder / f"logs/run{seed}.txt"), parse(tmp_path /
+                                                                      f"logs/run{seed}.txt")
+        assert here.digest == there.digest and here.complete
+    result = json.loads((folder / "result.json").read_text())
+    assert result["logs"]["run0.txt"] == parse(folder / "logs/run0.txt")[0].digest
+    assert run(root, "check") == 0
+
+
+def test_check_says_ok_and_shows_the_numbers(root, capsys):
+    assert run(root, "check", record(root)) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("ok") and "pocket: n = 6, loss mean" in said and "p = " in said
+
+
+def edit(path, old, new, count=1):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, count))
+
+
+def change_digit(folder):
+    log = folder / "logs/run3.txt"
+    line = next(x for x in log.read_text().splitlines() if x.startswith("step:100/100 val_loss"))
+    digits = line.split()[1]
+    edit(log, digits, digits[:-4] + "7000")
+
+
+def cut_last_log(folder):
+    log = folder / "logs/run3.txt"
+    data = log.read_bytes()
+    log.write_bytes(data[: data.rindex(b"step:100/100 val_loss:") + 24])
+
+
+@pytest.mark.parametrize("tamper, names", [
+    (change_digit, {"edited", "stale-result"}),
+    (cut_last_log, {"incomplete", "unreadable", "stale-result"}),
+    (lambda f: (f / "logs/run3.txt").unlink(), {"stale-result"}),
+    (lambda f: edit(f / "source/train_gpt.py", "hello", "HELLO"), {"edited"}),
+    (lambda f: (f / "source/train_gpt.py").unlink(), {"edited"}),
+    (lambda f: edit(f / "result.json", '"p": ', '"p": 1'), {"stale-result", "stale-readme"}),
+    (lambda f: edit(f / "result.json", '"num_runs": 6', '"num_runs": 7'),
+     {"stale-result", "stale-readme"}),
+    (lambda f: edit(f / "README.md", "n = 6", "n = 9"), {"stale-readme"}),
+    (lambda f: edit(f / "README.md", "It is deeper.", "<!-- write: What? -->"), {"unwritten"}),
+    (lambda f: (f / "curves.png").unlink(), {"broken-folder"}),
+    (lambda f: (f / "result.json").write_text("{"), {"broken-folder"}),
+    (lambda f: shutil.rmtree(f / "logs"), {"too-few-runs"}),
+])
+def test_check_finds_a_record_that_was_tampered_with(root, tamper, names):
+    tamper(record(root))
+    verdict = check.check_folder(record(root), root)
+    assert names <= verdict.names(), list(map(str, verdict.reasons))
+    assert run(root, "check", record(root)) == 1
+
+
+def test_a_log_of_another_run_does_not_pass_as_this_one(root, tmp_path):
+    shutil.copy(write_log(tmp_path / "other.txt", 99), record(root) / "logs/run3.txt")
+    assert check.check_folder(record(root), root).names() == {"stale-result"}
+
+
+@pytest.mark.parametrize("path, old, new", [
+    ("README.md", "| 45:00.0 |", "| 44:00.0 |"), ("README.md", "6 |", "5 |"),
+    ("records/TABLES.md", "45:00.0", "44:00.0"),
+])
+def test_a_stale_table_is_found_and_written_again(root, capsys, path, old, new):
+    edit(root.parent / path, old, new)
+    assert run(root, "check") == 1
+    assert "stale-table: README.md: " in capsys.readouterr().out
+    assert run(root, "table", "--markdown") == 0 and run(root, "check") == 0
+
+
+def test_a_new_fact_makes_the_tables_stale(root):
+    history = root / "data/history.json"
+    text = history.read_text().replace('"minutes": 45.0', '"minutes": 46.0')
+    assert table.stale((root.parent / "README.md").read_text(), root) == []
+    history.write_text(text)
+    facts.history.cache_clear()
+    try:
+        assert len(table.stale((root.parent / "README.md").read_text(), root)) == 2
+    finally:
+        facts.history.cache_clear()
+
+
+def test_add_refuses_what_check_would_refuse(root, tmp_path, capsys):
+    few = write_logs(tmp_path / "few", 3)
+    assert run(root, "add", *few, "--name", "second") == 1
+    said = capsys.readouterr().err
+    assert "too-few-runs: expected at least 5 runs that ended, got 3" in said
+    assert "more runs" in said and said.endswith("Nothing was written.\n")
+    assert [p.name for p in (root / "pocket").iterdir()] == ["2026-11-20_first"]
+
+
+def test_a_record_must_be_ahead_of_the_one_before(root, tmp_path, capsys):
+    more = write_logs(tmp_path / "more", 6, steps=120)
+    assert run(root, "add", *more, "--name", "second") == 1
+    assert "not-better: second: 492K tokens, the record before it (first) needs 410K tokens" in \
+        capsys.readouterr().err
+    assert run(root, "add", *more, "--name", "reference", "--baseline") == 0
+    fewer = write_logs(tmp_path / "fewer", 6, steps=80)
+    assert run(root, "add", *fewer, "--name", "second") == 0
+    assert [r["name"] for r in facts.own_records("pocket", root)] == ["second", "first",
+                                                                     "reference"]
+    assert check.read_result(root / "pocket/2026-11-20_second")["prior"] == "first"
+
+
+def race_file(path, first, second, b_times):
+    sides = {
+        side: {"label": side, "code_sha256": code, "losses": [1.0, 1.1, 0.9], "times_ms": times}
+        for side, code, times in (("a", first, [100.0, 101.0, 99.0]), ("b", second, b_times))
+    }
+    path.write_text(json.dumps(sides | {"words": "x"}))
+    return path
+
+
+def test_equal_tokens_need_a_race_against_the_record_before(root, tmp_path, capsys):
+    logs = write_logs(tmp_path / "fast", 6, step_ms=15.0, sources={"train_gpt.py": "fast = 1\n"})
+    add_it = ["add", *logs, "--name", "second"]
+    assert run(root, *add_it) == 1
+    assert "no-race: times are compared side by side only" in capsys.readouterr().err
+    first = check.read_result(record(root))["code_sha256"]
+    second = parse(logs[0])[0].code_sha256
+    slow = race_file(tmp_path / "slow.json", first, second, [100.0, 102.0, 98.0])
+    assert run(root, *add_it, "--race", slow) == 1
+    assert "not-better" in capsys.readouterr().err
+    other = race_file(tmp_path / "other.json", second, first, [90.0, 91.0, 89.0])
+    assert run(root, *add_it, "--race", other) == 1
+    assert "the race was not between the prior record's program" in capsys.readouterr().err
+    good = race_file(tmp_path / "good.json", first, second, [90.0, 91.0, 89.0])
+    assert run(root, *add_it, "--race", good) == 0
+    folder = root / "pocket/2026-11-20_second"
+    assert "B is faster than A by 10.0%" in (folder / "README.md").read_text()
+    answer(folder)
+    run(root, "table", "--markdown")
+    assert run(root, "check") == 0
+
+
+@pytest.mark.parametrize("words, why", [
+    (["--name", "a b"], "--name"), (["--name", "first"], "already"),
+    (["--name", "x", "--race", "nothing.json"], "--race"),
+])
+def test_add_explains_what_it_cannot_use(root, tmp_path, capsys, words, why):
+    logs = write_logs(tmp_path / "again", 6, steps=80)
+    assert run(root, "add", *logs, *words) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_add_wants_one_log_for_each_run(root, tmp_path, capsys):
+    logs = write_logs(tmp_path / "two", 6, steps=80)
+    logs[0].write_bytes(logs[0].read_bytes() + logs[5].read_bytes())
+    assert run(root, "add", *logs[:5], "--name", "second") == 1
+    assert "expected one run in each log" in capsys.readouterr().err
+
+
+def test_a_named_difference_is_kept_with_the_record(root, tmp_path):
+    logs = write_logs(tmp_path / "vary", 6, steps=80)
+    logs[5].unlink()
+    write_log(logs[5], 5, steps=80, sources={"train_gpt.py": "print('other')\n",
+                                             "data/loader.py": "x = 1\nno_newline = True"})
+    assert run(root, "add", *logs, "--name", "second", "--differs", "train_gpt.py") == 0
+    folder = root / "pocket/2026-11-20_second"
+    assert len(list((folder / "source/variants").rglob("train_gpt.py"))) == 1
+    answer(folder)
+    assert check.check_folder(folder, root).passed
+
+
+def test_nothing_is_left_behind_when_writing_fails(root, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(add.plot, "draw", fails)
+    with pytest.raises(OSError):
+        run(root, "add", *write_logs(tmp_path / "b", 6, steps=80), "--name", "second")
+    assert [p.name for p in (root / "pocket").iterdir()] == ["2026-11-20_first"]
+
+
+def test_a_reason_can_be_waived_by_name(tmp_path, capsys):
+    paths = public(tmp_path, ["3.2700", "3.2701", "3.2702"])
+    assert main(["check", *map(str, paths), "--track", "short"]) == 1
+    assert main(["check", *map(str, paths), "--track", "short", "--waive", "no-digest"]) == 0
+    assert "waived no-digest" in capsys.readouterr().out
+    assert main(["check", *map(str, paths), "--track", "short", "--waive", "nonsense"]) == 2
+    assert main(["check", *map(str, paths)]) == 2  # nothing in a public log says its track
+    assert "--track" in capsys.readouterr().err

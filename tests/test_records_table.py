@@ -1,0 +1,286 @@
+"""Tables, standing and plots: computed from the facts, readable, in step with this repository."""
+
+import csv
+import dataclasses
+import json
+import math
+import re
+from itertools import pairwise
+
+import pytest
+from records_runs import write_logs
+
+from conftest import ROOT
+from records import check, facts, plot, rules, standing, table
+from records.__main__ import main
+from records.log import parse
+
+REFERENCE = ROOT.parent / "shared" / "reference"
+reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="no reference beside this tree")
+
+
+def test_this_repository_passes_its_own_check():
+    for label, verdict in check.check_all():
+        assert verdict.passed, (label, list(map(str, verdict.reasons)))
+
+
+# --- facts ----------------------------------------------------------------------------------------
+
+
+@reference
+def test_the_history_is_that_of_the_reference():
+    theirs = json.loads((REFERENCE / "records.json").read_text())
+    ours = facts.history()
+    assert len(ours) == len(theirs) == 109
+    for a, b in zip(ours, theirs):
+        assert b["track"].endswith(a["track"])
+        assert (a["number"], a["date"], a["minutes"], a["kind"], a["title"], a["changed"]) == (
+            b["number"], b["date"], b["record_minutes"], b["kind"], b["title"], b["changed"])
+        assert a["contributors"] == b["contributors"] + b["contributors_other"]
+
+
+@reference
+def test_the_curves_are_those_of_the_reference():
+    with open(REFERENCE / "record_curves.csv") as file:
+        theirs = {(r["track"].split("_")[2], r["record"].split(":")[0], r["step"], r["val_loss"],
+                   r["train_time_ms"].removesuffix(".0")) for r in csv.DictReader(file)}
+    with open(facts.FOLDER / "data" / "curves.csv") as file:
+        ours = [(r["track"], r["record"], r["step"], r["val_loss"], r["train_time_ms"])
+                for r in csv.DictReader(file)]
+    assert len(ours) > 1900 and set(ours) <= theirs
+
+
+@reference
+def test_tokens_follow_from_the_ladder():
+    ladder = json.loads((REFERENCE / "ladder.json").read_text())
+    known = {r["number"]: r for r in facts.history() if r["track"] == "short"
+             and r["kind"] == "record"}
+    for number, entry in ladder.items():
+        if number != "_meta":
+            record = known[int(number)]
+            assert record["tokens"] == entry["schedule"]["tokens_total"]
+            assert record["steps"] == entry["schedule"]["steps"]
+    batch = ladder["29"]["schedule"]["batch_tokens"]
+    assert batch == ladder["31"]["schedule"]["batch_tokens"]
+    assert known[30]["tokens"] == known[30]["steps"] * batch
+
+
+def test_curves_end_where_the_records_do():
+    for name in ("short", "medium"):
+        for curve in facts.published_curves(name):
+            assert curve.steps == tuple(sorted(curve.steps)) and curve.steps[0] == 0
+            if curve.times_ms is not None:
+                assert curve.times_ms[-1] / 60_000 == pytest.approx(curve.minutes, rel=0.1)
+    clocks = [c for c in facts.published_curves("short") if c.times_ms is None]
+    assert [c.label for c in clocks] == ["#88"]  # its log was made on another machine
+
+
+def test_first_at_is_the_first_crossing():
+    curve = facts.Curve("x", 1.0, (0, 10, 20, 30), (9.0, 4.0, 4.5, 3.0), (0.0, 10.0, 20.0, 30.0),
+                        None)
+    assert curve.first_at(4.0, "steps") == 10
+    assert curve.first_at(6.5, "train_time_ms") == 5.0
+    assert curve.first_at(3.5, "steps") == pytest.approx(20 + 10 * 1.0 / 1.5)
+    assert curve.first_at(2.9, "steps") is None and curve.first_at(4.0, "tokens") is None
+
+
+@pytest.mark.parametrize("ms, said", [
+    (0, "0.0s"), (45_230, "45.2s"), (99_949, "99.9s"), (99_951, "1:40"), (184_800, "3:05"),
+    (3_599_400, "59:59"), (3_599_600, "1:00:00"), (3_729_000, "1:02:09"), (None, "-"),
+    (math.nan, "-"),
+])
+def test_clock(ms, said):
+    assert facts.clock(ms) == said
+
+
+def test_clock_with_tenths():
+    assert facts.clock(22.98 * 60_000, tenths=True) == "22:58.8"
+    assert facts.clock(22.99 * 60_000, tenths=True) == "22:59.4"
+    assert facts.clock(119_970, tenths=True) == "2:00.0"
+
+
+@pytest.mark.parametrize("value, said", [
+    (1390, "1,390"), (19_560, "19.6K"), (740e6, "740M"), (2.674e9, "2.67B"), (12e6, "12.0M"),
+    (None, "-"),
+])
+def test_count(value, said):
+    assert facts.count(value) == said
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [60, 72, 80, 100, 132, 200])
+@pytest.mark.parametrize("name", rules.TRACKS)
+def test_a_table_fits_its_terminal(width, name):
+    track = rules.TRACKS[name]
+    lines = table.terminal(track, table.rows(track), width).splitlines()
+    assert max(map(len, lines)) <= width
+    if track.published:
+        header = lines[2].split()
+        assert {"record", "date", "time", "steps", "changed"} <= set(header)
+        assert len(lines) == 3 + len([r for r in facts.history() if r["track"] == name])
+
+
+def test_the_command_prints_them_all(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["table"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{name}: " in said for name in rules.TRACKS)
+    assert re.search(r"^#89 +2026-07-17 +73\.8s +1,390 ", said, re.MULTILINE)
+    assert main(["table", "nowhere"]) == 2
+
+
+def test_json_holds_every_row(capsys):
+    assert main(["table", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows["short"]) == 91 and len(rows["medium"]) == 18
+    row = next(r for r in rows["short"] if r["label"] == "#75")
+    assert (row["num_runs"], row["mean"], row["p"]) == (4, 3.2785, 0.005983)
+    assert row["evidence"] == "4 logs"
+
+
+def test_milestones_each_take_at_most_four_fifths():
+    found = table.milestones(table.rows(rules.TRACKS["short"]))
+    assert (found[0].label, found[-1].label) == ("#1", "#89")
+    times = [row.time_ms for row in found]
+    assert all(b <= 0.8 * a for a, b in pairwise(times[:-1]))
+
+
+@pytest.mark.parametrize("text", ["nothing", f"{table.BEGIN} only", f"{table.END}\n{table.BEGIN}",
+                                  f"{table.BEGIN}{table.END}{table.BEGIN}{table.END}"])
+def test_a_readme_without_its_markers_is_said(text):
+    with pytest.raises(ValueError, match="expected the markers"):
+        table.replaced(text)
+
+
+def test_what_stands_around_the_markers_stays():
+    text = table.replaced(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    assert text.startswith(f"before\n{table.BEGIN}\n") and text.endswith(f"{table.END}\nafter\n")
+    assert "old" not in text and table.replaced(text) == text
+    assert table.stale(text) == []
+
+
+# --- standing -------------------------------------------------------------------------------------
+
+
+def test_a_record_stands_beside_itself():
+    curve = next(c for c in facts.published_curves("short") if c.label == "#18")
+    i = 6
+    line = standing.stand("short", curve.losses[i], curve.times_ms[i], 0, step=curve.steps[i],
+                          num_iterations=curve.steps[-1])
+    assert "#18" in line and "\n" not in line
+    projected = float(re.search(r"heading for (\S+) at", line)[1])
+    assert projected == pytest.approx(curve.losses[-1], abs=0.03)
+    assert facts.clock(curve.times_ms[-1])[:2] in line.partition("heading for")[2]
+
+
+def test_standing_names_the_records_before_and_after():
+    line = standing.stand("short", 3.35, 200_000, 0)
+    before, after = re.search(r"behind #(\d+) \(\S+\), ahead of #(\d+)", line).groups()
+    curves = {c.label: c for c in facts.published_curves("short")}
+    assert curves[f"#{before}"].first_at(3.35, "train_time_ms") <= 200_000
+    assert curves[f"#{after}"].first_at(3.35, "train_time_ms") > 200_000
+
+
+def test_standing_at_the_ends():
+    assert "the last of all" in standing.stand("short", 3.5, 9e6, 0)
+    assert "the first of all" in standing.stand("short", 3.5, 1e3, 0)
+    assert "below every published curve" in standing.stand("short", 2.0, 1e3, 0)
+    assert standing.stand("short", 10.8, 0, 0, step=0) == "short: 10.8000 before the first step"
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_bad_loss_is_said_and_ends_nothing(loss):
+    assert "no record is like that" in standing.stand("short", loss, 1e3, 0, step=1)
+    assert "no place" in standing.rank("short", 1e3, 0, loss)
+
+
+@pytest.mark.parametrize("name", rules.TRACKS)
+@pytest.mark.parametrize("step", [None, 0, 1, 50, 99, 100])
+def test_every_track_has_a_line_at_every_step(name, step):
+    for tokens in (None, 0, 1000):
+        line = standing.stand(name, 3.5, 1000.0, tokens, step=step, num_iterations=100,
+                              history=[(0, 9.0, 0), (10, 5.0, 100.0), (20, 4.0, 200.0)])
+        assert line.startswith(f"{name}: ") and "\n" not in line
+
+
+def test_the_slope_is_used_where_there_is_no_curve(tmp_path):
+    history = [(s, 5.0 - math.log(s)) for s in (10, 20, 40)]
+    line = standing.stand("solo", 5.0 - math.log(80), 8000.0, 0, step=80, num_iterations=160,
+                          history=history, folder=tmp_path)
+    end = 5.0 - math.log(160)
+    assert f"heading for {end:.2f} at this slope at 16.0s" in line
+
+
+def test_a_target_that_is_not_fixed_is_said(monkeypatch):
+    track = dataclasses.replace(rules.TRACKS["pocket"], target=None)
+    monkeypatch.setitem(rules.TRACKS, "pocket", track)
+    assert "not yet fixed" in standing.stand("pocket", 2.0, 1e3, 1000, step=5, num_iterations=10)
+    assert "not yet fixed" in standing.rank("pocket", 1e3, 1000, 2.0)
+    assert "not yet fixed" in table.terminal(track, [], 60)
+    assert "within target 2.5" in standing.stand("pocket", 2.0, 1e3, 1000, target=2.5)
+
+
+def test_rank_places_a_run_among_the_records():
+    assert "with 60.0s place 1 of 90, ahead of #89 (73.8s)" in \
+        standing.rank("short", 60_000, 0, 3.279)
+    assert "place 90 of 90, behind #1 (45:00)" in standing.rank("short", 6e6, 0, 3.28)
+    assert "3.2801 is above the target 3.28" in standing.rank("short", 6e4, 0, 3.2801)
+    with pytest.raises(ValueError, match="expected one of short"):
+        standing.rank("long", 1, 1, 1.0)
+
+
+def test_a_program_without_the_facts_still_stands(tmp_path):
+    assert "no record has a curve" in standing.stand("short", 3.5, 1e3, 0, folder=tmp_path)
+    assert "place 1 of 1" in standing.rank("short", 1e3, 0, 3.2, folder=tmp_path)
+
+
+def test_stand_says_the_same_of_a_finished_log(tmp_path, capsys):
+    [log] = write_logs(tmp_path, 1)
+    assert main(["stand", str(log)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    run = parse(log)[0]
+    assert len(lines) == len(run.points) + 1
+    point = run.points[2]
+    assert lines[2] == f"step:{point.step}/100 " + standing.stand(
+        "pocket", point.val_loss, point.train_time_ms, 4096 * point.step, step=point.step,
+        num_iterations=100, history=[(p.step, p.val_loss) for p in run.points[:3]])
+    assert main(["stand", str(log), "--track", "short", "--every", "9"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+# --- plots ----------------------------------------------------------------------------------------
+
+
+def test_a_plot_is_png_and_svg_and_the_same_each_time(tmp_path):
+    logs = write_logs(tmp_path, 2)
+    words = ["plot", f"mine={logs[0]}", f"mine={logs[1]}", "--title", "two runs"]
+    assert main([*words, "--out", str(tmp_path / "a")]) == 0
+    assert main([*words, "--out", str(tmp_path / "b")]) == 0
+    png, svg = (tmp_path / "a.png").read_bytes(), (tmp_path / "a.svg").read_text()
+    assert png.startswith(b"\x89PNG") and len(png) > 10_000
+    for text in ("mine (n = 2)", "two runs", "training time", "training tokens", "validation loss"):
+        assert text in svg
+    assert (tmp_path / "b.png").read_bytes() == png and (tmp_path / "b.svg").read_text() == svg
+
+
+def test_published_curves_lie_behind(tmp_path):
+    (tmp_path / "x.txt").write_text("".join(
+        f"step:{s}/500 val_loss:{6 - s / 250:.4f} train_time:{s * 300}ms step_avg:300.00ms\n"
+        for s in range(0, 501, 50)))
+    runs = parse(tmp_path / "x.txt")
+    plot.draw([("x", runs)], rules.TRACKS["short"], tmp_path / "with")
+    plot.draw([("x", runs)], rules.TRACKS["short"], tmp_path / "without", published=False)
+    assert "#89" in (tmp_path / "with.svg").read_text()
+    assert "target 3.28" in (tmp_path / "with.svg").read_text()
+    assert "#89" not in (tmp_path / "without.svg").read_text()
+    assert "training tokens" not in (tmp_path / "with.svg").read_text()  # a public log says none
+
+
+@pytest.mark.parametrize("words", [["plot", "nothing.txt"], ["stand", "nothing.txt"],
+                                   ["check", "nothing.txt"], ["reproduce", "nothing.txt"]])
+def test_a_missing_file_is_one_line(words, capsys):
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "nothing.txt: expected" in said and said.count("\n") == 1
