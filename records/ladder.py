@@ -1,0 +1,316 @@
+"""The ladder at pocket scale: every rung trained on this machine, beside the published ladder.
+
+    python -m records ladder --seeds 3          run what is missing, write table and plot
+    python -m records ladder --report           only write table and plot of what was run
+
+Runs go seed by seed, within a seed rung by rung: the same seed gives every rung the same start and
+the same order of data, so gains are differences between pairs of runs, and what the machine does
+meanwhile falls on all rungs alike. Results are kept in one line a run; an interrupted ladder goes
+on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from records import facts
+from records.add import write
+from records.check import recipe_sha256
+from records.log import parse
+
+ROOT = Path(__file__).resolve().parent.parent
+BASELINE = 2    # the AdamW baseline: the loss that the others are to reach sooner
+ALPHA = 0.05    # a gain counts where chance would give one as large less often than this
+
+
+# --- running --------------------------------------------------------------------------------------
+
+def known_rungs() -> list[int]:
+    """The records that train_gpt.py can train, from its help."""
+    done = subprocess.run([sys.executable, "train_gpt.py", "--help"], cwd=ROOT, text=True,
+                          capture_output=True, check=True)
+    listed = re.search(r"Records: ([\d,\s]+)\.", done.stdout)
+    return [int(number) for number in listed[1].split(",")]
+
+
+def run_once(record: int, seed: int, options: Sequence[str], threads: int) -> dict:
+    """Train one rung; what is kept of its log. Raises ValueError where it does not end well."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "train_gpt.py", "--record", str(record), "--scale", "pocket",
+                   "--seed", str(seed), "--log_dir", folder, *options]
+        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=environment)
+        logs = list(Path(folder).glob("*.txt"))
+        if done.returncode or len(logs) != 1:
+            said = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            raise ValueError(f"record {record}, seed {seed}: {' '.join(command[1:])} ended with "
+                             f"{done.returncode}: {' '.join(said)}")
+        (run,) = parse(logs[0])
+    result = run.result
+    return {
+        "record": record, "seed": seed, "val_loss": float(result["final_val_loss"]),
+        "tokens": int(result["tokens"]), "num_iterations": int(result["num_iterations"]),
+        "parameters": int(result["parameters"]),
+        "train_time_ms": float(result["train_time_ms"]), "threads": threads,
+        "curve": [[p.step, p.val_loss] for p in run.points],
+        "options": list(options), "recipe_sha256": recipe_sha256(run.recipe),
+        "data_digest": result["data_digest"], "commit": run.environment.get("git_commit"),
+    }
+
+
+def run_missing(kept: Path, records: Sequence[int], seeds: int, options: Sequence[str], jobs: int,
+                threads: int) -> None:
+    """Append one line to `kept` for each run that is not there yet."""
+    from tqdm import tqdm
+
+    there = {(r["record"], r["seed"]) for r in read(kept)}
+    todo = [(record, seed) for seed in range(seeds) for record in records
+            if (record, seed) not in there]
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=len(records) * seeds, initial=len(records) * seeds - len(todo), unit="run",
+               dynamic_ncols=True, desc="ladder")
+    with bar, ThreadPoolExecutor(jobs) as pool:
+        for result in pool.map(lambda at: run_once(*at, options, threads), todo):
+            with open(kept, "a") as file:
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            bar.set_postfix_str(f"#{result['record']} seed {result['seed']}: "
+                                f"{result['val_loss']:.4f}")
+            bar.update()
+
+
+def read(kept: Path) -> list[dict]:
+    """The runs kept so far. Raises ValueError for a line that is not one."""
+    runs = []
+    for number, line in enumerate(kept.read_text().splitlines() if kept.is_file() else (), 1):
+        try:
+            runs.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise ValueError(f"{kept}, line {number}: expected a run as JSON, got {line[:40]!r}; "
+                             "delete the line to have it run again") from None
+    return runs
+
+
+# --- what the runs say ----------------------------------------------------------------------------
+
+def rungs(runs: Sequence[dict]) -> list[dict]:
+    """A row for each record: losses, and the gain over the rung before as paired differences.
+
+    One standard deviation for all gains, pooled over the rungs, because few seeds say little about
+    that of a single rung.
+    """
+    by_record: dict[int, dict[int, dict]] = {}
+    for run in runs:
+        by_record.setdefault(run["record"], {})[run["seed"]] = run
+    published = {r["number"]: r for r in facts.history() if r["track"] == "short"
+                 and r["kind"] == "record"}
+    bar = by_record.get(BASELINE)
+    bar = statistics.fmean(r["val_loss"] for r in bar.values()) if bar else math.nan
+    rows, before = [], None
+    for record, of_seed in sorted(by_record.items()):
+        losses = [run["val_loss"] for run in of_seed.values()]
+        first = next(iter(of_seed.values()))
+        row = {
+            "record": record, "n": len(losses), "loss": statistics.fmean(losses),
+            "sd": statistics.stdev(losses) if len(losses) > 1 else math.nan,
+            "losses": losses, "parameters": first["parameters"],
+            "num_iterations": first["num_iterations"], "tokens": first["tokens"],
+            "seconds": statistics.median(r["train_time_ms"] for r in of_seed.values()) / 1000,
+            "tokens_to_bar": statistics.fmean(tokens_to(r, bar) for r in of_seed.values()),
+            "gains": [before[s]["val_loss"] - run["val_loss"] for s, run in of_seed.items()
+                      if before and s in before],
+            "published": published.get(record),
+            "same_recipe": before is not None and only_names_differ(record),
+        }
+        rows.append(row)
+        before = of_seed
+    spread = pooled_sd([row["gains"] for row in rows])
+    for row in rows:
+        row["gain"] = statistics.fmean(row["gains"]) if row["gains"] else math.nan
+        row["error"] = spread / math.sqrt(len(row["gains"])) if row["gains"] else math.nan
+    return rows
+
+
+def only_names_differ(record: int) -> bool:
+    """Rungs whose recipe differs from the one before by systems alone: their gain is noise."""
+    return record in (6, 7, 23, 24)
+
+
+def tokens_to(run: dict, loss: float) -> float:
+    """Tokens until the run's validation was at `loss`, linear between validations; NaN if never."""
+    per_step = run["tokens"] / run["num_iterations"]
+    curve = run["curve"]
+    for (step, high), (later, low) in itertools.pairwise(curve):
+        if low <= loss < high:
+            return per_step * (step + (later - step) * (high - loss) / (high - low))
+    return math.nan
+
+
+def pooled_sd(samples: Sequence[Sequence[float]]) -> float:
+    samples = [s for s in samples if len(s) > 1]
+    freedom = sum(len(s) - 1 for s in samples)
+    squares = sum(statistics.variance(s) * (len(s) - 1) for s in samples)
+    return math.sqrt(squares / freedom) if freedom else math.nan
+
+
+def verdict(row: dict, freedom: int) -> str:
+    """helps, hurts, or within noise, by a two-sided t-test with the pooled deviation."""
+    from scipy import stats
+
+    if not row["gains"] or not row["error"] > 0:
+        return ""
+    if 2 * stats.t.sf(abs(row["gain"]) / row["error"], freedom) > ALPHA:
+        return "within noise"
+    return "helps" if row["gain"] > 0 else "hurts"
+
+
+def rank_correlation(rows: Sequence[dict]) -> tuple[float, float, int]:
+    """(Spearman's rho, p, rungs): pocket gains with the published ones, both over the rung before.
+
+    A published gain is the logarithm of tokens saved to the same loss, which is what an idea does;
+    the minutes carry the systems work as well.
+    """
+    from scipy import stats
+
+    pairs = [(row["gain"], math.log(prior["published"]["tokens"] / row["published"]["tokens"]))
+             for prior, row in itertools.pairwise(rows)
+             if row["gains"] and prior["published"] and row["published"]
+             and prior["published"]["tokens"] and row["published"]["tokens"]]
+    if len(pairs) < 3:
+        return math.nan, math.nan, len(pairs)
+    rho, p = stats.spearmanr(*zip(*pairs))
+    return float(rho), float(p), len(pairs)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+def page(runs: Sequence[dict]) -> str:
+    """records/LADDER.md: every number in it comes from the runs."""
+    rows = rungs(runs)
+    gains = [row["gains"] for row in rows if len(row["gains"]) > 1]
+    freedom = sum(len(g) - 1 for g in gains)
+    spread = pooled_sd(gains)
+    rho, p, num = rank_correlation(rows)
+    words = {row["record"]: verdict(row, freedom) for row in rows}
+
+    def number(value: float, form: str) -> str:
+        return "" if value is None or math.isnan(value) else format(value, form)
+
+    lines = [
+        "# The ladder at pocket scale", "",
+        "Written by `python -m records ladder`; every number comes from "
+        "`records/data/ladder.jsonl`.", "",
+        f"Every rung sees {rows[0]['tokens']:,} tokens of the built-in corpus (the last digits "
+        "differ where a batch does not divide them). Loss is the mean over seeds at the end; gain "
+        "is the loss of the rung before minus this one's, paired by seed; its error is one "
+        f"standard deviation pooled over all rungs ({number(spread, '.4f')} a pair) over the root "
+        f"of n. A gain counts where a two-sided t-test gives p < {ALPHA}. Tokens to the baseline: "
+        f"when the loss that #{BASELINE} ends with was reached. Seconds are medians of runs taken "
+        "in turns, on a machine that did other work as well.", "",
+        "![published and pocket ladder](ladder.svg)", "",
+        "| # | published | minutes | tokens | pocket loss | n | gain over the rung before | | "
+        "tokens to the baseline | s | parameters | steps |",
+        "|-:|-|-:|-:|-:|-:|-:|-|-:|-:|-:|-:|",
+    ]
+    for row in rows:
+        known = row["published"] or {}
+        gain = "" if not row["gains"] else f"{row['gain']:+.4f} ± {number(row['error'], '.4f')}"
+        lines.append(
+            f"| {row['record']} | {known.get('title', '')} | {known.get('minutes', '')} | "
+            f"{facts.count(known.get('tokens'))} | {row['loss']:.4f} | {row['n']} | {gain} | "
+            f"{words[row['record']]} | {number(row['tokens_to_bar'], ',.0f')} | "
+            f"{row['seconds']:.0f} | {row['parameters']:,} | {row['num_iterations']} |")
+    same = [f"#{r['record']}" for r in rows if r["same_recipe"]]
+    lines += ["", f"Nothing in the mathematics changed with {', '.join(same)}." if same else ""]
+    for word, says in (("helps", "Help at this scale"), ("hurts", "Hurt at this scale"),
+                       ("within noise", "Cannot be told from chance here")):
+        named = [f"#{record}" for record, w in words.items() if w == word]
+        lines += ["", f"{says}: {', '.join(named) or 'none'}."]
+    lines += ["", "Rank correlation of pocket gains with published ones (logarithm of tokens saved "
+              f"over the rung before): Spearman {number(rho, '+.2f')}, p = {number(p, '.2g')}, "
+              f"{num} rungs.", ""]
+    return "\n".join(lines)
+
+
+def draw(runs: Sequence[dict], out: Path) -> list[Path]:
+    """The published ladder (tokens, minutes to 3.28) over the pocket one (loss at equal tokens)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from records.plot import COLORS, STYLE
+
+    rows = rungs(runs)
+    at = {row["record"]: i for i, row in enumerate(rows)}
+    with plt.rc_context(STYLE):
+        figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5.6), layout="constrained",
+                                              sharex=True)
+        for key, scale, color, label in (("tokens", 1e9, COLORS[0], "billions of tokens"),
+                                         ("minutes", 1, COLORS[1], "minutes on 8 H100")):
+            points = [(at[r["record"]], r["published"][key] / scale) for r in rows
+                      if r["published"] and r["published"].get(key)]
+            above.plot(*zip(*points), marker="o", markersize=3, color=color, label=label)
+        above.set_yscale("log")
+        above.set_ylabel("published: to 3.28")
+        above.legend(loc="upper right")
+        below.plot([at[r["record"]] for r in rows], [r["loss"] for r in rows], color=COLORS[2],
+                   marker="o", markersize=3, label="mean")
+        for r in rows:
+            below.plot([at[r["record"]]] * r["n"], r["losses"], ".", color="#999999", markersize=3)
+        below.set_ylabel(f"pocket: loss at {facts.count(rows[0]['tokens'])} tokens")
+        below.set_xticks(range(len(rows)), [f"{r['record']}" for r in rows])
+        below.set_xlabel("record")
+        files = []
+        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+            path = out.with_name(f"{out.name}.{kind}")
+            partial = path.with_name(path.name + ".tmp")
+            figure.savefig(partial, format=kind, metadata=metadata)
+            os.replace(partial, path)
+            files.append(path)
+        plt.close(figure)
+    return files
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+def add_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--seeds", type=int, default=3, help="runs of each rung (default 3)")
+    sub.add_argument("--records", default="", help="only these rungs, as 2,6,24")
+    sub.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    sub.add_argument("--threads", type=int, default=1, help="threads of each run (default 1)")
+    sub.add_argument("--options", default="", help="options for all runs, in quotes")
+    sub.add_argument("--report", action="store_true", help="only report what has been run so far")
+
+
+def ladder(args: argparse.Namespace) -> int:
+    kept = args.root / "data" / "ladder.jsonl"
+    if args.seeds < 1 or args.jobs < 1 or args.threads < 1:
+        raise ValueError("--seeds, --jobs and --threads: expected whole numbers from 1")
+    if not args.report:
+        there = known_rungs()
+        chosen = [int(n) for n in args.records.split(",")] if args.records else there
+        if unknown := sorted(set(chosen) - set(there)):
+            raise ValueError(f"--records: expected some of {', '.join(map(str, there))}; got "
+                             f"{', '.join(map(str, unknown))}")
+        run_missing(kept, chosen, args.seeds, args.options.split(), args.jobs, args.threads)
+    runs = read(kept)
+    if not runs:
+        raise FileNotFoundError(f"{kept}: expected runs, found none; leave out --report")
+    write(args.root / "LADDER.md", page(runs).encode())
+    for path in (args.root / "LADDER.md", *draw(runs, args.root / "ladder")):
+        print(path)
+    return 0
