@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 REPO = "kjj0/fineweb10B-gpt2"
 NUM_TRAIN_SHARDS = 103  # all that are published
 SHARD_TOKENS = 100_000_000
-VOCAB_SIZE, BOS_ID = 50257, 50256  # GPT-2
+VOCAB_SIZE, BOS = 50257, 50256  # GPT-2
 FOLDER = Path(__file__).resolve().parent / "fineweb10B"
 
 
@@ -177,7 +177,7 @@ def _fetch(
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != about.etag:
                 raise ShardError(f"expected sha256 {about.etag}, got {found}")
-        num_tokens = len(read_shard(part, vocab_size=VOCAB_SIZE, bos_id=BOS_ID))
+        num_tokens = len(read_shard(part, vocab_size=VOCAB_SIZE, bos_id=BOS))
     except ShardError as error:
         part.unlink()
         raise ShardError(

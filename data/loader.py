@@ -33,8 +33,8 @@ from data.shards import HEADER_BYTES, SCAN_TOKENS, ShardError, read_header, read
 ALIGNMENTS = ("none", "row", "document")
 
 
-class _OutOfTokens(ShardError):
-    """Lets check_enough_tokens tell the end of the data from a bad shard."""
+class OutOfTokens(ShardError):
+    """The files do not last: more of them would help, while a bad shard must be mended."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _walk(
                     if plan is not None:
                         break
                     if cursor["shard"] + 1 >= len(files):
-                        raise _OutOfTokens(
+                        raise OutOfTokens(
                             f"the training data end in {shard.path} (shard {len(files)} of "
                             f"{len(files)}): {shard.count - cursor['position']:,} tokens are left, "
                             f"too few for {num_rows} rows of {seq_len}; give more shards"
@@ -243,8 +243,8 @@ def _walk(
                     cursor = _at_shard(cursor, files, cursor["shard"] + 1)
                     cursor["skipped_tokens"] = left
                     shard = _Shard(files[cursor["shard"]], vocab_size, bos_id, align)
-            except _OutOfTokens as error:
-                raise _OutOfTokens(f"step {step}: {error}") from None
+            except OutOfTokens as error:
+                raise OutOfTokens(f"step {step}: {error}") from None
             except (ValueError, OSError) as error:
                 raise ShardError(f"step {step}: {error}") from error
             if repeat_first and step == 0:  # records 4-11 rewind after the first batch
@@ -299,8 +299,8 @@ def _prefetch(
     batch_shape: Callable, rank: int, world_size: int, device: torch.device,
 ) -> None:
     """The thread: puts (batch, copy event, cursor behind it) or an exception. Holds no Loader."""
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     try:
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         while True:
             free.acquire()
             if stop.is_set():
@@ -445,7 +445,7 @@ def check_enough_tokens(
     repeat_first: bool = False,
     cursor: dict | None = None,
 ) -> Supply:
-    """Before step 0: do the files last for num_iterations steps? If not, ValueError with numbers.
+    """Before step 0: do the files last for num_iterations steps? If not, OutOfTokens with numbers.
 
     Exact for every alignment: it walks the whole run over the document starts, with the loader's
     own planning but without reading rows. Every shard that the run will touch is opened and fully
@@ -465,12 +465,12 @@ def check_enough_tokens(
     try:
         while cursor["step"] < num_iterations:
             _, _, cursor = next(walk)
-    except _OutOfTokens as error:
+    except OutOfTokens as error:
         step, present = cursor["step"], sum(counts)
         trained = batch_tokens(0, step)
         waste = passed() / trained if trained else 1.0  # 1.0 where nothing is skipped
         needed = passed() + int(batch_tokens(step, num_iterations) * max(1.0, waste)) + 1
-        raise ValueError(
+        raise OutOfTokens(
             f"not enough training data: {num_iterations} steps need about {needed:,} tokens, "
             f"{present:,} are present in {len(files)} shards; {error}"
         ) from None

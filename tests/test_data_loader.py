@@ -20,6 +20,7 @@ from data import loader as loader_module
 from data.loader import (
     ALIGNMENTS,
     Loader,
+    OutOfTokens,
     check_enough_tokens,
     rank_rows,
     val_batches,
@@ -327,7 +328,7 @@ def test_d12_not_enough_tokens_is_known_before_step_0(three):
         present_tokens=7500, needed_tokens=3000 + 6 * 200 + 1, num_shards=2, skipped_tokens=200,
         cut_docs=0,
     )
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(OutOfTokens) as caught:
         check_enough_tokens(files, lambda s: (5, 40), 100, **IDS)
     message = str(caught.value)
     assert "100 steps need about 21,1" in message and "7,500 are present in 3 shards" in message
