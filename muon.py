@@ -39,6 +39,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed these two and warns of the old names; 2.11 knows only those
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 # --------------------------------------------------------------------------------- mathematics
 
 CUBIC = (1.5, -0.5, 0.0)  # Kovarik 1970, Bjorck and Bowie 1971: converges from all of (0, sqrt 3)
@@ -981,9 +985,7 @@ class Muon(torch.optim.Optimizer):
         if live.plan.kind == "copy" or self.settings["collective"] == "all_reduce":
             work = dist.all_reduce(live.grads, group=self._everyone, async_op=True)
         else:
-            work = dist.reduce_scatter_tensor(
-                live.grad_shard, live.grads, group=self._node, async_op=True
-            )
+            work = _reduce_scatter(live.grad_shard, live.grads, group=self._node, async_op=True)
         live.works.append(work)
         if live.plan.kind == "rows":
             live.works.append(dist.all_reduce(live.flags, group=self._everyone, async_op=True))
@@ -1017,7 +1019,7 @@ class Muon(torch.optim.Optimizer):
                     self._update(run)
             live.launched = False
             if self.world_size > 1 and live.plan.kind != "copy":
-                live.gather = dist.all_gather_into_tensor(
+                live.gather = _all_gather(
                     live.params, live.param_shard, group=self._node, async_op=True
                 )
         for live in due:
@@ -1113,7 +1115,7 @@ class Muon(torch.optim.Optimizer):
                             dist.broadcast(t, group=self._node, group_src=owner)
                         elif live.plan.kind == "rows" and t.ndim > 1:
                             full = t.new_empty(self.world_size * t.shape[1], *t.shape[2:])
-                            dist.all_gather_into_tensor(full, t[0], group=self._node)
+                            _all_gather(full, t[0].contiguous(), group=self._node)
                             t = full[None, : run.items[0].shape[0]]
                         for k, item in enumerate(run.items):
                             state[item.name][name] = t[k].clone()
