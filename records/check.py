@@ -243,7 +243,8 @@ def _same_claim(verdict: Verdict, names: list[str], differs: Sequence[str]) -> N
 def arithmetic(run: Run) -> str | None:
     """Do the steps and tokens that a log claims follow from its recipe?"""
     steps, batch = run.recipe.get("num_iterations"), run.recipe.get("batch_tokens")
-    if steps is not None and run.reached_total and steps != run.final_step:
+    longer = run.recipe.get("extension_steps") or 0
+    if steps is not None and run.reached_total and run.final_step not in (steps, steps + longer):
         return f"the recipe has {steps} steps, the run {run.final_step}"
     changing = [k for k, v in run.recipe.items() if k.startswith("batch_") and k != "batch_tokens"
                 and v not in (None, [], {})]

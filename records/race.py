@@ -137,7 +137,7 @@ def _run_all(state, programs, labels, runs, seed, nproc, out) -> None:
             )
             state["runs"][side].append(_keep(state, side, run, out, i))
             _save(out, state)
-            bar.step(f"{labels[side]}: val_loss {run.final_val_loss:.4f} in "
+            bar.step(f"{side.upper()} {labels[side][:30]}: val_loss {run.final_val_loss:.4f} in "
                      f"{clock(run.train_time_ms)}")
 
 
@@ -199,18 +199,18 @@ def summary(state: dict) -> dict:
 def report(state: dict) -> str:
     """The race in words and numbers."""
     num = state["num_runs"]
-    labels = {side: f"{side.upper()} = {state[side]['label']}" for side in "ab"}
-    width = max(map(len, labels.values()))
-    lines = [
+    lines = [f"{side.upper()} = {state[side]['label']}" for side in "ab"]
+    lines += [
         f"{num} run{'s' * (num > 1)} of each, by turns, on {state['hardware']}",
-        f"{'':{width}}  {'time':>9}  {'sd':>7}  {'loss':>7}  {'sd':>7}  {'tokens':>12}",
+        "",
+        f"   {'time':>9}  {'sd':>7}  {'loss':>7}  {'sd':>7}  {'tokens':>14}",
     ]
     for side in "ab":
         time_, loss = (stats.Sample.of(state[side][key]) for key in ("times_ms", "losses"))
         tokens = state[side]["tokens"]
         lines.append(
-            f"{labels[side]:{width}}  {time_.mean / 1000:8.3f}s  {_sd(time_.sd / 1000, 3)}  "
-            f"{loss.mean:7.4f}  {_sd(loss.sd, 4)}  {f'{tokens:,}' if tokens else '-':>12}"
+            f"{side.upper()}  {time_.mean / 1000:8.3f}s  {_sd(time_.sd / 1000, 3)}  "
+            f"{loss.mean:7.4f}  {_sd(loss.sd, 4)}  {f'{tokens:,}' if tokens else '-':>14}"
         )
     lines += ["", state["words"] + "."]
     tokens = [state[side]["tokens"] for side in "ab"]

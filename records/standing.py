@@ -54,8 +54,8 @@ def stand(
         )
     elif target is not None:
         parts.append(_against(val_loss, target))
-    if target is None:
-        parts.append(f"the target of {track} is not yet fixed")
+    if target is None and (step is None or step == num_iterations):
+        parts.append("the target is not yet fixed")
     return f"{track}: " + "; ".join(parts)
 
 
@@ -135,7 +135,7 @@ def _neighbours(rules: Track, curves: list[Curve], val_loss: float, at: float | 
     here = f"{val_loss:.4f} at {amount(at, metric)}"
     had = sorted((x, c.label) for c in curves if (x := c.first_at(val_loss, metric)) is not None)
     if not had:
-        return f"{here}: no record has a curve to compare" if not curves else (
+        return f"{here}: no record yet to compare with" if not curves else (
             f"{here}: below every published curve"
         )
     faster = [entry for entry in had if entry[0] <= at]

@@ -77,7 +77,8 @@ def test_a_race_by_turns_finds_the_faster_one(tree, capsys):
     assert "losses are equal run by run" in out
     assert "3 runs of each, by turns, on 1x Example CPU" in out
     order = [line.split("  ")[1].split(":")[0] for line in err.splitlines()]
-    assert order == ["#6", "#6 --ms 18"] * 3
+    assert order == ["A #6", "B #6 --ms 18"] * 3
+    assert out.startswith("A = #6\nB = #6 --ms 18\n3 runs of each")
     state = json.loads((tree / "r/race.json").read_text())
     assert [e["seed"] for e in state["runs"]["a"]] == [0, 1, 2]
     assert state["a"]["losses"] == state["b"]["losses"]  # same seeds

@@ -119,7 +119,7 @@ def test_a_table_fits_its_terminal(width, name):
     if track.published:
         header = lines[2].split()
         assert {"record", "date", "time", "steps", "changed"} <= set(header)
-        assert len(lines) == 3 + len([r for r in facts.history() if r["track"] == name])
+        assert len(lines) == 3 + len(table.rows(track))
 
 
 def test_the_command_prints_them_all(capsys, monkeypatch):
@@ -134,7 +134,8 @@ def test_the_command_prints_them_all(capsys, monkeypatch):
 def test_json_holds_every_row(capsys):
     assert main(["table", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert len(rows["short"]) == 91 and len(rows["medium"]) == 18
+    public = {name: [r for r in rows[name] if not r["own"]] for name in rows}
+    assert len(public["short"]) == 91 and len(public["medium"]) == 18
     row = next(r for r in rows["short"] if r["label"] == "#75")
     assert (row["num_runs"], row["mean"], row["p"]) == (4, 3.2785, 0.005983)
     assert row["evidence"] == "4 logs"
@@ -216,23 +217,25 @@ def test_the_slope_is_used_where_there_is_no_curve(tmp_path):
 def test_a_target_that_is_not_fixed_is_said(monkeypatch):
     track = dataclasses.replace(rules.TRACKS["pocket"], target=None)
     monkeypatch.setitem(rules.TRACKS, "pocket", track)
-    assert "not yet fixed" in standing.stand("pocket", 2.0, 1e3, 1000, step=5, num_iterations=10)
+    assert "not yet fixed" in standing.stand("pocket", 2.0, 1e3, 1000, step=10, num_iterations=10)
     assert "not yet fixed" in standing.rank("pocket", 1e3, 1000, 2.0)
     assert "not yet fixed" in table.terminal(track, [], 60)
     assert "within target 2.5" in standing.stand("pocket", 2.0, 1e3, 1000, target=2.5)
 
 
-def test_rank_places_a_run_among_the_records():
+def test_rank_places_a_run_among_the_records(tmp_path):
+    (tmp_path / "data").symlink_to(facts.FOLDER / "data")  # the public records alone
     assert "with 60.0s place 1 of 90, ahead of #89 (73.8s)" in \
-        standing.rank("short", 60_000, 0, 3.279)
-    assert "place 90 of 90, behind #1 (45:00)" in standing.rank("short", 6e6, 0, 3.28)
+        standing.rank("short", 60_000, 0, 3.279, folder=tmp_path)
+    assert "place 90 of 90, behind #1 (45:00)" in \
+        standing.rank("short", 6e6, 0, 3.28, folder=tmp_path)
     assert "3.2801 is above the target 3.28" in standing.rank("short", 6e4, 0, 3.2801)
     with pytest.raises(ValueError, match="expected one of short"):
         standing.rank("long", 1, 1, 1.0)
 
 
 def test_a_program_without_the_facts_still_stands(tmp_path):
-    assert "no record has a curve" in standing.stand("short", 3.5, 1e3, 0, folder=tmp_path)
+    assert "no record yet to compare with" in standing.stand("short", 3.5, 1e3, 0, folder=tmp_path)
     assert "place 1 of 1" in standing.rank("short", 1e3, 0, 3.2, folder=tmp_path)
 
 
@@ -284,3 +287,14 @@ def test_a_missing_file_is_one_line(words, capsys):
     assert main(words) == 2
     said = capsys.readouterr().err
     assert "nothing.txt: expected" in said and said.count("\n") == 1
+
+
+def test_the_guide_names_every_reason_and_track_as_they_are():
+    guide = (facts.FOLDER / "README.md").read_text()
+    for name, rule in check.RULES.items():
+        assert f"| `{name}` | {rule} |" in guide
+    assert guide.count("\n| `") == len(check.RULES) + len(rules.TRACKS)
+    for track in rules.TRACKS.values():
+        assert f"| `{track.name}` |" in guide
+        if track.published:
+            assert f"to {track.target:g}" in guide
