@@ -161,8 +161,11 @@ def layer_plan(config: GPTConfig) -> list[Layer]:
 
     half = L // 2
     mirror = {2 * half - 1 - i: i for i in range(half)}
+    silent = dropped_attention(config)
     skips = {"none": {}, "weight": mirror, "sigmoid": mirror}.get(
-        config.unet, {dropped_attention(config): L // 3})
+        config.unet, {silent: min(L // 3, silent - 1)})
+    if config.drop_attention:
+        tables.pop(silent, None)
     return [Layer(keys[i], tables.get(i), skips.get(i)) for i in range(L)]
 
 
