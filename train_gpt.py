@@ -37,7 +37,7 @@ import checkpoint
 import options
 import recipes
 from data import corpus, fineweb
-from data.loader import Batch, Loader, check_enough_tokens, rank_rows, val_batches
+from data.loader import Batch, Loader, OutOfTokens, check_enough_tokens, rank_rows, val_batches
 from data.shards import check_disjoint, data_digest
 from kernels import peak_flops
 from model import GPT, flops_per_token, num_parameters
@@ -82,22 +82,36 @@ def find_data(recipe: Recipe, run: options.Run) -> Data:
         train_files, val_files = found["train"], found["val"]
     elif recipe.corpus == "built-in":
         built = corpus.build()
+        if built.note:
+            print(f"corpus: {built.note}", file=sys.stderr)
         train_files, val_files = list(built.train_files), list(built.val_files)
     else:
-        # A shard holds 100M tokens; what is left at its end and fills no step is dropped.
-        steps_per_shard = (100_000_000 - 1) // recipe.batch_tokens
-        num_shards = math.ceil(recipe.num_iterations / steps_per_shard)
-        folder = ROOT / "data" / "fineweb10B"
-        train_files, val_files = fineweb.ensure(num_shards, folder)
-    check_disjoint(train_files, val_files)
+        # As many shards as the run takes: 100M tokens each, less what no step uses (a shard's tail;
+        # from record #26 on tokens before the next document, and what is cut from long ones).
+        folder, num_shards = ROOT / "data" / "fineweb10B", math.ceil(recipe.total_tokens / 1e8)
+        while True:
+            train_files, val_files = fineweb.ensure(num_shards, folder)
+            try:
+                check_data(recipe, train_files, val_files, fineweb.BOS)
+                break
+            except OutOfTokens:
+                num_shards += 1
     bos_id = corpus.BOS if recipe.corpus == "built-in" else fineweb.BOS
-    check_enough_tokens(train_files, partial(batch_shape, recipe=recipe),
-                        recipe.num_iterations, vocab_size=recipe.model.vocab_size, bos_id=bos_id,
+    check_data(recipe, train_files, val_files, bos_id)
+    return Data(train_files, val_files, bos_id, data_digest([*train_files, *val_files]))
+
+
+def check_data(recipe: Recipe, train_files: list[Path], val_files: list[Path],
+               bos_id: int) -> None:
+    """Every shard the run touches is whole, and there are tokens for every step and validation.
+    Raises OutOfTokens where more training shards would help, ValueError otherwise."""
+    check_disjoint(train_files, val_files)
+    check_enough_tokens(train_files, partial(batch_shape, recipe=recipe), recipe.num_iterations,
+                        vocab_size=recipe.model.vocab_size, bos_id=bos_id,
                         repeat_first=recipe.first_batch_repeated, align=recipe.data_align,
                         max_doc_len=recipe.max_doc_len)
     val_batches(val_files, recipe.val_tokens, recipe.val_row, 1,
                 vocab_size=recipe.model.vocab_size)
-    return Data(train_files, val_files, bos_id, data_digest([*train_files, *val_files]))
 
 
 def local_sources() -> dict[str, str]:

@@ -16,7 +16,7 @@ import ranks
 import recipes
 import train_gpt
 from conftest import ROOT, clean_environment, start, tiny_options
-from data.shards import read_shard
+from data.shards import read_shard, write_shard
 from model import GPT, init_weights
 from records.log import parse
 
@@ -211,6 +211,31 @@ def test_initial_loss_of_a_zero_head_is_ln_v():
     with torch.no_grad():
         loss = model(tokens[:, :-1], tokens[:, 1:]) / 64
     assert loss.item() == pytest.approx(math.log(recipe.model.padded_vocab_size), abs=1e-5)
+
+
+def test_as_many_shards_are_fetched_as_the_run_takes(tmp_path, monkeypatch):
+    """Packing whole documents skips tokens, so the first guess (tokens / 100M) can be too low."""
+    asked = []
+
+    def ensure(num_shards, folder):
+        asked.append(num_shards)
+        files = []
+        for i in range(num_shards + 1):
+            tokens = np.full(1000, 7, dtype=np.uint16)
+            tokens[::50] = 50256
+            tokens[-1] = i  # no two shards alike
+            files.append(tmp_path / f"fineweb_{'val' if i == 0 else 'train'}_{i:06d}.bin")
+            write_shard(files[-1], tokens)
+        return files[1:], files[:1]
+
+    monkeypatch.setattr(train_gpt.fineweb, "ensure", ensure)
+    run, recipe = options.parse(
+        ["--record", "29", "--scale", "full", "--seq_len", "64", "--batch_tokens", "128",
+         "--num_iterations", "20", "--val_tokens", "256", "--val_seq_len", "64",
+         "--max_doc_len", "40", "--device", "cpu", "--head", "bf16"], has_cuda=False)
+    data = train_gpt.find_data(recipe, run)
+    assert asked == list(range(1, len(asked) + 1)) and len(asked) > 1
+    assert len(data.train_files) == asked[-1]
 
 
 # --- several ranks --------------------------------------------------------------------------------
