@@ -763,7 +763,7 @@ class Muon(torch.optim.Optimizer):
     def _join_ranks(self) -> None:
         """`_node` is the ranks that shard, `_across` the owners of the same shard in all nodes."""
         self._everyone = self._node = self._across = None
-        self.rank, self.world_size, self.num_ranks = 0, 1, 1
+        self.rank, self.world_size, self.num_ranks, self._first = 0, 1, 1, True
         if not (dist.is_available() and dist.is_initialized()):
             return
         given, size = self.settings["process_group"], self.settings["node_size"]
@@ -775,6 +775,7 @@ class Muon(torch.optim.Optimizer):
         if size < 1 or len(ranks) % size:
             raise ValueError(f"node_size: expected a divisor of {len(ranks)} ranks, got {size}")
         self.num_ranks, self.world_size, self.rank = len(ranks), size, me % size
+        self._first = me == 0
         if size < len(ranks):
             for start in range(0, len(ranks), size):
                 made = dist.new_group(ranks[start : start + size])
@@ -1070,8 +1071,8 @@ class Muon(torch.optim.Optimizer):
         ok = finite & (flags > 0)
         self.nonfinite.index_copy_(0, run.index[part], ~finite | flags.isnan())
         grad, param = run.grad[part].to(wide), stored
-        if self.settings["reduce"] == "mean" and self.num_ranks > 1:
-            grad = grad / self.num_ranks
+        if self._share() > 1:
+            grad = grad / self._share()
         if "master" in state:  # a weight that was changed from outside wins over its master copy
             param = state.pop("master")
             same = param.to(stored.dtype) == stored
@@ -1119,11 +1120,22 @@ class Muon(torch.optim.Optimizer):
                             t = full[None, : run.items[0].shape[0]]
                         for k, item in enumerate(run.items):
                             state[item.name][name] = t[k].clone()
+        pending = {}  # gradients that groups collect for their k-th step
+        for live in self._live:
+            if self.calls % live.plan.every:
+                grads = live.grads.clone()
+                if self._everyone is not None:
+                    dist.all_reduce(grads, group=self._everyone)
+                start = live.grads.storage_offset()
+                for p, grad, index, *_ in live.entries:
+                    here = grads.as_strided(p.shape, p.stride(), grad.storage_offset() - start)
+                    pending[self._names[index]] = here.clone() / self._share()
         groups, names = [], iter(self._names)
         for group in self.param_groups:
             kept = {k: v for k, v in group.items() if k not in ("params", "param_names")}
             groups.append({**kept, "params": [next(names) for _ in group["params"]]})
-        return {"state": state, "param_groups": groups, "calls": self.calls}
+        calls = self.calls
+        return {"state": state, "param_groups": groups, "calls": calls, "pending": pending}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Take what state_dict() gave, on any number of ranks, or what torch.optim's gave."""
@@ -1166,6 +1178,16 @@ class Muon(torch.optim.Optimizer):
                     for key, t in run.state.items() if item.name in saved else ():
                         self._load_tensor(live, item, key, t[k], saved[item.name])
         self.calls = state_dict.get("calls", self.calls)
+        for live in self._live:
+            for _, grad, index, *_ in live.entries:
+                pending = state_dict.get("pending", {}).get(self._names[index])
+                if pending is not None:  # one rank holds the sum
+                    grad.copy_(pending * self._share() * self._first)
+                    self._versions[index] = -1
+
+    def _share(self) -> int:
+        """What a sum over the ranks is divided by."""
+        return self.num_ranks if self.settings["reduce"] == "mean" else 1
 
     def _load_tensor(self, live: _LiveBucket, item: Item, key: str, mine: Tensor, saved: dict):
         if key not in saved:
