@@ -76,8 +76,8 @@ def _document_bounds(doc_BT: Tensor, window: int) -> Keys:
     starts_BT = torch.ones_like(doc_BT, dtype=torch.bool)
     starts_BT[:, 1:] = doc_BT[:, 1:] != doc_BT[:, :-1]
     # A fixed number of bounds, the rest empty documents at the end: the host need not know how
-    # many there are. Text with more than one document in 32 tokens stops the device.
-    size = B * (T // 32 + 2)
+    # many there are. Text with more than one document in 8 tokens stops the device.
+    size = B * (T // 8 + 2)
     torch._assert_async(starts_BT.sum() < size)
     starts = torch.nonzero_static(starts_BT.flatten(), size=size, fill_value=B * T).flatten()
     return Keys(cu_seqlens=F.pad(starts, (0, 1), value=B * T).int(),

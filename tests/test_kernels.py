@@ -1,0 +1,156 @@
+"""Attention and fp8 products against slow oracles in float64 with explicit masks."""
+
+import math
+
+import pytest
+import torch
+
+import kernels
+from kernels import Fp8Linear, Keys, attention, document_ids, packed_keys
+
+
+def oracle(q_BTHD, k_BTHD, v_BTHD, scale, seen_BTT):
+    """softmax over the keys that are seen, one product at a time."""
+    scores = torch.einsum("bthd,bshd->bhts", q_BTHD, k_BTHD) * scale
+    weights = scores.masked_fill(~seen_BTT[:, None], -math.inf).softmax(-1)
+    return torch.einsum("bhts,bshd->bthd", weights, v_BTHD)
+
+
+def seen(doc_BT, window):
+    """Token by token: same document, not later, at most window - 1 earlier."""
+    B, T = doc_BT.shape
+    mask = torch.zeros(B, T, T, dtype=torch.bool)
+    for b in range(B):
+        for q in range(T):
+            for k in range(max(0, q - window + 1), q + 1):
+                mask[b, q, k] = doc_BT[b, q] == doc_BT[b, k]
+    return mask
+
+
+def qkv(B, T, H=2, D=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, T, H, D, dtype=torch.float64, generator=generator, requires_grad=True)
+            for _ in range(3)]
+
+
+def tokens(B, T, every, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.where(torch.rand(B, T, generator=generator) < 1 / every, 256, 7)
+
+
+@pytest.mark.parametrize("T, window, every", [
+    (96, 1, 20), (96, 2, 20), (96, 33, 200), (128, 32, 10), (128, 31, 1000), (128, 65, 30),
+    (192, 16, 40), (192, 191, 40), (192, 192, 40), (192, 5000, 40), (97, 20, 9), (256, 100, 50),
+])
+def test_packed_attention_is_the_oracles(T, window, every):
+    doc_BT = document_ids(tokens(2, T, every, seed=T + window), 256)
+    q, k, v = qkv(2, T, seed=window)
+    expected = oracle(q, k, v, 0.3, seen(doc_BT, window))
+    got = attention(q, k, v, 0.3, packed_keys(doc_BT, window))
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    g = torch.randn_like(got)
+    for ours, theirs in zip(torch.autograd.grad(got, (q, k, v), g, retain_graph=True),
+                            torch.autograd.grad(expected, (q, k, v), g)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_short_windows_are_computed_in_chunks():
+    """Otherwise a long row would cost the square of its length."""
+    doc_BT = document_ids(tokens(1, 4096, 10_000), 256)
+    mask = packed_keys(doc_BT, 64).mask_BnQK
+    assert mask.numel() < 4096 * 64 * 4
+
+
+def test_rows_without_keys_are_plainly_causal():
+    q, k, v = qkv(3, 50)
+    everything = torch.zeros(3, 50, dtype=torch.long)
+    torch.testing.assert_close(attention(q, k, v, 0.5), oracle(q, k, v, 0.5, seen(everything, 50)),
+                               rtol=1e-9, atol=1e-9)
+
+
+def test_a_document_starts_at_its_bos():
+    row = torch.tensor([[5, 256, 7, 7, 256, 256, 3]])
+    assert document_ids(row, 256).tolist() == [[0, 1, 1, 1, 2, 3, 3]]
+
+
+def test_bounds_for_varlen_attention(monkeypatch):
+    """What a GPU is handed: where documents begin in all rows laid end to end; a row's first token
+    begins one in any case. Windows count the query itself, flash attention does not."""
+    monkeypatch.setattr(kernels, "has_varlen", lambda device: True)
+    rows = torch.full((2, 64), 7)
+    rows[0, 10], rows[1, 0], rows[1, 63] = 256, 256, 256
+    keys = packed_keys(document_ids(rows, 256), 33)
+    bounds = keys.cu_seqlens.tolist()
+    assert bounds[:5] == [0, 10, 64, 127, 128] and set(bounds[4:]) == {128}
+    assert keys.cu_seqlens.dtype == torch.int32
+    assert keys.bounds.tolist() == [33, 64] and keys.bounds.device.type == "cpu"
+
+
+def test_varlen_operator_is_called_with_documents_and_window(monkeypatch):
+    """The operator around torch's varlen attention, with an oracle in place of the GPU kernel."""
+    calls = []
+
+    def kernel(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, window):
+        calls.append((max_q, max_k, causal, window))
+        starts = cu_q.tolist()
+        doc = torch.zeros(1, len(q), dtype=torch.long)
+        for start in starts[1:]:
+            doc[:, start:] += 1
+        out = oracle(q[None], k[None], v[None], scale, seen(doc, window[0] + 1))[0]
+        return out, torch.zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
+
+    import torch.nn.attention.varlen  # the operator exists only after this import
+    monkeypatch.setattr(kernels, "has_varlen", lambda device: True)
+    monkeypatch.setattr(torch.ops.torch_attn, "_varlen_attn", kernel)
+    doc_BT = document_ids(tokens(2, 64, 12), 256)
+    q, k, v = (x.detach() for x in qkv(2, 64))
+    got = attention(q, k, v, 0.3, packed_keys(doc_BT, 20))
+    torch.testing.assert_close(got, oracle(q, k, v, 0.3, seen(doc_BT, 20)))
+    assert calls == [(64, 64, False, [19, 0])]
+
+
+def test_varlen_operator_has_shapes_for_the_compiler_and_a_backward():
+    """Its fake kernel and its autograd formula fit together (torch.library's own check)."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q, k, v = (torch.empty(128, 2, 8, requires_grad=True) for _ in range(3))
+        cu = torch.empty(5, dtype=torch.int32)
+        bounds = torch.empty(2, dtype=torch.int64)
+        out, lse, _ = kernels.packed_attention(q, k, v, cu, bounds, 0.3)
+        assert out.shape == q.shape and lse.shape == (2, 128)
+        out.sum().backward()
+        assert [x.grad.shape for x in (q, k, v)] == [q.shape] * 3
+
+
+def test_keys_carry_tensors_only():
+    """An int in here would make torch.compile build a graph for each window."""
+    keys = packed_keys(torch.zeros(1, 64, dtype=torch.long), 9)
+    assert all(x is None or isinstance(x, torch.Tensor) for x in keys) and isinstance(keys, Keys)
+
+
+# --- fp8 ------------------------------------------------------------------------------------------
+
+def test_fp8_products_are_near_the_exact_ones():
+    torch.manual_seed(0)
+    x = torch.randn(64, 32, requires_grad=True)
+    w = (0.05 * torch.randn(48, 32)).requires_grad_()
+    g = 1e-4 * torch.randn(64, 48)
+    y = Fp8Linear.apply(x, w, 2.0, 32.0, torch.tensor(2.0 ** 19))
+    dx, dw = torch.autograd.grad(y, (x, w), g)
+    for got, exact, bits in ((y, x @ w.T, 3), (dx, g @ w, 2), (dw, g.T @ x, 2)):
+        error = (got - exact).norm() / exact.norm()
+        assert 1e-3 < error < 2.0 ** -bits / 2, error  # rounded, and no worse than its mantissa
+    assert dw.dtype == torch.float32
+
+
+def test_fp8_never_overflows_to_nan():
+    x = torch.full((16, 16), 1e6, requires_grad=True)
+    y = Fp8Linear.apply(x, torch.full((16, 16), 1e6), 2.0, 2.0, torch.tensor(1e9))
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+
+
+def test_peak_is_unknown_on_a_cpu():
+    assert kernels.peak_flops(torch.device("cpu")) is None
+    assert kernels.has_fp8(torch.device("cpu")) and not kernels.has_varlen(torch.device("cpu"))
