@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                   "Unpack the program inside a log into a folder and run it. It is somebody's "
                   "program: read it first (--dry-run) if you do not know who wrote it.")
     sub.add_argument("what", type=Path, metavar="LOG|RECORD")
-    sub.add_argument("--into", type=Path, help="folder to unpack into (default reproduced/NAME)")
+    sub.add_argument("--into", type=Path, help="folder to unpack into (default: below logs)")
     sub.add_argument("--dry-run", action="store_true", help="unpack and say what would be run")
     sub.add_argument("--nproc", type=int, help="ranks (default: as in the log, or 1)")
     sub.add_argument("--seed", type=int, help="another seed than the log's")
@@ -115,12 +115,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.function(args)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"records {args.command}: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (ValueError, OSError) as error:
+        print(f"records {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _table(args) -> int:
@@ -323,7 +326,7 @@ def _reproduce(args) -> int:
 
     return reproduce(
         args.what, into=args.into, dry_run=args.dry_run, nproc=args.nproc, seed=args.seed,
-        options=args.options,
+        options=args.options, root=args.root,
     )
 
 

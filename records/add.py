@@ -71,6 +71,7 @@ def add(
         "race": read_race(race) if race else None,
     }
     check.ahead_of_prior(verdict, own, root)
+    check.not_reused(verdict, own, root)
     if verdict.reasons:
         raise Refused(verdict, check.outlook(verdict, root))
     result = own | verdict.result | {"logs": check.log_digests(runs)}

@@ -267,10 +267,12 @@ def recipe_sha256(recipe: dict | None) -> str | None:
 
 
 def hardware(run: Run) -> str | None:
-    """Where a run ran, as the table shows it (8x NVIDIA H100 80GB HBM3); None if unknown."""
-    name = run.gpu or run.environment.get("cpu")
-    num = run.gpu_count or run.result.get("world_size") or 1
-    return f"{num}x {name}" if name else None
+    """Where a run ran: "8x NVIDIA H100 80GB HBM3", "AMD EPYC 7R13, 4 cores"; None if unknown."""
+    if run.gpu:
+        return f"{run.gpu_count or run.result.get('world_size') or 1}x {run.gpu}"
+    cores = run.environment.get("cpu_cores")
+    name = run.environment.get("cpu")
+    return f"{name}, {cores} cores" if name and cores else name
 
 
 def _same_machine(verdict: Verdict, names: list[str]) -> None:
@@ -422,10 +424,11 @@ def outlook(verdict: Verdict, folder: Path = FOLDER) -> str | None:
     if track.test == "fixed_sigma":
         need = math.ceil((track.margin / (track.target - mean)) ** 2 - 1e-9)
         return f"{need - n} more runs would do if the mean stays" if need > n else None
-    others = [
-        (r["num_runs"], r["val_loss"]["sd"] or math.nan)
-        for r in facts.own_records(track.name, folder)
-    ]
+    try:
+        others = [(r["num_runs"], r["val_loss"]["sd"] or math.nan)
+                  for r in facts.own_records(track.name, folder)]
+    except (ValueError, KeyError, TypeError):  # a broken record of the track: named by check
+        others = []
     sd = stats.pooled_sd([(n, result["val_loss"]["sd"] or math.nan), *others])
     if not math.isfinite(sd) or sd == 0:
         return "the spread is not known yet: add a run or two with other seeds"
@@ -453,11 +456,15 @@ def read_result(folder: Path) -> dict:
     """result.json of a record folder; ValueError says what is wrong with it."""
     path = folder / "result.json"
     try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        result = json.loads(facts.read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected the result of a record: {error}") from None
     if not isinstance(result, dict) or result.get("track") not in rules.TRACKS:
         raise ValueError(f"{path}: expected a result of one of {', '.join(rules.TRACKS)}")
+    for key, kind in (("name", str), ("kind", str), ("date", str), ("by", list), ("differs", list),
+                      ("losses", list), ("val_loss", dict), ("train_time_ms", dict)):
+        if not isinstance(result.get(key), kind):
+            raise ValueError(f"{path}: {key}: expected a {kind.__name__}, got {result.get(key)!r}")
     return result
 
 
@@ -488,9 +495,20 @@ def check_folder(folder: Path, root: Path = FOLDER) -> Verdict:
     for name in ("README.md", "curves.png", "curves.svg", "source"):
         if not (folder / name).exists():
             verdict.add("broken-folder", where, f"{name} is missing")
+    named = where.removeprefix(".").removesuffix(".tmp")
+    if (folder.parent.name, named) != (track.name, f"{claimed['date']}_{claimed['name']}"):
+        verdict.add("broken-folder", where, f"expected {track.name}/{claimed['date']}_"
+                                            f"{claimed['name']}, got {folder.parent.name}/{named}")
+    if claimed["kind"] not in ("record", "baseline"):
+        verdict.add("broken-folder", where, f"kind: expected record or baseline, got "
+                                            f"{claimed['kind']!r}")
     if not runs:
         return verdict
-    ahead_of_prior(verdict, claimed, root)
+    try:
+        ahead_of_prior(verdict, claimed, root)
+        not_reused(verdict, claimed, root)
+    except ValueError as error:  # another record's folder is broken
+        verdict.add("broken-folder", where, str(error))
     again = {key: claimed.get(key) for key in OWN_KEYS} | verdict.result
     again["logs"] = log_digests(runs)
     for key in sorted(set(again) | set(claimed)):
@@ -504,8 +522,12 @@ def check_folder(folder: Path, root: Path = FOLDER) -> Verdict:
     verdict.result = again
     readme = folder / "README.md"
     if readme.is_file():
-        text = readme.read_text()
-        if page.numbers(claimed) not in text:
+        try:
+            text, numbers = facts.read_text(readme), page.numbers(claimed)
+        except (ValueError, KeyError, TypeError) as error:
+            verdict.add("broken-folder", where, f"README.md and result.json: {error!r}")
+            return verdict
+        if numbers not in text:
             verdict.add("stale-readme", where, "the numbers in README.md are not those of "
                         "result.json; `python -m records table --markdown` writes them again")
         for question in page.unanswered(text):
@@ -517,16 +539,34 @@ def log_digests(runs: Sequence[Run]) -> dict[str, str | None]:
     return {short_name(run.path).removesuffix(".gz"): run.digest for run in runs}
 
 
+def not_reused(verdict: Verdict, claimed: dict, root: Path = FOLDER) -> None:
+    """No log of this record stands behind another record too."""
+    digests = {run.digest: short_name(run.path) for run in verdict.runs if run.digest}
+    for other in facts.own_records(None, root):
+        if other["name"] != claimed["name"]:
+            for name, digest in other["logs"].items():
+                if digest in digests:
+                    verdict.add("duplicate-run", digests[digest],
+                                f"is {name} of the record {other['name']}")
+
+
 def ahead_of_prior(verdict: Verdict, claimed: dict, root: Path = FOLDER) -> None:
     """A record is ahead of the one before it: by tokens or steps outright, by time in a race."""
     if claimed.get("kind") == "baseline" or not verdict.result:
         return
     name = claimed.get("prior")
-    if name is None:
-        return
     track, result = verdict.track, verdict.result
-    prior = next((r for r in facts.own_records(track.name, root) if r["name"] == name), None)
+    others = [r for r in facts.own_records(track.name, root)
+              if r["name"] != claimed["name"] and r["kind"] == "record"]
     where = claimed.get("name") or ""
+    if name is None:
+        for other in others:
+            if claimed["date"] and other["date"] < claimed["date"]:
+                verdict.add("not-better", where, f"it names no record before it; {other['name']} "
+                                                 f"is of {other['date']}")
+                break
+        return
+    prior = next((r for r in others if r["name"] == name), None)
     if prior is None:
         verdict.add("not-better", where, f"its prior record {name} is not in the table")
         return
@@ -575,15 +615,16 @@ def check_all(root: Path = FOLDER) -> list[tuple[str, Verdict]]:
     from records import table
 
     verdicts = [(f"{f.parent.name}/{f.name}", check_folder(f, root)) for f in record_folders(root)]
-    claims = [path for name in rules.TRACKS for path in (root / name).glob("*/result.json")]
-    names = Counter(json.loads(path.read_text()).get("name") for path in claims)
+    names = Counter(verdict.result.get("name") for _, verdict in verdicts if verdict.result)
     readme = root.parent / "README.md"
     whole = Verdict(rules.TRACKS["short"], [])
     for name, num in names.items():
         if num > 1:
             whole.add("broken-folder", str(name), f"{num} records have this name")
-    if readme.is_file():
-        for problem in table.stale(readme.read_text(), root):
-            whole.add("stale-table", "README.md", problem)
+    try:
+        for problem in table.stale(readme.read_text() if readme.is_file() else "", root):
+            whole.add("stale-table", "", problem)
+    except ValueError as error:
+        whole.add("stale-table", "", str(error))
     verdicts.append(("tables", whole))
     return verdicts

@@ -62,6 +62,17 @@ def _interpolate(xs: tuple, ys: tuple, x: float) -> float:
     return ys[i - 1] + part * (ys[i] - ys[i - 1])
 
 
+TEXT_CAP = 1 << 24  # bytes of a README or a result.json
+
+
+def read_text(path: Path) -> str:
+    """A small text file; ValueError if it is too large to be one."""
+    size = path.stat().st_size
+    if size > TEXT_CAP:
+        raise ValueError(f"{path}: expected at most {TEXT_CAP >> 20} MiB, got {size >> 20} MiB")
+    return path.read_text()
+
+
 @lru_cache
 def history(folder: Path = FOLDER) -> tuple[dict, ...]:
     """The public records, one dict each, as in data/history.json."""
@@ -124,10 +135,12 @@ def own_records(name: str | None = None, folder: Path = FOLDER) -> list[dict]:
         here = []
         for path in sorted((folder / rules.name).glob("*/result.json")):
             try:
-                result = json.loads(path.read_text())
+                result = json.loads(read_text(path))
                 result["folder"] = f"{rules.name}/{path.parent.name}"
                 key = tuple(metric_value(result, metric) for metric in rules.metric)
-            except (ValueError, KeyError, TypeError) as error:
+                if not isinstance(result["logs"], dict) or not isinstance(result["name"], str):
+                    raise TypeError("logs or name")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path}: not the result of a record: {error!r}") from None
             here.append((key, result["folder"], result))
         found += [result for *_, result in sorted(here, key=lambda item: item[:2])]
@@ -171,7 +184,8 @@ def clock(ms: float | None, tenths: bool = False) -> str:
         return f"{seconds:.1f}s"
     if tenths and seconds < 3599.95:
         units = round(seconds * 10)
-        return f"{units // 600}:{units % 600 // 10:02d}.{units % 10}"
+        tenth = f".{units % 10}" if units % 10 else ""
+        return f"{units // 600}:{units % 600 // 10:02d}{tenth}"
     whole = round(seconds)
     if whole < 3600:
         return f"{whole // 60}:{whole % 60:02d}"

@@ -193,7 +193,8 @@ def execute(
     last: deque[str] = deque(maxlen=8)
     log: Path | None = None
     output.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    # a thread that waits by spinning slows everybody on a busy machine down
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONUNBUFFERED": "1"}
     with _terminating(), open(output, "w", buffering=1) as file:
         process = subprocess.Popen(
             command, cwd=program.folder, env=environment, stdout=subprocess.PIPE, text=True,

@@ -14,7 +14,7 @@ from records.facts import amount, clock, count, metric_value
 from records.stats import comparison_words
 
 BEGIN, END = "<!-- numbers:begin (written by python -m records) -->", "<!-- numbers:end -->"
-_ASK = re.compile(r"<!-- write: (.{1,300}?) -->", re.DOTALL)
+_ASK = re.compile(r"<!-- write: ([^<>]{1,300}?) -->")
 
 
 def _value(value: float | None, spec: str) -> str:
@@ -76,7 +76,7 @@ def unanswered(text: str) -> list[str]:
 def changed(text: str) -> str:
     """What changed, in one line: the first paragraph under that heading, as the table shows it."""
     part = text.partition("\n## What changed\n")[2].partition("\n## ")[0]
-    part = re.sub(r"<!--.*?-->", "", part, flags=re.DOTALL).strip()
+    part = re.sub(r"<!--.{0,1000}?-->", "", part[:10_000], flags=re.DOTALL).strip()
     return " ".join(part.partition("\n\n")[0].split())
 
 

@@ -37,7 +37,8 @@ def reproduce(
     if not runs:
         raise ValueError(f"{path}: expected a log, found no measurement in it")
     run = runs[0]
-    into = into or Path("reproduced") / (record["name"] if record else path.stem.split(".")[0])
+    name = record["name"] if record else path.stem.split(".")[0]
+    into = into or root.parent / "logs" / "reproduced" / name
     if into.exists():
         raise ValueError(f"{into} exists already: choose --into, or remove it")
     if run.format != "ours":

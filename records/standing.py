@@ -47,7 +47,7 @@ def stand(
         return f"{track}: {val_loss:.4f} before the first step"
     curves = _curves(rules, folder)
     at = _position(rules, train_time_ms, tokens, step)
-    parts = [_neighbours(rules, curves, val_loss, at)]
+    parts = [_neighbours(rules, curves, val_loss, at, tokens)]
     if step and num_iterations and 0 < step < num_iterations:
         parts.append(
             _finish(curves, val_loss, train_time_ms, target, step / num_iterations, history, step)
@@ -108,6 +108,7 @@ def _table(rules: Track, folder: Path) -> list[tuple[float, str]]:
     entries = [
         (facts.metric_value(record, metric), record["name"])
         for record in facts.own_records(rules.name, folder)
+        if record["kind"] == "record"
     ]
     if metric == "train_time_ms":
         entries += [
@@ -127,30 +128,39 @@ def _measures(rules: Track, train_time_ms, tokens, steps) -> str:
     return " and ".join(amount(values[m], m) for m in rules.metric if values[m] is not None)
 
 
-def _neighbours(rules: Track, curves: list[Curve], val_loss: float, at: float | None) -> str:
+def _neighbours(
+    rules: Track, curves: list[Curve], val_loss: float, at: float | None, tokens: int | None
+) -> str:
     """The records that had this loss just before and just after this point of the metric."""
     metric = rules.metric[0]
     if at is None:
         return f"{val_loss:.4f}"
     here = f"{val_loss:.4f} at {amount(at, metric)}"
+    if not curves:
+        return f"{here}: no record yet to compare with"
+    last, words = _between(curves, val_loss, at, metric)
+    if last and metric == "train_time_ms" and tokens:  # slower hardware: what counts is tokens
+        by_tokens = _between(curves, val_loss, tokens, "tokens")[1]
+        words += f"; by tokens ({facts.count(tokens)}) {by_tokens}" if by_tokens else ""
+    return f"{here}: {words or 'below every published curve'}"
+
+
+def _between(curves: list[Curve], val_loss: float, at: float, metric: str) -> tuple[bool, str]:
+    """Whether every curve had this loss before `at`, and the two around it in words, or ""."""
     had = sorted((x, c.label) for c in curves if (x := c.first_at(val_loss, metric)) is not None)
     if not had:
-        return f"{here}: no record yet to compare with" if not curves else (
-            f"{here}: below every published curve"
-        )
+        return False, ""
     faster = [entry for entry in had if entry[0] <= at]
     slower = [entry for entry in had if entry[0] > at]
-    if not faster:
-        x, label = slower[0]
-        first = ", the first of all" if len(had) > 1 else ""
-        return f"{here}: ahead of {label} ({amount(x, metric)}){first}"
-    if not slower:
-        x, label = faster[-1]
-        last = ", the last of all" if len(had) > 1 else ""
-        return f"{here}: behind {label} ({amount(x, metric)}){last}"
-    (x1, label1), (x2, label2) = faster[-1], slower[0]
-    before, after = amount(x1, metric), amount(x2, metric)
-    return f"{here}: behind {label1} ({before}), ahead of {label2} ({after})"
+    several = len(had) > 1
+    parts = []
+    if faster:
+        last = ", the last of all" if several and not slower else ""
+        parts.append(f"behind {faster[-1][1]} ({amount(faster[-1][0], metric)}){last}")
+    if slower:
+        first = ", the first of all" if several and not faster else ""
+        parts.append(f"ahead of {slower[0][1]} ({amount(slower[0][0], metric)}){first}")
+    return not slower, ", ".join(parts)
 
 
 def _finish(curves, val_loss, train_time_ms, target, fraction, history, step) -> str:

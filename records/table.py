@@ -90,8 +90,8 @@ def _own(record: dict, root: Path) -> Row:
     folder = root / record["folder"]
     names = check.check_folder(folder, root).names() - {"unwritten"}
     try:
-        changed = page.changed((folder / "README.md").read_text())
-    except OSError:
+        changed = page.changed(facts.read_text(folder / "README.md"))
+    except (OSError, ValueError):
         changed = ""
     return Row(
         track=record["track"],
@@ -233,7 +233,8 @@ def compact(root: Path = FOLDER) -> str:
     for track in rules.TRACKS.values():
         ours = [row for row in rows(track, root) if row.own]
         if ours:
-            names = ["record", "tokens", "time", "loss", "sd", "n", "p", "hardware", "what changed"]
+            names = ["record", "tokens", "time", "loss", "sd", "n", "p", "hardware", "what changed",
+                     "by"]
             if track.metric[0] == "train_time_ms":
                 names.remove("tokens")
             target = f", target {track.target:g}" if track.target is not None else ""
@@ -247,10 +248,9 @@ def compact(root: Path = FOLDER) -> str:
         parts.append(
             f"**{short.name}**, public history: {short.title}, {total} records, of which each "
             f"row took at most {MILESTONE:.0%} of the time of the row above, and the newest\n\n"
-            + _markdown(["record", "date", "time", "steps", "tokens", "what changed"], public, "")
+            + _markdown(["record", "date", "time", "steps", "tokens", "what changed", "by"],
+                        public, "")
         )
-        parts.append("All records of all tracks, with evidence: [records/TABLES.md]"
-                     "(records/TABLES.md), or `python -m records table`.")
     return "\n\n".join(parts)
 
 

@@ -96,7 +96,8 @@ def test_clock(ms, said):
 def test_clock_with_tenths():
     assert facts.clock(22.98 * 60_000, tenths=True) == "22:58.8"
     assert facts.clock(22.99 * 60_000, tenths=True) == "22:59.4"
-    assert facts.clock(119_970, tenths=True) == "2:00.0"
+    assert facts.clock(119_970, tenths=True) == "2:00"
+    assert facts.clock(31.4 * 60_000, tenths=True) == "31:24"
 
 
 @pytest.mark.parametrize("value, said", [
@@ -298,3 +299,11 @@ def test_the_guide_names_every_reason_and_track_as_they_are():
         assert f"| `{track.name}` |" in guide
         if track.published:
             assert f"to {track.target:g}" in guide
+
+
+def test_on_slow_hardware_the_line_compares_by_tokens():
+    record = next(c for c in facts.published_curves("short") if c.label == "#6")
+    i = 20
+    line = standing.stand("short", record.losses[i], 50 * record.times_ms[i], record.tokens[i])
+    assert "the last of all; by tokens (" in line
+    assert "behind #6" in line.partition("by tokens")[2]
