@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import DTYPES, attention
-from model import GPT, GPTConfig, Layer, Linear, Stage, Then
+from model import GPT, GPTConfig, Layer, Stage
+from pieces import Linear, Then
 
 
 class BiasLinear(Linear):

@@ -1,10 +1,10 @@
 """The model: GPT-2's shape with what the speedrun found, every idea one named, deletable piece.
 
-A model is a list of blocks, a block a list of pieces, and a piece a few lines that act on the
-residual stream, given what all layers are given (`Given`). `GPT(config)` is decided when it is
-built: a piece that a recipe does not use is not there, and the forward pass has no branch that
-asks. `print(model)` reads as what the recipe computes. To add an idea, write a piece, put it into
-`Block` or `Attention`, and give its parameters a rule in `init_rules` and `param_role`.
+A model is a list of blocks, a block a list of pieces (pieces.py), and a piece a few lines that act
+on the residual stream. `GPT(config)` is decided when it is built: a piece that a recipe does not
+use is not there, and the forward pass has no branch that asks. `print(model)` reads as what the
+recipe computes. To add an idea: write a piece, put it where it acts (`Block`, `Attention`, `GPT`),
+and give its parameters a rule in `init_rules` and a role in `param_role`.
 
 What changes while training (windows, rotary frequencies, targets, tied or not) is a `Stage`:
 `model.set_stage(stage)` between two steps.
@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import DTYPES, Fp8Linear, Keys, attention, document_ids, packed_keys
-
-GATE_CHANNELS = 12  # of the stream, that the gates of record #28 and later look at
+import pieces
+from kernels import DTYPES, Keys, document_ids, packed_keys
+from pieces import Given, Linear, Norm, Then, norm
 
 
 @dataclass(frozen=True)
@@ -178,105 +178,6 @@ def backout_layer(config: GPTConfig) -> int:
     return 2 * config.num_layers // 3
 
 
-# --- small parts ----------------------------------------------------------------------------------
-
-class Given(NamedTuple):
-    """What a layer is given besides x. Tensors or None, never ints: an int that changes from layer
-    to layer makes torch.compile build one graph each."""
-
-    rotary: tuple[Tensor, Tensor]           # cos and sin, (positions, D/2)
-    keys: Keys | None = None                # which keys are seen; None: all up to the query's
-    x0_BTC: Tensor | None = None            # the embedding, as it enters the first block
-    first_v_BTHD: Tensor | None = None      # values of the first layer
-    bigram_BTC: Tensor | None = None
-    value_BTHD: Tensor | None = None        # this layer's value embedding
-    skip_BTC: Tensor | None = None          # output of the layer that this one is linked to
-
-
-class Then(nn.ModuleDict):
-    """Pieces that act in turn on one tensor; may be empty."""
-
-    def forward(self, x: Tensor, *rest) -> Tensor:
-        for piece in self.values():
-            x = piece(x, *rest)
-        return x
-
-
-def norm(x: Tensor, *_) -> Tensor:
-    """RMSNorm over the last dimension, no parameters, eps of fp32 (records #2 and #5)."""
-    return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
-
-
-class Norm(nn.Module):
-    """`norm` as a piece."""
-
-    def forward(self, x: Tensor, *_) -> Tensor:
-        return norm(x)
-
-
-def scalar() -> nn.Parameter:
-    """A learned number. 0-dimensional, so that it does not lift a bf16 stream to fp32."""
-    return nn.Parameter(torch.empty(()))
-
-
-def gate_weight(num_gates: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(num_gates, GATE_CHANNELS))
-
-
-def gate(weight: Tensor, x_BTC: Tensor) -> Tensor:
-    """(B, T, gates) between 0 and 1, from the first channels of the stream (record #28)."""
-    x = x_BTC[..., :GATE_CHANNELS]
-    return torch.sigmoid(F.linear(x, weight.to(x.dtype)))
-
-
-class Linear(nn.Module):
-    """y = x W^T without bias; W (out, in) is kept in fp32 and cast where it is used."""
-
-    def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
-        self.compute_dtype = compute_dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.compute_dtype), self.weight.to(self.compute_dtype))
-
-    def extra_repr(self) -> str:
-        out_dim, in_dim = self.weight.shape
-        return f"{in_dim} -> {out_dim}, {str(self.compute_dtype).removeprefix('torch.')}"
-
-
-class ScaledLinear(Linear):
-    """A matrix with a learned factor of its own (#47; on QKV it acts on the values alone, because
-    q and k are normed)."""
-
-    def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype):
-        super().__init__(in_dim, out_dim, compute_dtype)
-        self.factor = scalar()
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.factor * self.weight
-        return F.linear(x.to(self.compute_dtype), weight.to(self.compute_dtype))
-
-
-class Fp8Head(Linear):
-    """The head with its three products in fp8 while training (#19); bf16 in validation."""
-
-    def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype, factors):
-        super().__init__(in_dim, out_dim, compute_dtype)
-        self.factors = factors
-        self.register_buffer("grad_factor", torch.ones(()), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        x_NC = x.to(self.compute_dtype).flatten(0, -2)
-        y_NV = Fp8Linear.apply(x_NC, self.weight, *self.factors[:2], self.grad_factor)
-        return y_NV.unflatten(0, x.shape[:-1])
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ", fp8 in training"
-
-
 # --- positions ------------------------------------------------------------------------------------
 
 def rotary_frequencies(config: GPTConfig) -> Tensor:
@@ -307,135 +208,17 @@ def yarn(freqs: Tensor, windows: tuple[int, ...]) -> tuple[Tensor, float]:
     return freqs, sharper
 
 
-class Rotary(nn.Module):
-    """Rotary embedding (Su et al. 2021; record #2): turn the pair (i, i + D/2) by its angle."""
-
-    def forward(self, x_BTHD: Tensor, given: Given) -> Tensor:
-        cos_TD, sin_TD = (table[:x_BTHD.size(1), None] for table in given.rotary)
-        x1, x2 = x_BTHD.chunk(2, dim=-1)
-        turned = torch.cat([x1 * cos_TD + x2 * sin_TD, x2 * cos_TD - x1 * sin_TD], dim=-1)
-        return turned.type_as(x_BTHD)
-
-
-class KeyOffset(nn.Module):
-    """The dimensions that do not turn come from the position before, so that a head can look for
-    "what followed this token" in one layer (#49)."""
-
-    def forward(self, k_BTHD: Tensor, given: Given) -> Tensor:
-        t1, s1, t2, s2 = k_BTHD.chunk(4, dim=-1)  # turning, still, turning, still
-        s1, s2 = (torch.cat([s[:, :1], s[:, :-1]], dim=1) for s in (s1, s2))
-        return torch.cat([t1, s1, t2, s2], dim=-1)
-
-
-# --- what is done with values ---------------------------------------------------------------------
-
-class MixOne(nn.Module):
-    """v = (1 - l) v + l e: with the first layer's values (Zhou et al. 2024; record #9) or with a
-    value embedding (record #14)."""
-
-    def __init__(self, source: str):
-        super().__init__()
-        self.source = source
-        self.value_lambda = scalar()
-
-    def forward(self, v_BTHD: Tensor, h_BTC: Tensor, given: Given) -> Tensor:
-        e_BTHD = getattr(given, self.source)
-        return (1 - self.value_lambda) * v_BTHD + self.value_lambda * e_BTHD
-
-    def extra_repr(self) -> str:
-        return f"{self.source}"
-
-
-class ScaleValue(nn.Module):
-    """v = a v, in layers without a table of their own (record #17)."""
-
-    def __init__(self):
-        super().__init__()
-        self.value_lambda = scalar()
-
-    def forward(self, v_BTHD: Tensor, h_BTC: Tensor, given: Given) -> Tensor:
-        return self.value_lambda * v_BTHD
-
-
-class MixTwo(nn.Module):
-    """v = a v + b e (record #15)."""
-
-    def __init__(self):
-        super().__init__()
-        self.value_lambda, self.embed_lambda = scalar(), scalar()
-
-    def forward(self, v_BTHD: Tensor, h_BTC: Tensor, given: Given) -> Tensor:
-        return self.value_lambda * v_BTHD + self.embed_lambda * given.value_BTHD
-
-
-class AddValue(nn.Module):
-    """v = v + e (#47)."""
-
-    def forward(self, v_BTHD: Tensor, h_BTC: Tensor, given: Given) -> Tensor:
-        return v_BTHD + given.value_BTHD
-
-
-class GateValue(nn.Module):
-    """v = v + 2 sigmoid(W h) e, a gate for each head (#55)."""
-
-    def __init__(self, num_heads: int):
-        super().__init__()
-        self.value_gate = gate_weight(num_heads)
-
-    def forward(self, v_BTHD: Tensor, h_BTC: Tensor, given: Given) -> Tensor:
-        return v_BTHD + 2 * gate(self.value_gate, h_BTC).unsqueeze(-1) * given.value_BTHD
-
+# --- a layer --------------------------------------------------------------------------------------
 
 def value_piece(config: GPTConfig, layer: Layer) -> dict[str, nn.Module]:
     if config.value_residual:
-        return {"residual": MixOne("first_v_BTHD")}
+        return {"residual": pieces.MixOne("first_v_BTHD")}
     if layer.value_table is None:
         sparse = config.value_embeds == "ends" and config.value_mix == "two"
-        return {"scale": ScaleValue()} if sparse else {}
-    make = {"one": lambda: MixOne("value_BTHD"), "two": MixTwo, "add": AddValue,
-            "gate": lambda: GateValue(config.num_heads)}
+        return {"scale": pieces.ScaleValue()} if sparse else {}
+    make = {"one": lambda: pieces.MixOne("value_BTHD"), "two": pieces.MixTwo,
+            "add": pieces.AddValue, "gate": lambda: pieces.GateValue(config.num_heads)}
     return {"embed": make[config.value_mix]()}
-
-
-# --- attention ------------------------------------------------------------------------------------
-
-class Scores(nn.Module):
-    """softmax(q k^T) v over the keys that are seen."""
-
-    def __init__(self, scale: float):
-        super().__init__()
-        self.scale = scale
-
-    def forward(self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, given: Given) -> Tensor:
-        return attention(q_BTHD, k_BTHD, v_BTHD, self.scale, given.keys)
-
-    def extra_repr(self) -> str:
-        return f"scale {self.scale:.4g}"
-
-
-class HeadGate(nn.Module):
-    """Each head's output times sigmoid(W h) (sparse attention gate, #28)."""
-
-    def __init__(self, num_heads: int):
-        super().__init__()
-        self.attn_gate = gate_weight(num_heads)
-
-    def forward(self, y_BTHD: Tensor, h_BTC: Tensor) -> Tensor:
-        return y_BTHD * gate(self.attn_gate, h_BTC).unsqueeze(-1)
-
-
-class Damping(nn.Module):
-    """y times a constant (records #2 to #4)."""
-
-    def __init__(self, factor: float):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, y: Tensor, *_) -> Tensor:
-        return y * self.factor
-
-    def extra_repr(self) -> str:
-        return f"{self.factor:.4f}"
 
 
 class Attention(nn.Module):
@@ -444,7 +227,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: Layer):
         super().__init__()
         dim, dtype, heads = config.model_dim, DTYPES[config.compute_dtype], config.num_heads
-        linear = ScaledLinear if config.qkv_lambda else Linear
+        linear = pieces.ScaledLinear if config.qkv_lambda else Linear
         scale = config.head_dim ** -0.5 if config.attn_scale is None else config.attn_scale
         self.head_dim = config.head_dim
         self.qkv = linear(dim, 3 * dim, dtype)
@@ -453,15 +236,15 @@ class Attention(nn.Module):
         # Which two heads share a stream is only a name; here it is h and h + H/2.
         self.streams = heads // 2 if layer.keys == "paired" else heads
         self.on_qk = Then({
-            "none": lambda: {"rotary": Rotary()},
-            "after": lambda: {"rotary": Rotary(), "norm": Norm()},
-            "before": lambda: {"norm": Norm(), "rotary": Rotary()}}[config.qk_norm]())
-        self.on_k = Then({"offset": KeyOffset()} if config.key_offset and layer.keys == "long"
-                         else {})
-        self.scores = Scores(scale)
-        self.on_y = Then({"gate": HeadGate(heads)} if config.attn_gate else {})
+            "none": lambda: {"rotary": pieces.Rotary()},
+            "after": lambda: {"rotary": pieces.Rotary(), "norm": Norm()},
+            "before": lambda: {"norm": Norm(), "rotary": pieces.Rotary()}}[config.qk_norm]())
+        looks_back = config.key_offset and layer.keys == "long"
+        self.on_k = Then({"offset": pieces.KeyOffset()} if looks_back else {})
+        self.scores = pieces.Scores(scale)
+        self.on_y = Then({"gate": pieces.HeadGate(heads)} if config.attn_gate else {})
         self.out = linear(dim, dim, dtype)
-        self.on_out = Then({"damping": Damping((2 * config.num_layers) ** -0.5)}
+        self.on_out = Then({"damping": pieces.Damping((2 * config.num_layers) ** -0.5)}
                            if config.attn_damping else {})
 
     def forward(self, x_BTC: Tensor, given: Given) -> Tensor:
@@ -475,8 +258,6 @@ class Attention(nn.Module):
         return x_BTC + self.on_out(self.out(y_BTHD.flatten(-2)))
 
 
-# --- the other pieces of a block ------------------------------------------------------------------
-
 class MLP(nn.Module):
     """Two matrices with GELU or ReLU^2 (So et al. 2021; record #5) between them."""
 
@@ -484,86 +265,30 @@ class MLP(nn.Module):
         super().__init__()
         dim, dtype = config.model_dim, DTYPES[config.compute_dtype]
         self.fc = Linear(dim, config.mlp_ratio * dim, dtype)
-        self.activation = {"gelu": nn.GELU, "relu2": ReLU2}[config.activation]()
+        self.activation = {"gelu": nn.GELU, "relu2": pieces.ReLU2}[config.activation]()
         self.proj = Linear(config.mlp_ratio * dim, dim, dtype)
 
     def forward(self, x_BTC: Tensor, given: Given) -> Tensor:
         return x_BTC + self.proj(self.activation(self.fc(norm(x_BTC))))
 
 
-class ReLU2(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x).square()
-
-
-class Skip(nn.Module):
-    """x = x + w * output of an earlier layer (U-net, record #11)."""
-
-    def __init__(self):
-        super().__init__()
-        self.skip_lambda = scalar()
-
-    def forward(self, x_BTC: Tensor, given: Given) -> Tensor:
-        return x_BTC + self.skip_lambda * given.skip_BTC
-
-
-class SigmoidSkip(Skip):
-    """x = x + sigmoid(w) * output of an earlier layer (#32; a single one from #45)."""
-
-    def forward(self, x_BTC: Tensor, given: Given) -> Tensor:
-        return x_BTC + torch.sigmoid(self.skip_lambda) * given.skip_BTC
-
-
-class GatedSkip(Skip):
-    """x = x + sigmoid(w) * 2 sigmoid(W x0) * output of an earlier layer (#55)."""
-
-    def __init__(self):
-        super().__init__()
-        self.skip_gate = gate_weight(1)
-
-    def forward(self, x_BTC: Tensor, given: Given) -> Tensor:
-        opened = 2 * torch.sigmoid(self.skip_lambda) * gate(self.skip_gate, given.x0_BTC)
-        return x_BTC + opened * given.skip_BTC
-
-
-class MixX0(nn.Module):
-    """x = a x + b x0: the embedding again, at the start of each block (record #9)."""
-
-    def __init__(self):
-        super().__init__()
-        self.resid_lambda, self.x0_lambda = scalar(), scalar()
-
-    def forward(self, x_BTC: Tensor, given: Given) -> Tensor:
-        return self.resid_lambda * x_BTC + self.x0_lambda * given.x0_BTC
-
-
-class AddBigram(nn.Module):
-    """x = x + c * embedding of the last two tokens' hash (record #62)."""
-
-    def __init__(self):
-        super().__init__()
-        self.bigram_lambda = scalar()
-
-    def forward(self, x_BTC: Tensor, given: Given) -> Tensor:
-        return x_BTC + self.bigram_lambda * given.bigram_BTC
-
-
 class Block(Then):
     """One layer: its pieces, in the order in which they act on x."""
 
     def __init__(self, config: GPTConfig, index: int, layer: Layer):
-        pieces: dict[str, nn.Module] = {}
+        parts: dict[str, nn.Module] = {}
         if layer.skip_from is not None:
-            pieces["skip"] = {"weight": Skip, "gate": GatedSkip}.get(config.unet, SigmoidSkip)()
+            kinds = {"weight": pieces.Skip, "gate": pieces.GatedSkip}
+            parts["skip"] = kinds.get(config.unet, pieces.SigmoidSkip)()
         if config.x0_lambdas:
-            pieces["x0"] = MixX0()
+            parts["x0"] = pieces.MixX0()
         if config.bigram:
-            pieces["bigram"] = AddBigram()
+            parts["bigram"] = pieces.AddBigram()
         if not (config.drop_attention and index == dropped_attention(config)):
-            pieces["attn"] = Attention(config, layer)
+            parts["attn"] = Attention(config, layer)
         if not (config.drop_mlp and index == 0):
-            pieces["mlp"] = MLP(config)
-        super().__init__(pieces)
+            parts["mlp"] = MLP(config)
+        super().__init__(parts)
         self.layer = layer
 
     def extra_repr(self) -> str:
@@ -574,78 +299,16 @@ class Block(Then):
             + [f"skip from layer {source}"] * (source is not None))
 
 
-# --- before and after the blocks ------------------------------------------------------------------
-
-class Smear(nn.Module):
-    """e_t = e_t + l sigmoid(W e_t) e_{t-1} (#34). Documents are not kept apart here."""
-
-    def __init__(self):
-        super().__init__()
-        self.smear_gate, self.smear_lambda = gate_weight(1), scalar()
-
-    def forward(self, e_BTC: Tensor) -> Tensor:
-        now, before = e_BTC[:, 1:], e_BTC[:, :-1]
-        smeared = now + self.smear_lambda * gate(self.smear_gate, now) * before
-        return torch.cat([e_BTC[:, :1], smeared], dim=1)
-
-
-class Bigrams(nn.Embedding):
-    """An embedding of (token before, token), hashed into a few vocabularies of rows (#62)."""
-
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        last = self.num_embeddings - 1  # the first position of a row has no token before
-        now, before = tokens_BT[:, 1:].long(), tokens_BT[:, :-1].long()
-        hashed = torch.bitwise_xor(36313 * now, 27191 * before) % last
-        return super().forward(F.pad(hashed, (1, 0), value=last))
-
-
-class Backout(nn.Module):
-    """x = x - l * output of a middle layer: what served there need not reach the head (#40)."""
-
-    def __init__(self, layer: int):
-        super().__init__()
-        self.layer = layer
-        self.backout_lambda = scalar()
-
-    def forward(self, x_BTC: Tensor, outputs: dict[int, Tensor]) -> Tensor:
-        return x_BTC - self.backout_lambda * outputs[self.layer]
-
-    def extra_repr(self) -> str:
-        return f"layer {self.layer}"
-
-
-class TanhCap(nn.Module):
-    """cap * tanh(z / div): logits that cannot run away (Gemma 2; record #9)."""
-
-    def __init__(self, cap: float, div: float, shift: float):
-        super().__init__()
-        self.cap, self.div, self.shift = cap, div, shift
-
-    def forward(self, z_BTV: Tensor) -> Tensor:
-        return self.cap * torch.tanh((z_BTV + self.shift) / self.div)
-
-    def extra_repr(self) -> str:
-        return f"cap {self.cap:g}, (z + {self.shift:g}) / {self.div:.4g}"
-
-
-class SigmoidCap(TanhCap):
-    """cap * sigmoid((z + shift) / div): the same curve moved up, which softmax does not see (#19),
-    until a shift makes room for larger logits (#54)."""
-
-    def forward(self, z_BTV: Tensor) -> Tensor:
-        return self.cap * torch.sigmoid((z_BTV + self.shift) / self.div)
-
+# --- the whole ------------------------------------------------------------------------------------
 
 def softcap_piece(config: GPTConfig) -> dict[str, nn.Module]:
     if config.logit_softcap is None:
         return {}
     div = config.logit_softcap if config.softcap_div is None else config.softcap_div
     div *= math.sqrt(config.model_dim) if config.softcap_sqrt_dim else 1.0
-    cap = {"tanh": TanhCap, "sigmoid": SigmoidCap}[config.softcap_kind]
+    cap = {"tanh": pieces.TanhCap, "sigmoid": pieces.SigmoidCap}[config.softcap_kind]
     return {"softcap": cap(config.logit_softcap, div, config.softcap_shift)}
 
-
-# --- the whole ------------------------------------------------------------------------------------
 
 class GPT(nn.Module):
     """tokens -> embedding -> blocks -> head -> loss."""
@@ -659,7 +322,7 @@ class GPT(nn.Module):
         self.plan = layer_plan(config)
 
         self.embed = nn.Embedding(rows, dim, dtype=table_dtype)
-        self.on_embed = Then({"smear": Smear()} if config.smear else {})
+        self.on_embed = Then({"smear": pieces.Smear()} if config.smear else {})
         if config.embed_norm:
             self.on_embed["norm"] = Norm()
         tables = {layer.value_table for layer in self.plan} - {None}
@@ -667,9 +330,10 @@ class GPT(nn.Module):
             str(i): nn.Embedding(rows, dim, dtype=table_dtype) for i in sorted(tables)})
         self.blocks = nn.ModuleList(
             Block(config, i, layer) for i, layer in enumerate(self.plan))
-        self.on_end = Then({"backout": Backout(backout_layer(config))} if config.backout else {})
+        self.on_end = Then({"backout": pieces.Backout(backout_layer(config))}
+                           if config.backout else {})
         self.lm_head = Linear(dim, rows, DTYPES[config.head]) if config.head != "fp8" else (
-            Fp8Head(dim, rows, dtype, config.fp8_factors))
+            pieces.Fp8Head(dim, rows, dtype, config.fp8_factors))
         if config.tied_head:
             self.lm_head.weight = self.embed.weight
         self.on_logits = Then(softcap_piece(config))
@@ -681,7 +345,7 @@ class GPT(nn.Module):
         if config.value_residual:
             self.shared["first_v_BTHD"] = self.first_values
         if config.bigram:
-            self.bigram = Bigrams(config.bigram_rows, dim, dtype=table_dtype)
+            self.bigram = pieces.Bigrams(config.bigram_rows, dim, dtype=table_dtype)
             self.shared["bigram_BTC"] = self.bigrams
         self.see = self.see_documents if config.packed else self.see_row
 
@@ -706,7 +370,7 @@ class GPT(nn.Module):
         if len(stage.target_weights) != len(self.target_weights):
             self.target_weights = torch.ones(len(stage.target_weights), device=self.cos.device)
         self.target_weights.copy_(torch.tensor(stage.target_weights))
-        if isinstance(self.lm_head, Fp8Head):
+        if isinstance(self.lm_head, pieces.Fp8Head):
             self.lm_head.grad_factor.fill_(self.config.fp8_factors[2] * stage.batch_tokens)
 
     @torch.no_grad()
@@ -806,6 +470,8 @@ class GPT(nn.Module):
             "qkv.factor": ("constant", 0.5), "out.factor": ("constant", 1.0),
         }
 
+
+# --- about parameters -----------------------------------------------------------------------------
 
 def init_rule(model: nn.Module, name: str) -> tuple:
     """The rule of init_rules that names this parameter. Raises ValueError where none does: a

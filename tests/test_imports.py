@@ -30,7 +30,9 @@ def third_party(path) -> set[str]:
 @pytest.mark.parametrize("name, allowed", [
     ("muon.py", set()),
     ("kernels.py", set()),
-    ("model.py", {"kernels", "gpt2"}),
+    ("pieces.py", {"kernels"}),
+    ("model.py", {"kernels", "pieces"}),
+    ("gpt2.py", {"kernels", "pieces", "model"}),
     ("recipes.py", {"model", "gpt2"}),
     ("checkpoint.py", set()),
     ("ranks.py", set()),

@@ -11,23 +11,17 @@ from torch import nn
 import recipes
 from model import (
     GPT,
-    Bigrams,
-    Fp8Head,
     GPTConfig,
-    KeyOffset,
-    Linear,
-    Rotary,
-    Smear,
     Stage,
     flops_per_token,
     init_weights,
     layer_plan,
     mean_keys,
-    norm,
     num_parameters,
     param_role,
     rotary_frequencies,
 )
+from pieces import Bigrams, Fp8Head, KeyOffset, Linear, Rotary, Smear, norm
 from recipes import RECORDS, edit, pocket
 
 LADDER = list(RECORDS)
