@@ -163,15 +163,19 @@ def newest(folder: Path, wanted: dict, warn: Callable[[str], None]) -> tuple[Pat
     a warning, those of other trainings in silence."""
     def when(path: Path) -> int:
         try:
-            return path.stat().st_mtime_ns
-        except OSError:  # a link to nowhere, or just removed
+            return path.lstat().st_mtime_ns
+        except OSError:  # removed just now
             return 0
 
     for path in sorted(folder.glob("*.ckpt"), key=lambda p: (when(p), p.name), reverse=True):
         try:
             if not path.is_file():
                 raise CheckpointError(f"{path}: points to a file that is not there")
-            head = _read(path, mmap=True)  # tensors stay on disk: only to see whose it is
+            try:
+                head = _read(path, mmap=True)  # tensors stay on disk: only to see whose it is
+            except CheckpointError:
+                verify(path)  # knows better words for what is wrong
+                raise
             if head.get("kind") == "checkpoint" and not _belongs(head, wanted):
                 return path, load_run(path, wanted)
         except (CheckpointError, OSError) as error:

@@ -297,14 +297,14 @@ class Signals:
     """What the ranks tell each other in every step: loss, faults and stop request, in one small
     reduction between the backward pass and the update.
 
-    The update hangs on it without the host: `agree` gives a factor for the learning rates that is
-    1 as long as all went well, and 0 from the first bad step on, so that no parameter moves in a
-    bad step or in the one that is under way when the host hears of it, one step later.
+    The update hangs on it without the host: `gate` is true on the device as long as all went well,
+    and false from the first bad step on, so that no parameter moves in a bad step or in the one
+    that is under way when the host hears of it, one step later.
 
     A step is bad when on any rank the loss is not finite, the largest entry of a parameter's
     gradient is not below `limit` (or is no number), or something else failed: `fault` says what.
     Gradients are looked at by hooks, while they are still this rank's own, so that the rank can be
-    named: make Signals before the optimizer, whose hooks send them off.
+    named: make Signals before the optimizer, whose hooks send them off, and then `guard` it.
     """
 
     limit = 1e18  # above it a square leaves the range of fp32 and bf16
@@ -312,7 +312,7 @@ class Signals:
     def __init__(self, world: World, named_parameters: Iterable[tuple[str, Tensor]]):
         self.world = world
         self.fault = ""
-        self.gate = torch.ones((), dtype=torch.float64, device=world.device)
+        self.gate = torch.ones((), dtype=torch.bool, device=world.device)
         self.names, parameters = zip(*named_parameters)
         self._largest = torch.zeros(len(self.names), device=world.device)
         self._blamed = self._largest.clone()  # of the last good or the first bad step
@@ -332,13 +332,23 @@ class Signals:
                 largest.copy_(torch.linalg.vector_norm(parameter.grad, math.inf))
         return look
 
+    def guard(self, optimizer) -> None:
+        """Keep no update of a muon.Muon while the gate is shut. Which updates to keep it decides on
+        the device, parameter by parameter; the verdict on the whole step joins in there."""
+        apply = optimizer._apply
+
+        def gated(rule, targets, ok, *rest) -> None:
+            apply(rule, targets, ok & self.gate, *rest)
+
+        optimizer._apply = gated
+
     def arm(self) -> None:
         """The next backward pass is the last one of this step."""
         self._armed = True
 
     @torch.no_grad()
-    def agree(self, loss_share: Tensor, num_nonfinite: Tensor, stop: bool) -> Tensor:
-        """Between backward and update: 1 where all ranks are fine, else 0; stays on the device.
+    def agree(self, loss_share: Tensor, num_nonfinite: Tensor, stop: bool) -> None:
+        """Between backward and update: shuts the gate where a rank found the step bad.
 
         num_nonfinite: what the owners of parameters found in the update before, after reduction.
         """
@@ -349,12 +359,10 @@ class Signals:
         x = torch.stack([loss, told, torch.full_like(loss, float(stop))])
         if self.world.size > 1:
             dist.all_reduce(x, group=self._group)
-        fine = self.gate > 0
-        self._blamed = torch.where(fine, self._largest, self._blamed)
-        self._loss = torch.where(fine, loss, self._loss)
-        self.gate = self.gate * (x[0].isfinite() & (x[1] == 0))
+        self._blamed = torch.where(self.gate, self._largest, self._blamed)
+        self._loss = torch.where(self.gate, loss, self._loss)
+        self.gate = self.gate & x[0].isfinite() & (x[1] == 0)
         self._said = x
-        return self.gate
 
     def send(self, step: int, ms: float) -> None:
         """`step` is done (the host's part of it, on a GPU), `ms` of training time in all."""

@@ -258,9 +258,7 @@ def train_step(model: GPT, optimizer: Muon, recipe: Recipe, batch: Batch, micro_
     if recipe.grad_clip is not None:
         clip_gradients(model, recipe.grad_clip)
     if signals is not None:
-        go = signals.agree(share, optimizer.nonfinite.any(), stop)
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * go  # 0 in a bad step: no parameter moves, no host waits
+        signals.agree(share, optimizer.nonfinite.any(), stop)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -404,7 +402,8 @@ def timed_loop(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: W
 
     def heed(said: Signal | None) -> str:
         """Note what the ranks said of a step; the reason to stop, or nothing."""
-        if said is None:
+        failed = at.reason not in ("", PREEMPTED)
+        if said is None or failed:  # a step under way when a bad one was found was void
             return ""
         if said.step == start:
             world.limit_waiting(run.timeout_s, *signals.groups)
@@ -477,6 +476,7 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
         compile_segments(model)
     signals = Signals(world, model.named_parameters())
     optimizer = build_optimizer(model, recipe)
+    signals.guard(optimizer)
     micro_rows = default_micro_rows(recipe, world)
     if run.micro_batch_tokens is not None:
         micro_rows = max(1, run.micro_batch_tokens // recipe.model.seq_len)
