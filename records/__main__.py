@@ -182,11 +182,9 @@ def _check(args) -> int:
             print(f"      {'waived ' if reason.name in args.waive else ''}{reason}")
         for fact in verdict.facts:
             print(f"      {fact}")
-        if counted and verdict.result:
-            advice = check.outlook(verdict, args.root)
-            short = {"not-significant", "too-few-runs", "above-target"}
-            if advice and verdict.names() & short:
-                print(f"      {advice}")
+        advice = check.outlook(verdict, args.root) if counted else None
+        if advice:
+            print(f"      {advice}")
     if not args.what:
         print(f"{len(verdicts) - 1} record{'s' * (len(verdicts) != 2)} and the tables checked, "
               f"{failed or 'nothing'} failed")

@@ -414,7 +414,8 @@ def mean_curve(runs: Sequence[Run]) -> dict[str, list]:
 def outlook(verdict: Verdict, folder: Path = FOLDER) -> str | None:
     """How many more runs would probably do, from the spread of these runs and of the track's."""
     track, result = verdict.track, verdict.result
-    if track.target is None or not result:
+    short = verdict.names() & {"not-significant", "too-few-runs", "above-target"}
+    if track.target is None or not result or not short:
         return None
     n, mean = result["num_runs"], result["val_loss"]["mean"]
     if track.test == "mean":

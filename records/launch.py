@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,8 @@ from records.log import find_kept, parse, without_sources
 SCRIPT = "train_gpt.py"
 CACHES = ("data/corpus_cache", "data/fineweb10B")  # kept out of git; linked, never copied
 # options of one launch, not of the training
-DROPPED = {"--seed": 1, "--runs": 1, "--log_dir": 1, "--data_dir": 1, "--wandb": 0, "--prepare": 0}
+DROPPED = {"--seed", "--runs", "--log_dir", "--data_dir", "--wandb", "--prepare", "--resume",
+           "--checkpoint_every", "--keep"}
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,28 @@ class Program:
 
 def training_options(command: str) -> list[str]:
     """The options of a logged command line that say what is trained, without seed and folders."""
-    words = deque(shlex.split(command)[1:])
-    kept = []
-    while words:
-        word = words.popleft()
-        name = word.partition("=")[0].replace("-", "_").replace("__", "--", 1)
-        if name in DROPPED:
-            if "=" not in word and DROPPED[name] and words:
-                words.popleft()
-            continue
-        kept.append(word)
-        if word.startswith("--") and "=" not in word and words and not words[0].startswith("--"):
-            kept.append(words.popleft())
-    return kept
+    return [word for name, words in _options(shlex.split(command)[1:]) if name not in DROPPED
+            for word in words]
+
+
+def merged(*groups: Sequence[str]) -> tuple[str, ...]:
+    """Several lists of options as one; an option given again replaces the earlier one."""
+    last = {name: words for group in groups for name, words in _options(group)}
+    return tuple(word for words in last.values() for word in words)
+
+
+def _options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """(--name, the words it is given with) for each option: --name value, --name=value, --name."""
+    left, found = deque(words), []
+    while left:
+        word = left.popleft()
+        name = "--" + word.removeprefix("--").partition("=")[0].replace("-", "_")
+        taken = [word]
+        value_follows = left and not left[0].startswith("--") and "=" not in word
+        if word.startswith("--") and value_follows:
+            taken.append(left.popleft())
+        found.append((name, taken))
+    return found
 
 
 def unpack(run: Run, into: Path) -> None:
@@ -101,7 +111,7 @@ def find(text: str, place: Path, root: Path = FOLDER) -> Program:
     tree = root.parent.resolve()
     if re.fullmatch(r"#?\d+", what):
         number = what.removeprefix("#")
-        return Program(f"#{number}" + _tail(options), tree, ("--record", number, *options))
+        return Program(f"#{number}" + _tail(options), tree, merged(("--record", number), options))
     folder = next((f for f in (Path(what), root / what) if f.is_dir()), None)
     named = [r for r in own_records(None, root) if what in (r["name"], r["folder"])]
     if named and (folder is None or not (folder / SCRIPT).is_file()):
@@ -113,7 +123,7 @@ def find(text: str, place: Path, root: Path = FOLDER) -> Program:
         link_caches(place, tree)
         kept = training_options(run.environment.get("command", SCRIPT))
         name = check.read_result(folder).get("name", folder.name)
-        return Program(name + _tail(options), place.resolve(), (*kept, *options))
+        return Program(name + _tail(options), place.resolve(), merged(kept, options))
     if folder is not None:
         if not (folder / SCRIPT).is_file():
             raise ValueError(f"{what}: expected a folder with {SCRIPT} or result.json")

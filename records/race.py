@@ -77,7 +77,7 @@ def race(
         programs = {}
         for side, text in (("a", a), ("b", b)):
             program = launch.find(text, places[side], root)
-            programs[side] = replace(program, options=program.options + both)
+            programs[side] = replace(program, options=launch.merged(program.options, both))
         labels = {side: programs[side].label for side in "ab"}
         if labels["a"] == labels["b"]:
             labels = {side: f"{side.upper()} ({labels[side]})" for side in "ab"}

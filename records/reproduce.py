@@ -48,7 +48,8 @@ def reproduce(
     launch.link_caches(into, tree)
     kept = launch.training_options(run.environment.get("command", launch.SCRIPT))
     program = launch.Program(
-        record["name"] if record else path.name, into.resolve(), (*kept, *shlex.split(options))
+        record["name"] if record else path.name, into.resolve(),
+        launch.merged(kept, shlex.split(options)),
     )
     nproc = nproc or run.result.get("world_size") or 1
     seed = run.result.get("seed") if seed is None else seed

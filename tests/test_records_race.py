@@ -161,6 +161,12 @@ def test_options_of_the_launch_are_not_of_the_training(command, kept):
     assert launch.training_options(command) == kept
 
 
+def test_an_option_given_again_replaces_the_earlier_one():
+    assert launch.merged(["--record", "6", "--lr", "1"], ["--lr=2", "--tied_head"], ["--x", "-1"]) \
+        == ("--record", "6", "--lr=2", "--tied_head", "--x", "-1")
+    assert launch.merged(["--matrix-lr", "1"], ["--matrix_lr", "2"]) == ("--matrix_lr", "2")
+
+
 def the_log(tree, *options):
     done = subprocess.run([sys.executable, "train_gpt.py", *options], cwd=tree, check=True,
                           capture_output=True, text=True)
