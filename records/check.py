@@ -33,7 +33,7 @@ RULES = {
     "source-differs": "all runs are of one program, but for differences that are named",
     "recipe-differs": "all runs are of one recipe",
     "steps-differ": "all runs took the same number of steps",
-    "track-differs": "all runs are of the track they are entered for",
+    "track-differs": "all runs are of the track they are entered for, or of one with its target",
     "data-differs": "all runs used the same corpus, the one of the track",
     "hardware-differs": "all runs were made on the same hardware",
     "wrong-hardware": "the hardware is that of the track",
@@ -206,7 +206,7 @@ def _same_claim(verdict: Verdict, names: list[str], differs: Sequence[str]) -> N
     runs, track = verdict.runs, verdict.track
     for run, label in zip(runs, names):
         claimed = run.result.get("track")
-        if claimed is not None and claimed != track.name:
+        if claimed is not None and not _same_game(rules.TRACKS.get(claimed), track):
             verdict.add("track-differs", label, f"its track is {claimed}, not {track.name}")
         if run.recipe is not None:
             for path, expected in track.fixed.items():
@@ -238,6 +238,12 @@ def _same_claim(verdict: Verdict, names: list[str], differs: Sequence[str]) -> N
     if track.data_digest is not None and digests[0] != track.data_digest:
         verdict.add("data-differs", names[0], f"its corpus is {_brief(digests[0])}, the track's is "
                                               f"{_brief(track.data_digest)}")
+
+
+def _same_game(claimed: Track | None, track: Track) -> bool:
+    """A run for one track may be entered for another with the same corpus and target."""
+    return claimed is not None and (claimed.name == track.name or (
+        claimed.corpus == track.corpus and claimed.target == track.target is not None))
 
 
 def arithmetic(run: Run) -> str | None:

@@ -452,3 +452,11 @@ def test_a_broken_record_does_not_hide_the_others(root, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "FAIL  pocket/2026-11-20_first" in said and "broken-folder" in said
     assert "pocket/2026-11-20_second" in said
+
+
+def test_a_run_may_be_entered_for_a_track_with_the_same_goal(tmp_path):
+    path = write_log(tmp_path / "a.txt", track="short", loss=3.27)
+    assert "track-differs" not in judged([path], "solo").names()
+    assert "track-differs" not in judged([path], "steps").names()
+    assert "track-differs" in judged([path], "medium").names()
+    assert "track-differs" in judged([path], "pocket").names()
