@@ -191,6 +191,14 @@ def has_fp8(device: torch.device) -> bool:
         device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9))
 
 
+def check_fp8(device: torch.device) -> None:
+    """Raises ValueError where `device` cannot multiply fp8."""
+    if not has_fp8(device):
+        raise ValueError(f"--head fp8: {torch.cuda.get_device_name(device)} does not multiply fp8 "
+                         "(compute capability 8.9 and later do); --head bf16 trains without, and "
+                         "the log says so")
+
+
 def _fp8(x: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
     largest = torch.finfo(dtype).max  # the cast itself would make NaN or inf of what is larger
     return (x.float() * factor).clamp(-largest, largest).to(dtype)

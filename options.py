@@ -72,6 +72,10 @@ def _parse(name: str, text: str, kind) -> object:
         return kind(text)
     except (ValueError, KeyError):
         what = wanted.get(kind, "numbers separated by commas, as 0.9,0.95")
+        if name == "record":
+            what = f"one of {', '.join(map(str, RECORDS))}"
+        if name == "record":
+            what = f"one of {', '.join(map(str, RECORDS))}"
         raise OptionError(f"--{name}: expected {what}, got {text!r}") from None
 
 
@@ -161,6 +165,12 @@ def _check_run(run: Run, has_cuda: bool) -> None:
 def _resolve(run: Run, changes: dict, has_cuda: bool) -> Recipe:
     on_gpu = run.device == "cuda" or (run.device == "auto" and has_cuda)
     scale = run.scale if run.scale != "auto" else ("full" if on_gpu else "pocket")
+    if scale == "full" and not on_gpu and run.device != "cpu" and not run.prepare:
+        raise OptionError("--scale full: there is no CUDA device here; --scale pocket trains the "
+                          "same recipe small (--device cpu insists on this one)")
+    if scale == "full" and not on_gpu and run.device != "cpu" and not run.prepare:
+        raise OptionError("--scale full: there is no CUDA device here; --scale pocket trains the "
+                          "same recipe small (--device cpu insists on this one)")
     record = run.record
     if record is None:
         record = recipes.DEFAULT_POCKET if scale == "pocket" else recipes.DEFAULT_FULL

@@ -39,7 +39,7 @@ import recipes
 from data import corpus, fineweb
 from data.loader import Batch, Loader, OutOfTokens, check_enough_tokens, rank_rows, val_batches
 from data.shards import check_disjoint, data_digest
-from kernels import peak_flops
+from kernels import check_fp8, peak_flops
 from model import GPT, flops_per_token, num_parameters
 from muon import Muon
 from ranks import (
@@ -639,6 +639,8 @@ def main(argv: list[str]) -> int:
             data = world.first(lambda: find_data(recipe, run))
             world.agree({"the data": world.every(lambda: data_here(data))})
             rank_rows(batch_shape(0, recipe)[0], world.rank, world.size)
+            if recipe.model.head == "fp8":
+                check_fp8(world.device)
             for seed in range(run.seed, run.seed + run.runs):
                 status = train(run, recipe, seed, data, world, screen, stop_request)
                 if status != "complete":
