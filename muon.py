@@ -117,7 +117,10 @@ def storage_dtype(mode: str | None, device: torch.device) -> torch.dtype:
 def normalize(G: Tensor, dim: int | tuple, factor: float = 1.0, eps: float = 0.0) -> Tensor:
     """A new G / (factor * its 2-norm over `dim`) at any scale: the largest entry is divided out
     first, so that nothing over- or underflows; zeros stay zeros. `eps` bounds the norm below."""
-    largest = torch.maximum(G.amax(dim, keepdim=True), -G.amin(dim, keepdim=True))
+    if torch.compiler.is_compiling():  # fuses abs; its CPU backend fails on the other form (2.13)
+        largest = G.abs().amax(dim, keepdim=True)
+    else:  # reads twice, writes nothing
+        largest = torch.maximum(G.amax(dim, keepdim=True), -G.amin(dim, keepdim=True))
     X = G / largest.clamp(min=torch.finfo(G.dtype).tiny)
     norm = torch.linalg.vector_norm(X, dim=dim, keepdim=True).clamp(min=1.0) * factor
     return X.div_(torch.maximum(norm, eps / largest) if eps else norm)
@@ -240,7 +243,7 @@ def normuon(X: Tensor, v: Tensor, beta2: float | Tensor, axis: str) -> tuple[Ten
     columns ("col") by a running mean of squares v; each matrix keeps its Frobenius norm, so that v
     needs no bias correction."""
     squares = X.square().mean(-1 if axis == "row" else -2, keepdim=True)
-    v = _mix(v, squares, 1 - beta2)
+    v = _mix(squares, v, beta2)
     weight = v.clamp(min=1e-10).reciprocal()
     before, after = (x.sum((-2, -1), keepdim=True) for x in (squares, squares * weight))
     return X * (weight * before / after.clamp(min=1e-30)).sqrt(), v
@@ -256,7 +259,7 @@ def muon_update(
     if decay == "l2":
         grad = grad + param * weight_decay
     if momentum_form == "ema":
-        B = _mix(momentum_buffer, grad, 1 - momentum)
+        B = _mix(grad, momentum_buffer, momentum)
         update = _mix(grad, B, momentum) if nesterov else B
     else:  # heavy ball: the EMA's buffer over 1 - momentum
         B = _minus(grad, momentum_buffer, -momentum)
@@ -279,8 +282,8 @@ def adam_update(
     if decay == "l2":
         grad = grad + param * weight_decay
     step = step + 1
-    exp_avg = _mix(exp_avg, grad, 1 - beta1)
-    exp_avg_sq = _mix(exp_avg_sq, grad.square(), 1 - beta2)
+    exp_avg = _mix(grad, exp_avg, beta1)
+    exp_avg_sq = _mix(grad.square(), exp_avg_sq, beta2)
     # 1 - beta^t by expm1: the plain form loses 5e-5 of 1 - 0.999 in fp32
     correct1, correct2 = (-torch.expm1(step * _log(beta)) for beta in (beta1, beta2))
     update = exp_avg / correct1 / ((exp_avg_sq / correct2).sqrt_() + eps)

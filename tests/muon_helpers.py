@@ -63,7 +63,7 @@ def generator(seed=0):
 
 
 def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=generator(seed))
+    return torch.randn(shape, generator=generator(seed))
 
 
 def low_rank(rank, rows, cols, seed=0):
