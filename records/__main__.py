@@ -255,13 +255,12 @@ def _stand(args) -> int:
                              f"({', '.join(rules.TRACKS)})")
         history: list[tuple[int, float]] = []
         last = run.final
-        per_step = run.tokens / last.step if run.tokens and last and last.step else 0
         for i, point in enumerate(run.points):
             history.append((point.step, point.val_loss))
             if i % args.every == 0 or point is last:
                 print(f"step:{point.step}/{point.total or '?'} " + stand(
                     name, point.val_loss, point.train_time_ms,
-                    round(per_step * point.step) or None, history=history,
+                    run.tokens_at(point.step), history=history,
                     num_iterations=point.total, step=point.step, folder=args.root,
                 ))
         if last is None:

@@ -248,14 +248,14 @@ def _same_game(claimed: Track | None, track: Track) -> bool:
 
 def arithmetic(run: Run) -> str | None:
     """Do the steps and tokens that a log claims follow from its recipe?"""
-    steps, batch = run.recipe.get("num_iterations"), run.recipe.get("batch_tokens")
-    longer = run.recipe.get("extension_steps") or 0
-    if steps is not None and run.reached_total and run.final_step not in (steps, steps + longer):
+    steps = run.recipe.get("num_iterations")
+    if not run.reached_total:
+        return None
+    if steps is not None and run.final_step != steps:
         return f"the recipe has {steps} steps, the run {run.final_step}"
-    changing = [k for k, v in run.recipe.items() if k.startswith("batch_") and k != "batch_tokens"
-                and v not in (None, [], {})]
-    if batch and not changing and run.reached_total and run.tokens != batch * run.final_step:
-        return f"{run.final_step} steps of {batch} tokens are not {run.tokens} tokens"
+    tokens = run.tokens_at(run.final_step)
+    if tokens is not None and run.tokens != tokens:
+        return f"{run.final_step} steps of its recipe are {tokens} tokens, it claims {run.tokens}"
     return None
 
 
@@ -402,8 +402,6 @@ def mean_curve(runs: Sequence[Run]) -> dict[str, list]:
     """The mean loss and clock at every step that all runs validated."""
     steps = set.intersection(*({p.step for p in run.points} for run in runs))
     at = [{p.step: p for p in run.points} for run in runs]
-    tokens, last = runs[0].tokens, runs[0].final_step
-    per_step = tokens / last if tokens and last else None
     curve: dict[str, list] = {
         "step": sorted(steps), "val_loss": [], "train_time_ms": [], "tokens": []
     }
@@ -413,7 +411,7 @@ def mean_curve(runs: Sequence[Run]) -> dict[str, list]:
         clocks = [p.train_time_ms for p in points]
         known = all(c is not None for c in clocks)
         curve["train_time_ms"].append(round(sum(clocks) / len(clocks), 1) if known else None)
-        curve["tokens"].append(round(step * per_step) if per_step else None)
+        curve["tokens"].append(runs[0].tokens_at(step))
     return curve
 
 

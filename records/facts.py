@@ -108,7 +108,6 @@ def published_curves(name: str, folder: Path = FOLDER) -> tuple[Curve, ...]:
                 times = None
         else:
             times = tuple(end_ms * step / steps[-1] for step in steps)
-        per_step = record["tokens"] / record["steps"] if record["tokens"] else None
         curves.append(
             Curve(
                 label=f"#{key[0]}" + ("" if record["kind"] == "record" else f" ({key[1]})"),
@@ -116,10 +115,17 @@ def published_curves(name: str, folder: Path = FOLDER) -> tuple[Curve, ...]:
                 steps=steps,
                 losses=tuple(float(p["val_loss"]) for p in points),
                 times_ms=times,
-                tokens=tuple(round(s * per_step) for s in steps) if per_step else None,
+                tokens=tuple(_trained(s, record["batch"]) for s in steps)
+                if record["batch"] else None,
             )
         )
     return tuple(curves)
+
+
+def _trained(step: int, batch: list[list[int]]) -> int:
+    """Tokens trained on before `step`, from [first step, tokens a step] of each stage."""
+    ends = [start for start, _ in batch[1:]] + [step]
+    return sum(size * max(0, min(step, end) - start) for (start, size), end in zip(batch, ends))
 
 
 def own_records(name: str | None = None, folder: Path = FOLDER) -> list[dict]:
@@ -166,7 +172,7 @@ def own_curves(name: str, folder: Path = FOLDER) -> list[Curve]:
                 steps=tuple(points["step"]),
                 losses=tuple(points["val_loss"]),
                 times_ms=tuple(points["train_time_ms"]),
-                tokens=tuple(points["tokens"]),
+                tokens=None if None in points["tokens"] else tuple(points["tokens"]),
             )
         )
     return curves

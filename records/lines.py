@@ -131,6 +131,23 @@ class Run:
         value = self.result.get("tokens")
         return value if isinstance(value, int) and value > 0 else None
 
+    def tokens_at(self, step: int) -> int | None:
+        """Tokens trained on before `step`, by the recipe; None if the recipe does not say.
+
+        The recipe's `batch_stages` are equal parts of the steps before its extension; without
+        them, every step takes `batch_tokens`.
+        """
+        recipe = self.recipe or {}
+        steps, batch = recipe.get("num_iterations"), recipe.get("batch_tokens")
+        stages = recipe.get("batch_stages") or [batch]
+        scheduled = (steps or 0) - (recipe.get("extension_steps") or 0)
+        if not all(isinstance(n, int) and n > 0 for n in (steps, scheduled, *stages)):
+            return None
+        starts = [-(-i * scheduled // len(stages)) for i in range(len(stages))]
+        ends = [*starts[1:], step]
+        return sum(size * max(0, min(step, end) - start)
+                   for size, start, end in zip(stages, starts, ends))
+
 
 # ---------------------------------------------------------------------------------- reading lines
 

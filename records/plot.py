@@ -111,9 +111,8 @@ def _xs(run: Run, what: str) -> list[float] | None:
         times = [p.train_time_ms for p in run.points]
         return None if None in times else [t / 1000 for t in times]
     if what == "tokens":
-        if not run.tokens or not run.final_step:
-            return None
-        return [p.step * run.tokens / run.final_step for p in run.points]
+        counts = [run.tokens_at(p.step) for p in run.points]
+        return None if None in counts else counts
     return [float(p.step) for p in run.points]
 
 
