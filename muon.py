@@ -481,7 +481,9 @@ def make_plan(
                     option = (exposed_seconds(trial, world_size, device), padded / least)
                     if option < best.get(len(trial), ((math.inf,),))[0]:
                         best[len(trial)] = (option, trial)
-            chosen = min(best, key=lambda count: (*best[count][0], count))
+            # A prediction within 5% of the best is as good: the fewest buckets win.
+            limit = 1.05 * min(option[0] for option, _ in best.values())
+            chosen = min(count for count, (option, _) in best.items() if option[0] <= limit)
             plan.buckets += best[chosen][1]
             plan.tried += [(n, o[1], o[0], n == chosen) for n, (o, _) in sorted(best.items())]
     plan.buckets.sort(key=lambda bucket: max(item.order for item in bucket.items))
