@@ -99,6 +99,7 @@ class GPTConfig:
     compute_dtype: str = "bf16"     # of matrix products and attention; matrices stay fp32
     stream_dtype: str = "fp32"      # of the residual stream; bf16 from #10
     embed_dtype: str = "fp32"       # of the embedding tables; bf16 from #10
+    head_dtype: str = "fp32"        # of the head's table; bf16 from #32
     head: str = "bf16"              # of the head's product in training; fp8 from #19
     fp8_factors: tuple[float, ...] = ()  # of x, w and the summed loss's gradient, before the cast
 
@@ -332,8 +333,10 @@ class GPT(nn.Module):
             Block(config, i, layer) for i, layer in enumerate(self.plan))
         self.on_end = Then({"backout": pieces.Backout(backout_layer(config))}
                            if config.backout else {})
-        self.lm_head = Linear(dim, rows, DTYPES[config.head]) if config.head != "fp8" else (
-            pieces.Fp8Head(dim, rows, dtype, config.fp8_factors))
+        head_dtype = DTYPES[config.head_dtype]
+        self.lm_head = Linear(dim, rows, DTYPES[config.head], head_dtype) if (
+            config.head != "fp8") else pieces.Fp8Head(
+                dim, rows, dtype, config.fp8_factors, head_dtype)
         if config.tied_head:
             self.lm_head.weight = self.embed.weight
         self.on_logits = Then(softcap_piece(config))

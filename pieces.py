@@ -70,11 +70,12 @@ def gate(weight: Tensor, x_BTC: Tensor) -> Tensor:
 # --- matrices -------------------------------------------------------------------------------------
 
 class Linear(nn.Module):
-    """y = x W^T without bias; W (out, in) is kept in fp32 and cast where it is used."""
+    """y = x W^T without bias; W (out, in) is cast where it is used."""
 
-    def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype):
+    def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype,
+                 dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=dtype))
         self.compute_dtype = compute_dtype
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,8 +102,9 @@ class ScaledLinear(Linear):
 class Fp8Head(Linear):
     """The head with its three products in fp8 while training (#19); bf16 in validation."""
 
-    def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype, factors):
-        super().__init__(in_dim, out_dim, compute_dtype)
+    def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype, factors,
+                 dtype: torch.dtype = torch.float32):
+        super().__init__(in_dim, out_dim, compute_dtype, dtype)
         self.factors = factors
         self.register_buffer("grad_factor", torch.ones(()), persistent=False)
 

@@ -143,6 +143,7 @@ def check(recipe: Recipe) -> None:
     one_of(m, "compute_dtype", "fp32", "bf16")
     one_of(m, "stream_dtype", "fp32", "bf16")
     one_of(m, "embed_dtype", "fp32", "bf16")
+    one_of(m, "head_dtype", "fp32", "bf16")
     one_of(m, "head", "fp32", "bf16", "fp8")
     must(m.head != "fp8" or len(m.fp8_factors) == 3, "head",
          "fp32 or bf16 (this recipe has no factors for fp8)", m.head)
@@ -199,6 +200,8 @@ def check(recipe: Recipe) -> None:
          "true where attention has windows", m.packed)
     must(not r.tie_first or not m.tied_head, "tied_head", "false where tie_first is true",
          m.tied_head)
+    must(not (r.tie_first or m.tied_head) or m.head_dtype == m.embed_dtype, "head_dtype",
+         f"that of the embedding, {m.embed_dtype}, whose table it shares", m.head_dtype)
     must(1 <= r.muon_steps <= 20, "muon_steps", "1 to 20", r.muon_steps)
     must(1 <= r.num_targets <= 3, "num_targets", "1 to 3", r.num_targets)
     must(r.val_tokens >= r.val_row and r.val_tokens % r.val_row == 0, "val_tokens",
@@ -382,6 +385,7 @@ _record(31, "YaRN while the window grows", after=29,
 # learning rate stands at final_lr (0.10018 there).
 _record(38, "Polar Express", after=31,
         num_layers=11, drop_first=True, drop_mlp=False, unet="sigmoid", smear=True,
+        head_dtype="bf16",
         muon_method="polar_express", matrix_lr=0.06, adam_eps=1e-8,
         extension_steps=40, final_long=20, cooldown_steps=815)
 
@@ -479,7 +483,8 @@ def pocket(recipe: Recipe) -> Recipe:
         vocab_size=257, seq_len=batch_tokens // 4 if packed else recipe.model.seq_len // 4,
         max_seq_len=1024 if packed else None,
         attn_scale=recipe.model.attn_scale and recipe.model.attn_scale * 2 ** 0.5,  # 128 -> 64
-        compute_dtype="fp32", stream_dtype="fp32", embed_dtype="fp32", head="fp32",
+        compute_dtype="fp32", stream_dtype="fp32", embed_dtype="fp32", head_dtype="fp32",
+        head="fp32",
         muon_mode="accurate",
         matrix_lr=recipe.matrix_lr * (width_ratio ** 0.5 if unit_rms else 1.0),
         num_iterations=num_iterations, batch_tokens=batch_tokens,

@@ -75,6 +75,9 @@ def test_shape_of_the_model(record, facts):
     assert RECORDS[record].tie_first == isinstance(arch["tied_head"], str)
     assert config.stream_dtype == (
         "bf16" if record >= 10 else "fp32")
+    assert config.embed_dtype == ("bf16" if record >= 10 else "fp32")
+    assert config.head_dtype == ("bf16" if "bf16" in arch["dtypes"]["head_params"].split(",")[0]
+                                 and record > 1 else "fp32")
     fp8 = arch["fp8"]
     assert (config.head == "fp8") == (fp8 is not None)
 
@@ -463,7 +466,8 @@ def test_pocket_keeps_the_ideas_and_the_tokens(record):
     full, small = RECORDS[record], pocket(RECORDS[record])
     assert abs(small.total_tokens - recipes.POCKET_TOKENS) < small.batch_tokens
     sizes = {"num_layers", "num_heads", "head_dim", "vocab_size", "seq_len", "max_seq_len",
-             "attn_scale", "compute_dtype", "stream_dtype", "embed_dtype", "head"}
+             "attn_scale", "compute_dtype", "stream_dtype", "embed_dtype", "head",
+             "head_dtype"}
     for name in recipes.MODEL_FIELDS - sizes:
         assert getattr(small.model, name) == getattr(full.model, name), name
     for step_full in (full.num_iterations // 9, full.num_iterations // 2, full.num_iterations - 1):

@@ -1,0 +1,164 @@
+"""Every rung trains: through all its stages, on several ranks alike, in one graph a block."""
+
+import math
+
+import pytest
+import torch
+
+import options
+import recipes
+import train_gpt
+from conftest import tiny_options
+from data.loader import Batch
+from model import param_role
+from recipes import RECORDS
+from records.log import parse
+
+LADDER = list(RECORDS)
+# Rows long enough for windows and documents; one layer of each kind.
+SMALL = ("--num_layers", "4", "--seq_len", "64", "--batch_tokens", "256", "--val_tokens", "1024",
+         "--val_seq_len", "64")
+
+
+def small(record: int, *extra: str) -> recipes.Recipe:
+    recipe = recipes.pocket(RECORDS[record])
+    stages = recipe.batch_stages and ("--batch_stages", "128,192,256")
+    return options.parse([*tiny_options("--record", record, *SMALL, *(stages or ()), *extra)],
+                         has_cuda=False)[1]
+
+
+def batches(recipe: recipes.Recipe):
+    """Learnable rows: each byte follows the one before by one or two, documents of 40 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    for step in range(recipe.num_iterations):
+        rows, T = recipes.batch_shape(step, recipe)
+        walk = torch.randint(1, 3, (rows, T + 1), generator=generator).cumsum(1) % 256
+        walk[:, ::40] = 256
+        yield Batch(walk[:, :-1].int(), walk[:, 1:])
+
+
+@pytest.mark.parametrize("record", LADDER)
+def test_a_rung_trains_through_all_its_stages(record):
+    recipe = small(record, "--num_iterations", "24")
+    model = train_gpt.build_model(recipe, 0, torch.device("cpu"))
+    optimizer = train_gpt.build_optimizer(model, recipe)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses, stages = [], []
+    for step, batch in enumerate(batches(recipe)):
+        recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
+        stages.append(model.stage)
+        for group in optimizer.param_groups:
+            group.update(recipes.group_schedule(step, group["name"], recipe))
+        train_gpt.train_step(model, optimizer, recipe, batch, 4, batch.inputs_BT.numel())
+        model.set_stage(recipes.eval_stage(step, recipe))
+        with torch.no_grad():
+            losses.append(model(batch.inputs_BT, batch.targets_BT).item() / batch.inputs_BT.numel())
+        model.set_stage(stages[-1])
+    assert math.isfinite(losses[-1]) and losses[-1] < losses[0] - 0.1
+    still = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+    assert not still
+    changes = len({(s.window, s.short_window) for s in stages})
+    assert changes >= {0: 1, 1: 3}[bool(recipe.window_stages)]
+
+
+@pytest.mark.parametrize("record", [2, 9, 10, 19, 29, 53, 62])
+def test_a_rung_trains_in_the_precision_of_its_record(record):
+    """bf16 products, stream and tables, fp8 head: all of it runs on a CPU, slowly."""
+    full = RECORDS[record]
+    precision = {name: getattr(full.model, name) for name in (
+        "compute_dtype", "stream_dtype", "embed_dtype", "head_dtype", "head")}
+    recipe = recipes.edit(small(record, "--num_iterations", "12"), muon_mode="fast", **precision)
+    model = train_gpt.build_model(recipe, 0, torch.device("cpu"))
+    optimizer = train_gpt.build_optimizer(model, recipe)
+    assert model.embed.weight.dtype == (torch.bfloat16 if record >= 10 else torch.float32)
+    stream = []
+    model.blocks[1].register_forward_hook(lambda module, given, out: stream.append(out.dtype))
+    losses = []
+    for step, batch in enumerate(batches(recipe)):
+        recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
+        for group in optimizer.param_groups:
+            group.update(recipes.group_schedule(step, group["name"], recipe))
+        with torch.no_grad():
+            model.eval()
+            losses.append(model(batch.inputs_BT, batch.targets_BT).item() / batch.inputs_BT.numel())
+            model.train()
+        train_gpt.train_step(model, optimizer, recipe, batch, 4, batch.inputs_BT.numel())
+        if record >= 19:
+            assert model.lm_head.grad_factor == recipe.model.fp8_factors[2] * 256 or (
+                recipe.batch_stages)
+    assert losses[-1] < losses[0] and math.isfinite(losses[-1])
+    assert set(stream) == {torch.bfloat16 if record >= 10 else torch.float32}
+
+
+def test_the_embedding_of_53_is_the_heads_until_it_leaves():
+    recipe = small(53, "--num_iterations", "24")
+    model = train_gpt.build_model(recipe, 0, torch.device("cpu"))
+    optimizer = train_gpt.build_optimizer(model, recipe)
+    leaves = recipes.untie_step(recipe)
+    for step, batch in enumerate(batches(recipe)):
+        if step == leaves:
+            table = model.lm_head.weight.detach().clone()
+        recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
+        if step == leaves:
+            assert torch.equal(model.embed.weight, table)
+        train_gpt.train_step(model, optimizer, recipe, batch, 4, batch.inputs_BT.numel())
+    assert not torch.equal(model.embed.weight, model.lm_head.weight)
+
+
+def test_clipping_bounds_the_norm_of_all_gradients():
+    recipe = small(1)
+    model = train_gpt.build_model(recipe, 0, torch.device("cpu"))
+    batch = next(batches(recipe))
+
+    def norm_after(largest: float) -> float:
+        model.zero_grad()
+        model(batch.inputs_BT, batch.targets_BT).backward()
+        train_gpt.clip_gradients(model, largest)
+        return math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+
+    free = norm_after(1e9)
+    assert norm_after(0.5 * free) == pytest.approx(0.5 * free, rel=1e-4)
+    assert norm_after(2 * free) == pytest.approx(free, rel=1e-6)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("record", [1, 19, 62])
+def test_ranks_agree_where_a_record_has_its_own_way(train, tmp_path, record):
+    """#1 clips all gradients together, #19 reduces after the backward pass, #62 has every stage."""
+    def run(nproc: int):
+        stages = ("--batch_stages", "128,192,256") if record == 62 else ()
+        done, (log,) = train("--record", record, *SMALL, *stages, "--num_iterations", "8",
+                             nproc=nproc, log_dir=tmp_path / str(nproc))
+        assert done.returncode == 0, done.stderr
+        (run,) = parse(log)
+        return [point.val_loss for point in run.points]
+
+    assert run(2) == pytest.approx(run(1), abs=3e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it while it traces
+@pytest.mark.parametrize("record", [2, 15, 62])
+def test_a_block_is_one_graph_and_alike_blocks_share_it(record):
+    """No break inside a block, and windows that move cost shapes only."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    recipe = small(record)
+    model = recipes.build_model(recipe, 0)
+    counter = CompileCounterWithBackend("eager")
+    for block in model.blocks:
+        block.compile(dynamic=False, fullgraph=True, backend=counter)
+    tokens = torch.randint(256, (2, 64))
+    for _ in range(2):
+        model(tokens, tokens).backward()
+    assert counter.frame_count <= 4 and (record != 2 or counter.frame_count == 1)
+    torch._dynamo.reset()
+
+
+def test_every_role_of_the_ladder_is_used():
+    used = set()
+    for recipe in RECORDS.values():
+        with torch.device("meta"):
+            used |= {param_role(name) for name, _ in recipes.make_model(
+                recipes.pocket(recipe)).named_parameters()}
+    assert used == set(recipes.ROLES)
