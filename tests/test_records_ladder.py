@@ -1,0 +1,146 @@
+"""The ladder command: what it keeps, where it goes on, and what its page says."""
+
+import json
+import math
+import xml.etree.ElementTree
+
+import pytest
+
+from records import __main__ as command
+from records import ladder
+
+GAINS = {3: 0.02, 4: 0.17, 5: 0.3, 6: 0.0, 8: 0.05}
+
+
+def made_run(record: int, seed: int, loss: float) -> dict:
+    curve = [[0, 5.0], [50, (5.0 + loss) / 2], [100, loss]]
+    return {"record": record, "seed": seed, "val_loss": loss, "tokens": 200_000,
+            "num_iterations": 100, "parameters": 800_000 + record, "threads": 1,
+            "train_time_ms": 30_000.0 + record, "curve": curve, "options": [],
+            "recipe_sha256": f"{record:064x}", "data_digest": "d", "commit": "c"}
+
+
+def made_runs(seeds: int = 3) -> list[dict]:
+    """Losses fall by GAINS; each seed moves all rungs together, and each run a little."""
+    runs, loss = [], 2.2
+    for record in (2, *GAINS):
+        loss -= GAINS.get(record, 0.0)
+        for seed in range(seeds):
+            noise = 0.003 * ((record * 7 + seed * 3) % 5 - 2)
+            runs.append(made_run(record, seed, loss + 0.1 * seed + noise))
+    return runs
+
+
+def test_gains_are_paired_by_seed():
+    """The seeds lie 0.1 apart; their common part must not enter the gain or its error."""
+    rows = {row["record"]: row for row in ladder.rungs(made_runs())}
+    assert rows[2]["gains"] == [] and math.isnan(rows[2]["gain"])
+    for record, gain in GAINS.items():
+        assert rows[record]["gain"] == pytest.approx(gain, abs=0.012)
+        assert 0 < rows[record]["error"] < 0.01
+
+
+def test_verdicts_tell_gains_from_chance():
+    runs = made_runs() + [made_run(9, seed, 2.9 + 0.1 * seed) for seed in range(3)]
+    rows = ladder.rungs(runs)
+    freedom = sum(len(row["gains"]) - 1 for row in rows if row["gains"])
+    words = {row["record"]: ladder.verdict(row, freedom) for row in rows}
+    assert words == {2: "", 3: "helps", 4: "helps", 5: "helps", 6: "within noise", 8: "helps",
+                     9: "hurts"}
+
+
+def test_one_seed_gives_gains_without_a_verdict():
+    rows = ladder.rungs(made_runs(seeds=1))
+    assert rows[1]["gain"] == pytest.approx(0.02, abs=0.02) and math.isnan(rows[1]["error"])
+    assert ladder.verdict(rows[1], 0) == ""
+    assert "nan" not in ladder.page(made_runs(seeds=1))
+
+
+def test_a_missing_seed_pairs_what_is_there():
+    runs = [run for run in made_runs() if (run["record"], run["seed"]) != (4, 1)]
+    rows = {row["record"]: row for row in ladder.rungs(runs)}
+    assert (rows[4]["n"], len(rows[4]["gains"]), len(rows[5]["gains"])) == (2, 2, 2)
+
+
+def test_tokens_to_a_loss():
+    run = made_run(6, 0, 2.0)   # 5.0, 3.5, 2.0 at 0, 100,000 and 200,000 tokens
+    assert ladder.tokens_to(run, 3.5) == pytest.approx(100_000)
+    assert ladder.tokens_to(run, 2.75) == pytest.approx(150_000)
+    assert math.isnan(ladder.tokens_to(run, 1.9))
+
+
+def test_rank_correlation_with_the_published_ladder():
+    """Published token savings over the rung before: #3 27%, #4 11%, #5 18%, #6 none, #8 10%."""
+    rows = ladder.rungs([made_run(2, 0, 3.0)] + [
+        made_run(record, 0, loss) for record, loss in
+        ((3, 2.0), (4, 1.9), (5, 1.4), (6, 1.4), (8, 1.37))])
+    rho, _, num = ladder.rank_correlation(rows)
+    assert rho == pytest.approx(1.0) and num == 5
+
+
+def test_pooled_deviation():
+    assert ladder.pooled_sd([[1.0, 3.0], [5.0, 5.0, 5.0], [7.0]]) == pytest.approx((2 / 3) ** 0.5)
+    assert math.isnan(ladder.pooled_sd([[1.0]]))
+
+
+def test_a_ladder_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Seed by seed, rung by rung; a run that fails costs nothing of what was kept."""
+    asked = []
+
+    def run_once(record, seed, options, threads):
+        if (record, seed) == (4, 1) and len(asked) < 6:
+            raise ValueError("record 4, seed 1: the disk is full")
+        asked.append((record, seed))
+        return made_run(record, seed, 2.0)
+
+    monkeypatch.setattr(ladder, "run_once", run_once)
+    kept = tmp_path / "data" / "ladder.jsonl"
+    with pytest.raises(ValueError, match="disk is full"):
+        ladder.run_missing(kept, [2, 3, 4], 2, [], jobs=1, threads=1)
+    assert asked == [(2, 0), (3, 0), (4, 0), (2, 1), (3, 1)]
+    asked.append("again")
+    ladder.run_missing(kept, [2, 3, 4], 2, [], jobs=1, threads=1)
+    assert asked[-1] == (4, 1) and len(ladder.read(kept)) == 6
+
+
+def test_a_spoilt_line_is_named(tmp_path):
+    kept = tmp_path / "ladder.jsonl"
+    kept.write_text(json.dumps(made_run(2, 0, 2.0)) + "\n{half a li")
+    with pytest.raises(ValueError, match="line 2"):
+        ladder.read(kept)
+
+
+def test_the_command_writes_page_and_plot(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "ladder.jsonl").write_text(
+        "".join(json.dumps(run) + "\n" for run in made_runs()))
+    assert command.main(["--root", str(tmp_path), "ladder", "--report"]) == 0
+    said = capsys.readouterr().out.split()
+    assert [path.rpartition("/")[2] for path in said] == ["LADDER.md", "ladder.png", "ladder.svg"]
+    page = (tmp_path / "LADDER.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    assert [row.split()[1] for row in rows] == ["2", "3", "4", "5", "6", "8"]
+    assert "Help at this scale: #3, #4, #5, #8." in page
+    assert "Cannot be told from chance here: #6." in page and "changed with #6." in page
+    xml.etree.ElementTree.parse(tmp_path / "ladder.svg")
+    before = page, (tmp_path / "ladder.svg").read_bytes()
+    command.main(["--root", str(tmp_path), "ladder", "--report"])
+    assert before == ((tmp_path / "LADDER.md").read_text(), (tmp_path / "ladder.svg").read_bytes())
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--report"], "expected runs, found none"),
+    (["--seeds", "0"], "whole numbers from 1"),
+    (["--records", "6,25"], "got 25"),
+])
+def test_wrong_options_are_one_line(tmp_path, capsys, monkeypatch, words, says):
+    monkeypatch.setattr(ladder, "known_rungs", lambda: [2, 6])
+    assert command.main(["--root", str(tmp_path), "ladder", *words]) == 2
+    said = capsys.readouterr().err.strip()
+    assert says in said and "\n" not in said
+
+
+def test_the_rungs_are_those_that_the_trainer_knows():
+    import recipes
+
+    assert ladder.known_rungs() == list(recipes.RECORDS)
