@@ -530,14 +530,15 @@ def mean_keys(seq_len: int, window: int | None) -> float:
     return W - W * (W - 1) / (2 * seq_len)
 
 
-def flops_per_token(model: nn.Module) -> float:
+def flops_per_token(model: nn.Module, stage: Stage | None = None,
+                    seq_len: int | None = None) -> float:
     """Forward and backward FLOPs a token: 6 x parameters of matrix products, plus 12 C times the
     keys a token attends to on average, per attention layer. The softmax that backward recomputes
     is not counted; neither are document bounds, which only take keys away.
     """
-    config, stage = model.config, model.stage
+    stage, seq_len = stage or model.stage, seq_len or model.config.seq_len
     matmul_parameters = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
     windows = {"long": stage.window, "short": stage.short_window, "paired": stage.short_window}
-    keys = sum(mean_keys(config.seq_len, windows[block.layer.keys])
+    keys = sum(mean_keys(seq_len, windows[block.layer.keys])
                for block in model.blocks if "attn" in block)
-    return 6 * matmul_parameters + 12 * config.model_dim * keys
+    return 6 * matmul_parameters + 12 * model.config.model_dim * keys

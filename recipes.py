@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from torch import nn
 
 from gpt2 import GPT2
-from model import GPT, GPTConfig, Stage, init_weights, param_role
+from model import GPT, GPTConfig, Stage, flops_per_token, init_weights, param_role
 
 
 @dataclass(frozen=True)
@@ -714,6 +714,18 @@ def build_model(recipe: Recipe, seed: int) -> nn.Module:
     init_weights(model, seed)  # on the CPU, so that every device starts from the same numbers
     model.set_stage(stage(0, recipe))
     return model
+
+
+def mean_flops_per_token(recipe: Recipe, model: nn.Module) -> float:
+    """model.flops_per_token, averaged over the tokens of all steps with their rows and windows."""
+    tokens: dict[tuple, int] = {}
+    for step in range(recipe.num_iterations):
+        at = stage(step, recipe)
+        kind = (Stage(at.window, at.short_window), batch_shape(step, recipe))
+        tokens[kind] = tokens.get(kind, 0) + math.prod(kind[1])
+    flops = sum(count * flops_per_token(model, at, shape[1])
+                for (at, shape), count in tokens.items())
+    return flops / sum(tokens.values())
 
 
 def enter_stage(model: nn.Module, optimizer, new: Stage) -> None:

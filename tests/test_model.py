@@ -399,6 +399,10 @@ def test_flops_count_products_and_keys():
         model = recipes.make_model(recipe)
     C, V, T = 128, recipe.model.padded_vocab_size, recipe.model.seq_len
     expected = 6 * (2 * 12 * C * C + V * C) + 2 * 12 * C * (T + 1) / 2
-    assert flops_per_token(model) == pytest.approx(expected)
+    assert flops_per_token(model, Stage(), T) == pytest.approx(expected)
+    assert recipes.mean_flops_per_token(recipe, model) == pytest.approx(expected)
+    windowed = recipes.make_model(pocket(RECORDS[13]))
+    early, late = (flops_per_token(windowed, Stage(window=w), 512) for w in (16, 432))
+    assert early < recipes.mean_flops_per_token(pocket(RECORDS[13]), windowed) < late
     assert num_parameters(model) == 2 * 12 * C * C + V * C
     assert mean_keys(100, 10) == pytest.approx(sum(min(t + 1, 10) for t in range(100)) / 100)
