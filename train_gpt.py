@@ -40,7 +40,7 @@ from data import corpus, fineweb
 from data.loader import Batch, Loader, OutOfTokens, check_enough_tokens, rank_rows, val_batches
 from data.shards import check_disjoint, data_digest
 from kernels import check_fp8, peak_flops
-from model import GPT, flops_per_token, num_parameters
+from model import GPT, num_parameters
 from muon import Muon
 from ranks import (
     Clock,
@@ -470,7 +470,7 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
         return "complete"
 
     model = build_model(recipe, seed, world.device)
-    flops, parameters = flops_per_token(model), num_parameters(model)
+    flops, parameters = recipes.mean_flops_per_token(recipe, model), num_parameters(model)
     compiled, how = wants_compile(run, world.device)
     if compiled:
         compile_segments(model)
