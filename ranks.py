@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -84,15 +85,15 @@ class World:
             raise ValueError(text if same else f"rank {rank}: {text}")
         return value
 
-    def agree(self, facts: dict[str, str]) -> None:
+    def agree(self, facts: dict[str, object]) -> None:
         """Raise ValueError on all ranks where they differ in one of `facts`: what -> value."""
         everyone = self.gather(facts)
-        for what, value in everyone[0].items():
-            for rank, theirs in enumerate(everyone):
-                if theirs[what] != value:
+        for rank, theirs in enumerate(everyone):
+            for what, value in everyone[0].items():
+                if theirs.get(what) != value:
                     raise ValueError(
                         f"the ranks disagree about {what}: rank 0 has {value}, rank {rank} has "
-                        f"{theirs[what]}; give every rank the same command, code and data")
+                        f"{theirs.get(what)}; give every rank the same command, code and data")
 
     def mark(self, step: int) -> None:
         """Let the others see how far this rank is: `step` updates are done."""
@@ -137,7 +138,9 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            words = r"gloo|nccl|time(d )?out|connection|socket|peer|pair"
+            known = isinstance(error, dist.DistError) or re.search(words, str(error), re.I)
+            if self.size == 1 or not known:
                 raise
             why = str(error).strip().splitlines()[0].rpartition("] ")[2]
             raise LostRank(f"rank {self.rank} lost the others after step {self.pulse.step}: "

@@ -26,6 +26,8 @@ from records.standing import rank as rank_in_table
 from records.standing import stand
 from sample import generate
 
+WANDB_PATIENCE_S = 30  # how long a finished run waits for its server
+
 
 def secrets_here() -> dict[str, str]:
     """Environment variables that hold a secret, by their name: WANDB_API_KEY, HF_TOKEN, ..."""
@@ -35,12 +37,13 @@ def secrets_here() -> dict[str, str]:
 
 def without_secrets(text: str) -> str:
     """`text` with what must not be published blacked out: values of this environment's secrets,
-    Hugging Face tokens, passwords in URLs, and what stands behind key=, token=, password=."""
+    Hugging Face tokens, passwords in URLs, and what stands behind --api_key, token=, password=."""
     for name, value in secrets_here().items():
         text = text.replace(value, f"[{name}]")
     text = re.sub(r"\bhf_[A-Za-z0-9]{16,}", "[token]", text)
     text = re.sub(r"(\w+://)[^/@\s]+@", r"\1[login]@", text)
-    return re.sub(r"(?i)((?:key|token|password|secret)[ =]+)\S+", r"\1[secret]", text)
+    word = "(?:key|token|password|secret)"
+    return re.sub(rf"(?i)(--[\w-]*{word}[ =]|\b\w*{word}=)\S+", r"\1[secret]", text)
 
 
 class Screen:
@@ -112,8 +115,8 @@ class Reporter:
             self.log = RunLog(path, sources, environment, recipes.to_dict(self.recipe))
         except OSError as error:
             path.unlink(missing_ok=True) if not isinstance(error, FileExistsError) else None
-            raise ValueError(f"--log_dir: the log {path} cannot be written ({error.strerror}); "
-                             "choose another folder") from None
+            raise ValueError(f"--log_dir: the log {path} cannot be written "
+                             f"({error.strerror or error})") from None
 
     def _start_wandb(self, run_id: str):
         """It can fail; a training run does not fail with it."""
@@ -181,7 +184,7 @@ class Reporter:
             # It waits for its server, which may never answer.
             end = threading.Thread(target=self._finish_wandb, daemon=True)
             end.start()
-            end.join(timeout=30)
+            end.join(timeout=WANDB_PATIENCE_S)
         return not self.fault
 
     def _finish_wandb(self) -> None:

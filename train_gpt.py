@@ -171,6 +171,7 @@ def _read(path: str) -> str:
 # --- model and optimizer --------------------------------------------------------------------------
 
 def build_model(recipe: Recipe, seed: int, device: torch.device) -> GPT:
+    torch.manual_seed(seed)  # whatever draws a random number from here on draws the run's own
     return recipes.build_model(recipe, seed).to(device)
 
 
@@ -632,7 +633,8 @@ def main(argv: list[str]) -> int:
             find_data(recipe, run)
             return 0
         with join_world(run.device) as world, StopRequest() as stop_request, world.watched():
-            world.agree(recipes.to_dict(recipe) | recipes.to_dict(recipe)["model"]
+            facts = recipes.to_dict(recipe)
+            world.agree(facts.pop("model") | facts
                         | {name: getattr(run, name) for name in
                            ("seed", "runs", "resume", "checkpoint_every", "timeout_s", "compile")}
                         | {"the code": source_digest(local_sources())})

@@ -43,6 +43,9 @@ class Broken:
                 getattr(self, name)(step, *rest)
             return next_batch(loader, step, *arguments)
 
+        if ["other_code", str(RANK)] in self.faults:
+            sources = train_gpt.local_sources
+            setattr(train_gpt, "local_sources", lambda: sources() | {"model.py": "other"})
         setattr(train_gpt, "build_model", built)
         setattr(train_gpt, "next_batch", batch)
         setattr(train_gpt.Reporter, "open_log", opened)
@@ -52,6 +55,12 @@ class Broken:
 
     def slow(self, step: int, seconds: str) -> None:
         time.sleep(float(seconds))
+
+    def slow_from(self, step: int, when: str, seconds: str) -> None:
+        """Sleep that long whatever signals come, as a kernel does."""
+        end = time.monotonic() + float(seconds)
+        while step >= int(when) and time.monotonic() < end:
+            time.sleep(0.05)
 
     def gradient(self, step: int, rank: str, when: str, value: str) -> None:
         """One entry of one gradient becomes `value`, once."""
@@ -93,6 +102,9 @@ class Broken:
         if step == int(when):
             os.truncate(path, os.path.getsize(path) // 2)
 
+    def other_code(self, step: int, rank: str) -> None:
+        """Acts when it is named: see __init__."""
+
     def full_log(self, step: int, when: str) -> None:
         """The disk of the log is full from here on."""
         if RANK == 0 and step == int(when):
@@ -112,9 +124,9 @@ class Broken:
         if first_life and (RANK, step) == (int(rank), int(when)):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def slow_save(self, step: int, seconds: str) -> None:
-        """A checkpoint stands half-written for a while."""
-        if step == 0:
+    def slow_save(self, step: int, when: str, seconds: str) -> None:
+        """From the checkpoint of that step on, files stand half-written for a while."""
+        if step == int(when) - 1:
             verify = train_gpt.checkpoint.verify
 
             def slowly(path: Path) -> None:
