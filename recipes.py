@@ -157,6 +157,10 @@ def check(recipe: Recipe) -> None:
     one_of(m, "unet", "none", "weight", "sigmoid", "single", "gate")
     one_of(m, "activation", "gelu", "relu2")
     one_of(m, "softcap_kind", "tanh", "sigmoid")
+    must(m.num_layers > 1 or not (m.drop_attention or m.unet in ("single", "gate")), "num_layers",
+         "at least 2 (one layer has no attention, or takes another's output)", m.num_layers)
+    must(not (m.value_residual and m.qkv_lambda), "qkv_lambda", "false with value_residual",
+         m.qkv_lambda)
     must(m.rotary_base > 1, "rotary_base", "a number above 1", m.rotary_base)
     must(m.logit_softcap is None or m.logit_softcap > 0, "logit_softcap", "none or above 0",
          m.logit_softcap)

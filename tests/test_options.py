@@ -56,6 +56,8 @@ def test_fewer_steps_keep_the_shape_of_the_schedule():
     (("--record", "6", "--head", "fp8"), "fp32 or bf16 (this recipe has no factors for fp8)"),
     (("--record", "62", "--num_heads", "3"), "an even number (heads are paired)"),
     (("--record", "41", "--extension_steps", "9999"), "--extension_steps: expected 0 to below"),
+    (("--record", "17", "--num_layers", "1"), "--num_layers: expected at least 2"),
+    (("--record", "9", "--qkv_lambda", "true"), "--qkv_lambda: expected false"),
     (("--record", "12", "--packed", "false"), "true where attention has windows"),
     (("--record",), "expected a value"),
     (("--num_iterations", "many"), "expected a whole number, got 'many'"),
