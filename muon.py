@@ -115,15 +115,11 @@ def storage_dtype(mode: str | None, device: torch.device) -> torch.dtype:
 
 
 def normalize(G: Tensor, dim: int | tuple, factor: float = 1.0, eps: float = 0.0) -> Tensor:
-    """A new G / (factor * its 2-norm over `dim`) at any scale: the largest entry is divided out
-    first, so that nothing over- or underflows; zeros stay zeros. `eps` bounds the norm below."""
-    if torch.compiler.is_compiling():  # fuses abs; its CPU backend fails on the other form (2.13)
-        largest = G.abs().amax(dim, keepdim=True)
-    else:  # reads twice, writes nothing
-        largest = torch.maximum(G.amax(dim, keepdim=True), -G.amin(dim, keepdim=True))
-    X = G / largest.clamp(min=torch.finfo(G.dtype).tiny)
-    norm = torch.linalg.vector_norm(X, dim=dim, keepdim=True).clamp(min=1.0) * factor
-    return X.div_(torch.maximum(norm, eps / largest) if eps else norm)
+    """A new G / (factor * its 2-norm over `dim`). Squares add up in fp64, where those of any fp32
+    number fit: any scale gives the same result. Zeros stay zeros; `eps` bounds the norm below."""
+    wide = torch.float32 if G.device.type == "mps" else torch.float64
+    norm = torch.linalg.vector_norm(G, dim=dim, keepdim=True, dtype=wide)
+    return G * (norm.clamp(min=max(eps, 2.0**-126)) * factor).reciprocal().to(G.dtype)
 
 
 def orthogonalize(
@@ -224,18 +220,18 @@ def _minus(x: Tensor, y: Tensor, factor: float | Tensor) -> Tensor:
     return x - y * factor if isinstance(factor, Tensor) else torch.sub(x, y, alpha=factor)
 
 
-def _decayed(param: Tensor, update: Tensor, decay, cautious, lr, weight_decay, scale=1.0) -> Tensor:
-    """param after weight decay: lr * wd of it ("lr"), or lr * (lr * scale) * wd ("lr2", which
-    anneals as the schedule squared: records 43 on). Cautious: only entries that the update shrinks
-    as well (update * param >= 0 for True, > 0 for "strict")."""
+def _stepped(param: Tensor, update: Tensor, decay, cautious, lr, weight_decay, scale=1.0) -> Tensor:
+    """param - lr * scale * update, after weight decay: lr * wd of it ("lr"), or lr * (lr * scale) *
+    wd ("lr2", which anneals as the schedule squared: records 43 on). Cautious: decay only entries
+    that the update shrinks as well (update * param >= 0 for True, > 0 for "strict")."""
     if decay not in ("lr", "lr2"):
-        return param
-    rate = lr * weight_decay * (lr * scale if decay == "lr2" else 1.0)
-    if not cautious:
-        return param * (1 - rate)
-    agree = update * param
-    agree = agree > 0 if cautious == "strict" else agree >= 0
-    return torch.where(agree, param * (1 - rate), param)
+        return _minus(param, update, lr * scale)
+    keep = 1 - lr * weight_decay * (lr * scale if decay == "lr2" else 1.0)
+    if cautious:
+        agree = update * param
+        agree = agree > 0 if cautious == "strict" else agree >= 0
+        keep = torch.where(agree, keep, 1.0)
+    return _minus(param * keep, update, lr * scale)
 
 
 def normuon(X: Tensor, v: Tensor, beta2: float | Tensor, axis: str) -> tuple[Tensor, Tensor]:
@@ -270,8 +266,8 @@ def muon_update(
         update = normalize(update, (-2, -1)) * math.sqrt(min(update.shape[-2:]))
     if axis:
         update, second_moment = normuon(update, second_moment, beta2, axis)
-    new = _decayed(param, update, decay, cautious, lr, weight_decay, scale)
-    return _minus(new, update, lr * scale), B, *([second_moment] if axis else [])
+    new = _stepped(param, update, decay, cautious, lr, weight_decay, scale)
+    return new, B, *([second_moment] if axis else [])
 
 
 def adam_update(
@@ -287,8 +283,8 @@ def adam_update(
     # 1 - beta^t by expm1: the plain form loses 5e-5 of 1 - 0.999 in fp32
     correct1, correct2 = (-torch.expm1(step * _log(beta)) for beta in (beta1, beta2))
     update = exp_avg / correct1 / ((exp_avg_sq / correct2).sqrt_() + eps)
-    new = _decayed(param, update, decay, cautious, lr, weight_decay)
-    return _minus(new, update, lr), exp_avg, exp_avg_sq, step
+    new = _stepped(param, update, decay, cautious, lr, weight_decay)
+    return new, exp_avg, exp_avg_sq, step
 
 
 def _log(beta: float | Tensor) -> float | Tensor:
@@ -300,7 +296,10 @@ def _log(beta: float | Tensor) -> float | Tensor:
 def apply_update(rule, targets: list[Tensor], ok: Tensor, inputs: list, options: dict) -> None:
     """Write rule(*inputs) to `targets` where `ok`: decided on the device, unknown to the host."""
     for target, new in zip(targets, rule(*inputs, **options)):
-        target.copy_(torch.where(ok, new.to(target.dtype), target))
+        if new.dtype == target.dtype and not torch.compiler.is_compiling():
+            torch.where(ok, new, target, out=target)
+        else:
+            target.copy_(torch.where(ok, new.to(target.dtype), target))
 
 
 # ------------------------------------------------------------------------------------ the plan
