@@ -39,6 +39,9 @@ class Then(nn.ModuleDict):
             x = piece(x, *rest)
         return x
 
+    def __repr__(self) -> str:
+        return super().__repr__() if len(self) else "nothing"
+
 
 def norm(x: Tensor, *_) -> Tensor:
     """RMSNorm over the last dimension, no parameters, eps of fp32 (records #2 and #5)."""
