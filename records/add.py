@@ -21,6 +21,8 @@ from records.check import Verdict
 from records.facts import FOLDER
 from records.log import without_sources
 
+RACE_KEYS = ("label", "code_sha256", "recipe_sha256", "losses", "times_ms")
+
 
 class Refused(ValueError):
     """The runs are not a record; `verdict` says why."""
@@ -70,6 +72,8 @@ def add(
         "prior": prior["name"] if prior else None,
         "race": read_race(race) if race else None,
     }
+    if own["date"] is None:
+        raise ValueError("the logs do not say when they were made (`started` in the environment)")
     check.ahead_of_prior(verdict, own, root)
     check.not_reused(verdict, own, root)
     if verdict.reasons:
@@ -141,10 +145,7 @@ def read_race(path: Path) -> dict:
     """What a race found, as result.json keeps it."""
     try:
         race = json.loads(path.read_text())
-        return {
-            "a": {key: race["a"][key] for key in ("label", "code_sha256", "losses", "times_ms")},
-            "b": {key: race["b"][key] for key in ("label", "code_sha256", "losses", "times_ms")},
-        }
+        return {side: {key: race[side][key] for key in RACE_KEYS} for side in "ab"}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--race: {path}: expected the race.json of a finished race: "
                          f"{error!r}") from None

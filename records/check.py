@@ -595,10 +595,11 @@ def _won_race(verdict: Verdict, race: dict | None, result: dict, prior: dict) ->
         verdict.add("no-race", "", f"times are compared side by side only: {hint}; then "
                                    "add --race its race.json")
         return
-    sides = (race.get("a", {}).get("code_sha256"), race.get("b", {}).get("code_sha256"))
-    if sides != (prior["code_sha256"], result["code_sha256"]):
+    keys = ("code_sha256", "recipe_sha256")
+    sides = [[race.get(side, {}).get(key) for key in keys] for side in "ab"]
+    if sides != [[run[key] for key in keys] for run in (prior, result)]:
         verdict.add("no-race", "", "the race was not between the prior record's program (A) and "
-                                   f"this one (B): {hint}")
+                                   f"this one (B), each with its recipe: {hint}")
     elif not stats.ratio(race["a"]["times_ms"], race["b"]["times_ms"]).high < 1:
         verdict.add("not-better", "", "the race against the prior record does not show less time")
 

@@ -349,8 +349,10 @@ def test_a_record_must_be_ahead_of_the_one_before(root, tmp_path, capsys):
 
 def race_file(path, first, second, b_times):
     sides = {
-        side: {"label": side, "code_sha256": code, "losses": [1.0, 1.1, 0.9], "times_ms": times}
-        for side, code, times in (("a", first, [100.0, 101.0, 99.0]), ("b", second, b_times))
+        side: {"label": side, "code_sha256": code, "recipe_sha256": recipe,
+               "losses": [1.0, 1.1, 0.9], "times_ms": times}
+        for side, (code, recipe), times in
+        (("a", first, [100.0, 101.0, 99.0]), ("b", second, b_times))
     }
     path.write_text(json.dumps(sides | {"words": "x"}))
     return path
@@ -361,14 +363,18 @@ def test_equal_tokens_need_a_race_against_the_record_before(root, tmp_path, caps
     add_it = ["add", *logs, "--name", "second"]
     assert run(root, *add_it) == 1
     assert "no-race: times are compared side by side only" in capsys.readouterr().err
-    first = check.read_result(record(root))["code_sha256"]
-    second = parse(logs[0])[0].code_sha256
+    before, now = check.read_result(record(root)), parse(logs[0])[0]
+    first = before["code_sha256"], before["recipe_sha256"]
+    second = now.code_sha256, check.recipe_sha256(now.recipe)
     slow = race_file(tmp_path / "slow.json", first, second, [100.0, 102.0, 98.0])
     assert run(root, *add_it, "--race", slow) == 1
     assert "not-better" in capsys.readouterr().err
     other = race_file(tmp_path / "other.json", second, first, [90.0, 91.0, 89.0])
     assert run(root, *add_it, "--race", other) == 1
     assert "the race was not between the prior record's program" in capsys.readouterr().err
+    another = race_file(tmp_path / "r.json", first, (second[0], "00"), [90.0, 91.0, 89.0])
+    assert run(root, *add_it, "--race", another) == 1
+    assert "each with its recipe" in capsys.readouterr().err
     good = race_file(tmp_path / "good.json", first, second, [90.0, 91.0, 89.0])
     assert run(root, *add_it, "--race", good) == 0
     folder = root / "pocket/2026-11-20_second"
