@@ -358,23 +358,33 @@ class GPT(nn.Module):
             self.register_buffer(name, torch.empty(positions, config.head_dim // 2),
                                  persistent=False)
         self.register_buffer("target_weights", torch.ones(1), persistent=False)
+        self.stage: Stage | None = None
         self.set_stage(Stage())
 
     @torch.no_grad()
     def set_stage(self, stage: Stage) -> None:
-        """Take what `stage` says. Costs a few small kernels; call it when the stage changes."""
+        """Take what `stage` says; call it when the stage changes. A few small kernels, and the
+        rotary tables only where the windows that they follow changed; the host waits for nothing.
+        """
+        if self.stage is None or stage.yarn_windows != self.stage.yarn_windows:
+            self.set_rotary(stage.yarn_windows)
         self.stage = stage
-        freqs, sharper = yarn(rotary_frequencies(self.config), stage.yarn_windows)
-        angle = torch.outer(torch.arange(len(self.cos), dtype=torch.float64), freqs)
-        # q and k both carry the root of YaRN's temperature, so that no kernel sees a new number.
-        self.cos.copy_(angle.cos() * math.sqrt(sharper))
-        self.sin.copy_(angle.sin() * math.sqrt(sharper))
         self.embeds_from = "lm_head" if stage.tied else "embed"
         if len(stage.target_weights) != len(self.target_weights):
             self.target_weights = torch.ones(len(stage.target_weights), device=self.cos.device)
-        self.target_weights.copy_(torch.tensor(stage.target_weights))
+        for ahead, weight in enumerate(stage.target_weights):
+            self.target_weights[ahead].fill_(weight)
         if isinstance(self.lm_head, pieces.Fp8Head):
             self.lm_head.grad_factor.fill_(self.config.fp8_factors[2] * stage.batch_tokens)
+
+    def set_rotary(self, windows: tuple[int, ...]) -> None:
+        """Cos and sin of every position. q and k both carry the root of YaRN's temperature, so
+        that no kernel sees a new number."""
+        freqs, sharper = yarn(rotary_frequencies(self.config), windows)
+        positions = torch.arange(len(self.cos), dtype=torch.float64, device=self.cos.device)
+        angle = torch.outer(positions, freqs.to(self.cos.device))
+        self.cos.copy_(angle.cos() * math.sqrt(sharper))
+        self.sin.copy_(angle.sin() * math.sqrt(sharper))
 
     @torch.no_grad()
     def untie(self) -> None:

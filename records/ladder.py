@@ -235,8 +235,8 @@ def page(runs: Sequence[dict]) -> str:
             f"{row['seconds']:.0f} | {row['parameters']:,} | {row['num_iterations']} |")
     same = [f"#{r['record']}" for r in rows if r["same_recipe"]]
     lines += ["", f"Nothing in the mathematics changed with {', '.join(same)}. " * bool(same)
-              + "Pocket scale is fp32 throughout, so what #10 and #19 did to precision is not in it; "
-              "learning rates are those of the records, none was tuned for this size."]
+              + "Pocket scale is fp32 throughout, so what #10 and #19 did to precision is not in "
+              "it; learning rates are those of the records, none was tuned for this size."]
     for word, says in (("helps", "Help at this scale"), ("hurts", "Hurt at this scale"),
                        ("within noise", "Cannot be told from chance here")):
         named = [f"#{record}" for record, w in words.items() if w == word]

@@ -372,6 +372,14 @@ def test_yarn_tables_move_with_the_window_and_back():
     assert torch.equal(model.cos, start)
 
 
+def test_fading_targets_do_not_make_the_tables_anew(monkeypatch):
+    """With a weight that changes every step, the stage does; 262,144 positions must not."""
+    model = recipes.build_model(pocket(RECORDS[62]), seed=0)
+    monkeypatch.setattr(model, "set_rotary", None)
+    model.set_stage(model.stage._replace(target_weights=(1.0, 0.5, 0.2)))
+    assert model.target_weights.tolist() == pytest.approx([1.0, 0.5, 0.2])
+
+
 # --- about models ---------------------------------------------------------------------------------
 
 def test_every_parameter_has_a_role():
