@@ -178,7 +178,7 @@ def _check(args) -> int:
         print(f"{'FAIL' if counted else 'ok'}  {label}")
         for line in summary_lines(verdict):
             print(f"      {line}")
-        for reason in verdict.reasons:
+        for reason in check.grouped(verdict.reasons):
             print(f"      {'waived ' if reason.name in args.waive else ''}{reason}")
         for fact in verdict.facts:
             print(f"      {fact}")
@@ -223,7 +223,7 @@ def summary_lines(verdict) -> list[str]:
 
 
 def _add(args) -> int:
-    from records import table
+    from records import check, table
     from records.add import Refused, add
 
     try:
@@ -233,8 +233,9 @@ def _add(args) -> int:
             differs=args.differs, race=args.race, root=args.root,
         )
     except Refused as refused:
+        reasons = check.grouped(refused.verdict.reasons)
         print("These runs are not a record yet:", file=sys.stderr)
-        for line in [*summary_lines(refused.verdict), *map(str, refused.verdict.reasons)]:
+        for line in [*summary_lines(refused.verdict), *map(str, reasons)]:
             print(f"  {line}", file=sys.stderr)
         if refused.advice:
             print(f"  {refused.advice}", file=sys.stderr)

@@ -67,6 +67,18 @@ class Reason:
         return ": ".join(part for part in (self.name, self.where, self.text) if part)
 
 
+def grouped(reasons: Sequence[Reason]) -> list[Reason]:
+    """The same reason for several runs said once."""
+    groups: dict[tuple[str, str], list[Reason]] = {}
+    for reason in reasons:
+        groups.setdefault((reason.name, reason.text), []).append(reason)
+    return [
+        same[0] if len(same) == 1
+        else Reason(name, f"{same[0].where} and {len(same) - 1} more", text)
+        for (name, text), same in groups.items()
+    ]
+
+
 @dataclass
 class Verdict:
     """What the runs of one claim amount to. `result` is what result.json holds about them."""

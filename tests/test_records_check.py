@@ -479,3 +479,10 @@ def test_tokens_follow_from_a_batch_that_grows(tmp_path):
     assert judged([log]).result["curve"]["tokens"] == [0, 2000, 5000, 9000, 15_000, 21_000]
     [run] = parse(write_log(tmp_path / "b.txt", recipe=staged))
     assert check.arithmetic(run) == "100 steps of its recipe are 21000 tokens, it claims 409600"
+
+
+def test_a_reason_that_all_runs_share_is_said_once(tmp_path, capsys):
+    paths = public(tmp_path, ["3.2700", "3.2701", "3.2702"])
+    assert main(["check", *map(str, paths), "--track", "short"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("no-digest") == 1 and "no-digest: 0.txt and 2 more: a public log" in said
