@@ -11,6 +11,7 @@ folder never touch each other's files.
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import zipfile
 from collections.abc import Callable
@@ -181,6 +182,61 @@ def newest(folder: Path, wanted: dict, warn: Callable[[str], None]) -> tuple[Pat
         except (CheckpointError, OSError) as error:
             warn(f"passed over {error}")
     return None
+
+
+class Keeper:
+    """Writes the checkpoints of one run, `number` of them at a time; 0 steps means none are due."""
+
+    def __init__(self, folder: Path, run_id: str, every: int, number: int, step: int, mine: dict):
+        self.folder, self.run_id, self.every, self.number = folder, run_id, every, number
+        self.last = step
+        self.mine = mine  # what the run is: identity, code, ranks
+
+    def due(self, step: int, ends: bool) -> bool:
+        """Whether a multiple of `every` was passed since the last one, or the run ends."""
+        passed = self.every > 0 and (ends or step // self.every > self.last // self.every)
+        return passed and step > self.last
+
+    def keep(self, step: int, state: dict) -> Path:
+        """Write `state` as the checkpoint of `step`. OSError where the disk refuses."""
+        self.last = step  # also where it fails: the next one is tried when it is due
+        path = path_of(self.folder, self.run_id, step)
+        save(path, {"kind": "checkpoint", "run_id": self.run_id, "step": step, **self.mine,
+                    **state})
+        prune(self.folder, self.run_id, self.number)
+        return path
+
+
+def resume(what: str | None, folder: Path, mine: dict, say: Callable[[str], None],
+           warn: Callable[[str], None]) -> dict | None:
+    """The checkpoint that --resume `what` (auto, a path, or nothing) means; None: start at step 0.
+
+    mine: what this run is. Its folder is tried and tidied up on the way. Raises ValueError or
+    FileNotFoundError for what cannot be used.
+    """
+    check_folder(folder)
+    sweep(folder)
+    if what is None:
+        return None
+    if what == "auto":
+        path, state = newest(folder, mine, warn) or (None, None)
+        if path is None:
+            say(f"--resume auto: {folder} holds no checkpoint of this recipe and seed; starting "
+                "at step 0")
+            return None
+    else:
+        path = Path(what)
+        state = load_run(path, mine)
+    say(f"resuming from {path}: step {state['step']}, {state['elapsed_s']:.1f} s of training")
+    if state["source_digest"] != mine["source_digest"]:
+        warn("the code has changed since this checkpoint was made: the run goes on with the new "
+             "code")
+    if state["world_size"] != mine["world_size"]:
+        warn(f"the checkpoint was made by {state['world_size']} ranks, these are "
+             f"{mine['world_size']}: the same training up to rounding, not bit for bit")
+    log = path.parent / f"{state['run_id']}.txt"  # as it stands now: its run may have been killed
+    found = hashlib.sha256(log.read_bytes()).hexdigest() if log.is_file() else "log not found"
+    return state | {"log_sha256": found}
 
 
 # --- state ----------------------------------------------------------------------------------------

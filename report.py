@@ -4,15 +4,19 @@ On a terminal there is a progress bar below lines that stay; without one the lin
 """
 
 import contextlib
+import hashlib
 import math
 import os
+import platform
 import re
 import shutil
+import subprocess
 import sys
 import textwrap
 import threading
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -26,6 +30,7 @@ from records.standing import rank as rank_in_table
 from records.standing import stand
 from sample import generate
 
+ROOT = Path(__file__).resolve().parent
 WANDB_PATIENCE_S = 30  # how long a finished run waits for its server
 
 
@@ -44,6 +49,60 @@ def without_secrets(text: str) -> str:
     text = re.sub(r"(\w+://)[^/@\s]+@", r"\1[login]@", text)
     word = "(?:key|token|password|secret)"
     return re.sub(rf"(?i)(--[\w-]*{word}[ =]|\b\w*{word}=)\S+", r"\1[secret]", text)
+
+
+def local_sources() -> dict[str, str]:
+    """Every module of this repository that the run has imported: name -> text, for the log."""
+    files = {Path(m.__file__).resolve() for m in list(sys.modules.values())
+             if getattr(m, "__file__", None)}
+    own = sorted(f.relative_to(ROOT) for f in files
+                 if f.is_relative_to(ROOT) and f.suffix == ".py" and f.is_file()
+                 and not {".venv", "tests"} & set(f.relative_to(ROOT).parts))
+    return {str(f): (ROOT / f).read_text() for f in own}
+
+
+def source_digest(sources: dict[str, str]) -> str:
+    return hashlib.sha256("".join(f"{k}\0{v}\0" for k, v in sources.items()).encode()).hexdigest()
+
+
+def environment(world: World, threads: int) -> dict[str, str]:
+    """Where the run runs: versions, devices, the commit and whether the tree was clean."""
+    def output(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT,
+                                  check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return ""
+
+    facts = {
+        "command": without_secrets(" ".join(["train_gpt.py", *sys.argv[1:]])),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu": next((line.split(":", 1)[1].strip() for line in _read("/proc/cpuinfo").splitlines()
+                     if line.startswith("model name")), platform.processor() or "unknown"),
+        "cpu_cores": str(os.cpu_count()),
+        "threads": str(threads),
+        "world_size": str(world.size),
+        "device": str(world.device.type),
+        "git_commit": output("git", "rev-parse", "HEAD") or "none",
+        "git_dirty": str(bool(output("git", "status", "--porcelain"))).lower(),
+    }
+    if world.device.type == "cuda":
+        facts |= {
+            "cuda": torch.version.cuda or "none",
+            "gpu": torch.cuda.get_device_name(world.device),
+            "gpus": "; ".join(output("nvidia-smi", "--query-gpu=name,driver_version,memory.total",
+                                     "--format=csv,noheader").splitlines()),
+        }
+    return facts
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 class Screen:

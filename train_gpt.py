@@ -18,13 +18,10 @@ import datetime
 import hashlib
 import math
 import os
-import platform
 import secrets
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +33,7 @@ from torch import Tensor
 import checkpoint
 import options
 import recipes
+from checkpoint import Keeper
 from data import corpus, fineweb
 from data.loader import Batch, Loader, OutOfTokens, check_enough_tokens, rank_rows, val_batches
 from data.shards import check_disjoint, data_digest
@@ -53,7 +51,16 @@ from ranks import (
     peak_memory_mib,
 )
 from recipes import Recipe, batch_shape
-from report import Reporter, Screen, header, show_end, without_secrets
+from report import (
+    Reporter,
+    Screen,
+    environment,
+    header,
+    local_sources,
+    show_end,
+    source_digest,
+    without_secrets,
+)
 
 ROOT = Path(__file__).resolve().parent
 
@@ -112,60 +119,6 @@ def check_data(recipe: Recipe, train_files: list[Path], val_files: list[Path],
                         max_doc_len=recipe.max_doc_len)
     val_batches(val_files, recipe.val_tokens, recipe.val_row, 1,
                 vocab_size=recipe.model.vocab_size)
-
-
-def local_sources() -> dict[str, str]:
-    """Every module of this repository that the run has imported: name -> text, for the log."""
-    files = {Path(m.__file__).resolve() for m in list(sys.modules.values())
-             if getattr(m, "__file__", None)}
-    own = sorted(f.relative_to(ROOT) for f in files
-                 if f.is_relative_to(ROOT) and f.suffix == ".py" and f.is_file()
-                 and not {".venv", "tests"} & set(f.relative_to(ROOT).parts))
-    return {str(f): (ROOT / f).read_text() for f in own}
-
-
-def source_digest(sources: dict[str, str]) -> str:
-    return hashlib.sha256("".join(f"{k}\0{v}\0" for k, v in sources.items()).encode()).hexdigest()
-
-
-def environment(world: World, threads: int) -> dict[str, str]:
-    """Where the run runs: versions, devices, the commit and whether the tree was clean."""
-    def output(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT,
-                                  check=True).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return ""
-
-    facts = {
-        "command": without_secrets(" ".join(["train_gpt.py", *sys.argv[1:]])),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "cpu": next((line.split(":", 1)[1].strip() for line in _read("/proc/cpuinfo").splitlines()
-                     if line.startswith("model name")), platform.processor() or "unknown"),
-        "cpu_cores": str(os.cpu_count()),
-        "threads": str(threads),
-        "world_size": str(world.size),
-        "device": str(world.device.type),
-        "git_commit": output("git", "rev-parse", "HEAD") or "none",
-        "git_dirty": str(bool(output("git", "status", "--porcelain"))).lower(),
-    }
-    if world.device.type == "cuda":
-        facts |= {
-            "cuda": torch.version.cuda or "none",
-            "gpu": torch.cuda.get_device_name(world.device),
-            "gpus": "; ".join(output("nvidia-smi", "--query-gpu=name,driver_version,memory.total",
-                                     "--format=csv,noheader").splitlines()),
-        }
-    return facts
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
 
 
 # --- model and optimizer --------------------------------------------------------------------------
@@ -327,9 +280,24 @@ def new_run_id(recipe: Recipe, seed: int) -> str:
     return f"{now}_r{recipe.record}_{recipe.scale}_s{seed}_{secrets.token_hex(2)}"
 
 
+@dataclass(frozen=True)
+class Job:
+    """One training: what it is, on what it runs, and what it changes."""
+
+    run: options.Run
+    recipe: Recipe
+    seed: int
+    data: Data
+    world: World
+    model: GPT
+    optimizer: Muon
+    signals: Signals
+    micro_rows: int
+
+
 @dataclass
 class Progress:
-    """Where a run stands."""
+    """Where a training stands."""
 
     clock: Clock
     step: int = 0               # updates done
@@ -352,6 +320,19 @@ class Crash(RuntimeError):
     """Something nobody foresaw; what it was stands above it in the traceback."""
 
 
+def make_job(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World) -> Job:
+    model = build_model(recipe, seed, world.device)
+    if wants_compile(run, world.device)[0]:
+        compile_segments(model)
+    signals = Signals(world, model.named_parameters())
+    optimizer = build_optimizer(model, recipe)
+    signals.guard(optimizer)
+    micro_rows = default_micro_rows(recipe, world)
+    if run.micro_batch_tokens is not None:
+        micro_rows = max(1, run.micro_batch_tokens // recipe.model.seq_len)
+    return Job(run, recipe, seed, data, world, model, optimizer, signals, micro_rows)
+
+
 def make_loader(recipe: Recipe, data: Data, world: World, cursor: dict | None) -> Loader:
     return Loader(data.train_files, partial(batch_shape, recipe=recipe),
                   vocab_size=recipe.model.vocab_size, bos_id=data.bos_id,
@@ -360,46 +341,44 @@ def make_loader(recipe: Recipe, data: Data, world: World, cursor: dict | None) -
                   cursor=cursor, device=world.device)
 
 
-def next_batch(loader: Loader, step: int, recipe: Recipe, world: World, signals: Signals) -> Batch:
+def next_batch(loader: Loader, step: int, job: Job) -> Batch:
     """This rank's rows. Where they cannot be read it takes part in the step with zeros, so that
     no rank waits for it, and the fault makes the step void for all."""
     try:
         return next(loader)
     except (ValueError, OSError) as error:
-        signals.fault = str(error)
-        num_rows, seq_len = batch_shape(step, recipe)
-        zeros_BT = torch.zeros(len(rank_rows(num_rows, world.rank, world.size)), seq_len,
-                               dtype=torch.int32, device=world.device)
+        job.signals.fault = str(error)
+        num_rows, seq_len = batch_shape(step, job.recipe)
+        rows = len(rank_rows(num_rows, job.world.rank, job.world.size))
+        zeros_BT = torch.zeros(rows, seq_len, dtype=torch.int32, device=job.world.device)
         return Batch(zeros_BT, zeros_BT.long())
 
 
-def validate(model: GPT, recipe: Recipe, data: Data, world: World, micro_rows: int, step: int,
-             signals: Signals) -> tuple[float, str]:
+def validate(job: Job, step: int) -> tuple[float, str]:
     """(loss, what is wrong) of a validation, with the clock stopped; collective."""
-    model.set_stage(recipes.eval_stage(step, recipe))
+    model, world = job.model, job.world
+    model.set_stage(recipes.eval_stage(step, job.recipe))
     try:
-        val_loss = evaluate(model, recipe, data, world, micro_rows)
+        val_loss = evaluate(model, job.recipe, job.data, world, job.micro_rows)
     except (ValueError, OSError) as error:  # a file that went away: the others wait for a number
-        signals.fault = str(error)
+        job.signals.fault = str(error)
         val_loss = world.sum(torch.full((), math.nan, dtype=torch.float64,
                                         device=world.device)).item()
-    model.set_stage(recipes.stage(step, recipe))
+    model.set_stage(recipes.stage(step, job.recipe))
     drifted = world.drifted(model.named_parameters())
     if not math.isfinite(val_loss):
-        return val_loss, f"validation loss {val_loss} after step {step}; {signals.why()}"
+        return val_loss, f"validation loss {val_loss} after step {step}; {job.signals.why()}"
     if drifted:
         return val_loss, f"ranks drifted apart before step {step}: {', '.join(drifted[:5])}"
     return val_loss, ""
 
 
-def timed_loop(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: World,
-               micro_rows: int, loader: Loader, signals: Signals, reporter: Reporter, at: Progress,
-               stop_request: StopRequest, run: options.Run,
-               keep: Callable[[Progress, dict], None]) -> None:
+def timed_loop(job: Job, at: Progress, loader: Loader, reporter: Reporter, keeper: Keeper,
+               stop_request: StopRequest) -> None:
     """The training itself, with the clock on it; `at` says how it ended."""
+    recipe, model, optimizer, signals = job.recipe, job.model, job.optimizer, job.signals
     clock, start = at.clock, at.step
     validated = reporter.history[-1][0] if reporter.history else -1
-    kept = start
 
     def heed(said: Signal | None) -> str:
         """Note what the ranks said of a step; the reason to stop, or nothing."""
@@ -407,7 +386,7 @@ def timed_loop(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: W
         if said is None or failed:  # a step under way when a bad one was found was void
             return ""
         if said.step == start:
-            world.limit_waiting(run.timeout_s, *signals.groups)
+            job.world.limit_waiting(job.run.timeout_s, *signals.groups)
         reporter.trained(said)
         if said.num_bad or not math.isfinite(said.loss):
             at.step = said.step  # neither this update nor one after it was made
@@ -420,39 +399,53 @@ def timed_loop(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: W
         ends = step == recipe.num_iterations
         recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
         validates = (ends or step % recipe.val_every == 0) and step > validated
-        # Gradients that add up over several steps are not part of a checkpoint.
+        # No checkpoint, and no stop, while gradients add up over several steps.
         whole = not any(optimizer.calls % group["every"] for group in optimizer.param_groups)
-        every = run.checkpoint_every
-        keeps = every > 0 and whole and (step // every > kept // every or (ends and step > kept))
-        if validates or keeps or at.reason or ends:
+        if validates or keeper.due(step, ends) or at.reason or ends:
             at.reason = heed(signals.receive()) or at.reason
             if ends and at.reason == PREEMPTED:
                 at.reason = ""  # nothing is left to be stopped
             clock.stop()
             began = time.perf_counter()
             if validates and not at.reason:
-                val_loss, at.reason = validate(model, recipe, data, world, micro_rows, step,
-                                               signals)
+                val_loss, at.reason = validate(job, step)
                 reporter.validated(step, val_loss, 1000 * clock.elapsed_s, at.tokens(recipe))
                 validated = step
                 at.validation_s += time.perf_counter() - began
-            if (keeps and not at.reason) or (whole and at.reason == PREEMPTED):
-                keep(at, loader.cursor)
-                kept = step
-            if ends or (at.reason and (whole or at.reason != PREEMPTED)):
+            stops = at.reason and (whole or at.reason != PREEMPTED)
+            asked = at.reason == PREEMPTED
+            if whole and (asked or (keeper.due(step, ends) and not at.reason)):
+                keep_checkpoint(job, at, loader.cursor, reporter, keeper)
+            if ends or stops:
                 break
             clock.start()
         for group in optimizer.param_groups:
             group.update(recipes.group_schedule(step, group["name"], recipe))
-        batch = next_batch(loader, step, recipe, world, signals)
+        batch = next_batch(loader, step, job)
         signals.fault = signals.fault or clock.fault or reporter.fault
-        train_step(model, optimizer, recipe, batch, micro_rows,
+        train_step(model, optimizer, recipe, batch, job.micro_rows,
                    math.prod(batch_shape(step, recipe)), signals, stop_request.asked)
         at.step += 1
-        world.mark(at.step)
+        job.world.mark(at.step)
         at.reason = heed(signals.receive()) or at.reason  # of the step before: the host never waits
         signals.send(step, clock.now_ms())
-    reporter.screen.stop()
+
+
+def keep_checkpoint(job: Job, at: Progress, cursor: dict, reporter: Reporter,
+                    keeper: Keeper) -> None:
+    """A collective call. A disk that refuses costs the checkpoint, not the run."""
+    optimizer_state = job.optimizer.state_dict()
+    if not job.world.is_first:
+        keeper.last = at.step
+        return
+    try:
+        path = keeper.keep(at.step, {
+            "elapsed_s": at.clock.elapsed_s, "validation_s": at.validation_s, "cursor": cursor,
+            "history": [list(point) for point in reporter.history],
+            **checkpoint.capture(job.model, optimizer_state)})
+        reporter.say(f"checkpoint: {path.name}")
+    except OSError as error:
+        reporter.say(f"NO CHECKPOINT at step {at.step}: {error}; earlier ones are intact")
 
 
 def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World, screen: Screen,
@@ -463,31 +456,24 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
     run_id = world.first(lambda: new_run_id(recipe, seed))
     log_path = log_dir / f"{run_id}.txt"
     sources = local_sources()
-    identity = {"seed": seed, "recipe": recipes.to_dict(recipe), "data_digest": data.digest}
-    earlier = world.first(lambda: resume_from(run, identity, source_digest(sources), world, screen))
+    mine = {"seed": seed, "recipe": recipes.to_dict(recipe), "data_digest": data.digest,
+            "source_digest": source_digest(sources), "world_size": world.size}
+    earlier = world.first(lambda: checkpoint.resume(run.resume, log_dir, mine, screen.line,
+                                                    screen.warn))
     if earlier is not None and earlier["step"] == recipe.num_iterations:
         screen.line(f"run {earlier['run_id']} is complete: all {earlier['step']} steps are done, "
                     "nothing is left to do (another --seed trains another model)")
         return "complete"
 
-    model = build_model(recipe, seed, world.device)
-    flops, parameters = recipes.mean_flops_per_token(recipe, model), num_parameters(model)
-    compiled, how = wants_compile(run, world.device)
-    if compiled:
-        compile_segments(model)
-    signals = Signals(world, model.named_parameters())
-    optimizer = build_optimizer(model, recipe)
-    signals.guard(optimizer)
-    micro_rows = default_micro_rows(recipe, world)
-    if run.micro_batch_tokens is not None:
-        micro_rows = max(1, run.micro_batch_tokens // recipe.model.seq_len)
+    job = make_job(run, recipe, seed, data, world)
     where = environment(world, torch.get_num_threads())
     screen.line()
-    screen.facts(header(recipe, seed, model, f"{recipe.corpus}, {len(data.train_files)} shard(s), "
-                        f"digest {data.digest[:12]}", world, how, where))
+    screen.facts(header(recipe, seed, job.model, f"{recipe.corpus}, {len(data.train_files)} "
+                        f"shard(s), digest {data.digest[:12]}", world,
+                        wants_compile(run, world.device)[1], where))
 
     warmup_start = time.perf_counter()
-    warm_up(model, optimizer, recipe, data, world, micro_rows, signals)
+    warm_up(job.model, job.optimizer, recipe, data, world, job.micro_rows, job.signals)
     world.synchronize()
     warmup_s = time.perf_counter() - warmup_start
     screen.line(f"warm-up done in {warmup_s:.1f} s; everything put back as it was")
@@ -495,64 +481,43 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
     at = Progress(Clock(world))
     reporter = Reporter(recipe, screen, run_id, run.wandb)
     if earlier is not None:
-        recipes.enter_stage(model, optimizer, recipes.stage(earlier["step"], recipe))
-        checkpoint.restore(earlier, model, optimizer)
+        recipes.enter_stage(job.model, job.optimizer, recipes.stage(earlier["step"], recipe))
+        checkpoint.restore(earlier, job.model, job.optimizer)
         at.step, at.clock.elapsed_s = earlier["step"], earlier["elapsed_s"]
         at.validation_s = earlier["validation_s"]
         reporter.history = [tuple(point) for point in earlier["history"]]
         where |= {"resumed_from": earlier["run_id"], "resumed_step": str(at.step),
-                  "resumed_log_sha256": world.first(lambda: sha256_of(log_dir, earlier))}
-    loader = world.every(lambda: make_loader(recipe, data, world,
-                                             earlier and earlier["cursor"]))
-
-    def keep(at: Progress, cursor: dict) -> None:
-        """Write a checkpoint; a disk that refuses costs the checkpoint, not the run."""
-        state = optimizer.state_dict()  # collective
-        if not world.is_first:
-            return
-        path = checkpoint.path_of(log_dir, run_id, at.step)
-        try:
-            checkpoint.save(path, {
-                "kind": "checkpoint", "run_id": run_id, **identity, "step": at.step,
-                "elapsed_s": at.clock.elapsed_s, "validation_s": at.validation_s,
-                "history": [list(point) for point in reporter.history], "cursor": cursor,
-                "source_digest": source_digest(sources), "world_size": world.size,
-                **checkpoint.capture(model, state)})
-            checkpoint.prune(log_dir, run_id, run.keep)
-            reporter.say(f"checkpoint: {path.name}")
-        except OSError as error:
-            reporter.say(f"NO CHECKPOINT at step {at.step}: {error}; earlier ones are intact")
-
-    with loader:
+                  "resumed_log_sha256": earlier["log_sha256"]}
+    keeper = Keeper(log_dir, run_id, run.checkpoint_every, run.keep, at.step, mine)
+    crash = None
+    with world.every(lambda: make_loader(recipe, data, world,
+                                         earlier and earlier["cursor"])) as loader:
         world.first(lambda: reporter.open_log(log_path, sources, where))
-        crash = None
         if at.step:
             reporter.say(f"resumed from step {at.step} of run {earlier['run_id']}, after "
                          f"{at.clock.elapsed_s:.1f} s of training")
         screen.start(recipe.total_tokens, at.tokens(recipe))
         try:
             with world.watched():
-                timed_loop(model, optimizer, recipe, data, world, micro_rows, loader, signals,
-                           reporter, at, stop_request, run, keep)
+                timed_loop(job, at, loader, reporter, keeper, stop_request)
         except Exception as error:
             crash, at.reason = error, f"{type(error).__name__}: {error}"
-    if at.clock.fault:
-        at.reason = at.clock.fault
+    at.reason = at.clock.fault or at.reason
     if at.reason:
         reporter.say(f"stopped after step {at.step}: {at.reason}")
 
-    model_path = log_path.with_suffix(".pt")
-    if world.is_first and crash is None:
+    model_path = log_path.with_suffix(".pt") if crash is None else None
+    if world.is_first and model_path is not None:
         try:
             checkpoint.save(model_path, {
-                "kind": "model", "run_id": run_id, "step": at.step, "recipe": identity["recipe"],
-                "model": checkpoint.on_cpu(model.state_dict())})
+                "kind": "model", "run_id": run_id, "step": at.step, "recipe": mine["recipe"],
+                "model": checkpoint.on_cpu(job.model.state_dict())})
         except OSError as error:
             reporter.say(f"THE MODEL IS NOT SAVED: {error}")
             model_path = None
     tokens, val_loss = at.tokens(recipe), reporter.history[-1][1] if reporter.history else math.nan
     tokens_per_s = tokens / max(at.clock.elapsed_s, 1e-9)
-    peak = peak_flops(world.device)
+    flops, peak = recipes.mean_flops_per_token(recipe, job.model), peak_flops(world.device)
     result = {
         "status": at.status, "track": recipe.track, "record": recipe.record,
         "scale": recipe.scale, "seed": seed, "world_size": world.size, "target": recipe.target,
@@ -564,51 +529,16 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
         "warmup_s": f"{warmup_s:.1f}", "validation_s": f"{at.validation_s:.1f}",
         "tokens_per_s": f"{tokens_per_s:.0f}",
         "mfu": "unknown" if peak is None else f"{tokens_per_s * flops / peak / world.size:.4f}",
-        "peak_memory_mib": f"{peak_memory_mib(world.device):.0f}", "parameters": parameters,
-        "data_digest": data.digest, "resumed": earlier is not None,
-        "checkpoint": None if crash else model_path,
+        "peak_memory_mib": f"{peak_memory_mib(world.device):.0f}",
+        "parameters": num_parameters(job.model), "data_digest": data.digest,
+        "resumed": earlier is not None, "checkpoint": model_path,
     }
     whole = reporter.close(result)
     if crash is not None:
         raise crash if isinstance(crash, LostRank) else Crash(f"rank {world.rank}") from crash
     if world.is_first:
-        show_end(screen, recipe, result, log_path, model)
+        show_end(screen, recipe, result, log_path, job.model)
     return at.status if whole else "failed"
-
-
-def sha256_of(log_dir: Path, earlier: dict) -> str:
-    """Of the log that a resumed run continues, as it stands now (its run may have been killed)."""
-    path = log_dir / f"{earlier['run_id']}.txt"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "log not found"
-
-
-def resume_from(run: options.Run, identity: dict, code: str, world: World,
-                screen: Screen) -> dict | None:
-    """The checkpoint that --resume asks for; None to start at step 0."""
-    log_dir = Path(run.log_dir)
-    checkpoint.check_folder(log_dir)
-    checkpoint.sweep(log_dir)
-    if run.resume is None:
-        return None
-    if run.resume == "auto":
-        found = checkpoint.newest(log_dir, identity, warn=screen.warn)
-        if found is None:
-            screen.line(f"--resume auto: {log_dir} holds no checkpoint of this recipe and seed; "
-                        "starting at step 0")
-            return None
-        path, state = found
-    else:
-        path = Path(run.resume)
-        state = checkpoint.load_run(path, identity)
-    screen.line(f"resuming from {path}: step {state['step']}, "
-                f"{state['elapsed_s']:.1f} s of training")
-    if state["source_digest"] != code:
-        screen.warn("the code has changed since this checkpoint was made: the run goes on with "
-                    "the new code")
-    if state["world_size"] != world.size:
-        screen.warn(f"the checkpoint was made by {state['world_size']} ranks, these are "
-                    f"{world.size}: the same training up to rounding, not bit for bit")
-    return state
 
 
 # --- main -----------------------------------------------------------------------------------------
