@@ -26,18 +26,19 @@ from muon import Adam, Muon
 
 NUM_STEPS, BATCH = 60, 256
 RULES = {  # name: (grid of log2 rates, how to make the optimizer)
-    "spectral": (range(-8, 1), {"scale": "spectral"}),
-    "match_rms_adamw": (range(-11, -1), {"scale": "match_rms_adamw"}),
-    "AdamW": (range(-13, -3), None),
+    "spectral": (range(-6, 0), {"scale": "spectral"}),
+    "match_rms_adamw": (range(-9, -2), {"scale": "match_rms_adamw"}),
+    "AdamW": (range(-12, -4), None),
 }
 
 
-def network(width: int, seed: int) -> list[torch.nn.Parameter]:
+def network(width: int, seed: int, student: bool = True) -> list[torch.nn.Parameter]:
     source = torch.Generator().manual_seed(seed)
     shapes = ((width, 32), (width, width), (8, width))
-    return [
-        torch.nn.Parameter(torch.randn(s, generator=source) * (2 / s[1]) ** 0.5) for s in shapes
-    ]
+    weights = [torch.randn(s, generator=source) * (2 / s[1]) ** 0.5 for s in shapes]
+    if student:  # a random head would weigh sqrt(width) in operator norm
+        weights[-1].zero_()
+    return [torch.nn.Parameter(W) for W in weights]
 
 
 def forward(x_BI: torch.Tensor, weights: list) -> torch.Tensor:
@@ -49,7 +50,7 @@ def forward(x_BI: torch.Tensor, weights: list) -> torch.Tensor:
 def final_loss(rule: str, width: int, rate: float, seed: int) -> float:
     """Mean loss of the last 10 steps."""
     source = torch.Generator().manual_seed(100 + seed)
-    teacher = [W.detach() for W in network(64, 999)]
+    teacher = [W.detach() for W in network(64, 999, student=False)]
     weights, options = network(width, seed), RULES[rule][1]
     if options is None:
         optimizer = Adam(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
