@@ -153,4 +153,9 @@ def test_fp8_never_overflows_to_nan():
 
 def test_peak_is_unknown_on_a_cpu():
     assert kernels.peak_flops(torch.device("cpu")) is None
-    assert kernels.has_fp8(torch.device("cpu")) and not kernels.has_varlen(torch.device("cpu"))
+    assert not kernels.has_varlen(torch.device("cpu"))
+
+
+def test_fp8_is_refused_where_it_is_emulated_with_the_option_that_replaces_it():
+    with pytest.raises(ValueError, match="a CPU does not multiply fp8.*--head bf16"):
+        kernels.check_fp8(torch.device("cpu"))
