@@ -197,8 +197,8 @@ def rank_correlation(rows: Sequence[dict]) -> tuple[float, float, int]:
 
 # --- the page -------------------------------------------------------------------------------------
 
-def page(runs: Sequence[dict]) -> str:
-    """records/LADDER.md: every number in it comes from the runs."""
+def page(runs: Sequence[dict], there: Sequence[int] = ()) -> str:
+    """records/LADDER.md: every number in it comes from the runs. `there`: all rungs there are."""
     rows = rungs(runs)
     gains = [row["gains"] for row in rows if len(row["gains"]) > 1]
     freedom = sum(len(g) - 1 for g in gains)
@@ -237,10 +237,14 @@ def page(runs: Sequence[dict]) -> str:
     lines += ["", f"Nothing in the mathematics changed with {', '.join(same)}. " * bool(same)
               + "Pocket scale is fp32 throughout, so what #10 and #19 did to precision is not in "
               "it; learning rates are those of the records, none was tuned for this size."]
+    if absent := [f"#{record}" for record in there if record not in words]:
+        lines += ["", f"Not run yet: {', '.join(absent)}."]
+    if not freedom:
+        lines += ["", "With one run a rung a gain cannot be told from chance: no verdicts."]
     for word, says in (("helps", "Help at this scale"), ("hurts", "Hurt at this scale"),
                        ("within noise", "Cannot be told from chance here")):
         named = [f"#{record}" for record, w in words.items() if w == word]
-        lines += ["", f"{says}: {', '.join(named) or 'none'}."]
+        lines += [] if not freedom else ["", f"{says}: {', '.join(named) or 'none'}."]
     lines += ["", "Rank correlation of pocket gains with published ones (logarithm of tokens saved "
               f"over the rung before): Spearman {number(rho, '+.2f')}, p = {number(p, '.2g')}, "
               f"{num} rungs.", ""]
@@ -302,8 +306,8 @@ def ladder(args: argparse.Namespace) -> int:
     kept = args.root / "data" / "ladder.jsonl"
     if args.seeds < 1 or args.jobs < 1 or args.threads < 1:
         raise ValueError("--seeds, --jobs and --threads: expected whole numbers from 1")
+    there = known_rungs()
     if not args.report:
-        there = known_rungs()
         chosen = [int(n) for n in args.records.split(",")] if args.records else there
         if unknown := sorted(set(chosen) - set(there)):
             raise ValueError(f"--records: expected some of {', '.join(map(str, there))}; got "
@@ -312,7 +316,7 @@ def ladder(args: argparse.Namespace) -> int:
     runs = read(kept)
     if not runs:
         raise FileNotFoundError(f"{kept}: expected runs, found none; leave out --report")
-    write(args.root / "LADDER.md", page(runs).encode())
+    write(args.root / "LADDER.md", page(runs, there).encode())
     for path in (args.root / "LADDER.md", *draw(runs, args.root / "ladder")):
         print(path)
     return 0

@@ -157,5 +157,5 @@ def test_peak_is_unknown_on_a_cpu():
 
 
 def test_fp8_is_refused_where_it_is_emulated_with_the_option_that_replaces_it():
-    with pytest.raises(ValueError, match="a CPU does not multiply fp8.*--head bf16"):
+    with pytest.raises(ValueError, match=r"a CPU does not multiply fp8.*--head bf16"):
         kernels.check_fp8(torch.device("cpu"))
