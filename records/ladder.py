@@ -215,9 +215,10 @@ def page(runs: Sequence[dict], there: Sequence[int] = ()) -> str:
         "`records/data/ladder.jsonl`.", "",
         f"Every rung sees {rows[0]['tokens']:,} tokens of the built-in corpus (the last digits "
         "differ where a batch does not divide them). Loss is the mean over seeds at the end; gain "
-        "is the loss of the rung before minus this one's, paired by seed; its error is one "
-        f"standard deviation pooled over all rungs ({number(spread, '.4f')} a pair) over the root "
-        f"of n. A gain counts where a two-sided t-test gives p < {ALPHA}. Tokens to the baseline: "
+        "is the loss of the rung before minus this one's, paired by seed" + (
+            f"; its error is one standard deviation pooled over all rungs ({spread:.4f} a pair) "
+            f"over the root of n. A gain counts where a two-sided t-test gives p < {ALPHA}"
+            if freedom else "") + ". Tokens to the baseline: "
         f"when the loss that #{BASELINE} ends with was reached. Seconds are medians of runs taken "
         "in turns, on a machine that did other work as well.", "",
         "![published and pocket ladder](ladder.svg)", "",
@@ -227,7 +228,8 @@ def page(runs: Sequence[dict], there: Sequence[int] = ()) -> str:
     ]
     for row in rows:
         known = row["published"] or {}
-        gain = "" if not row["gains"] else f"{row['gain']:+.4f} ± {number(row['error'], '.4f')}"
+        gain = "" if not row["gains"] else f"{row['gain']:+.4f}" + (
+            f" ± {row['error']:.4f}" if row["error"] > 0 else "")
         lines.append(
             f"| {row['record']} | {known.get('title', '')} | {known.get('minutes', '')} | "
             f"{facts.count(known.get('tokens'))} | {row['loss']:.4f} | {row['n']} | {gain} | "
@@ -271,6 +273,10 @@ def draw(runs: Sequence[dict], out: Path) -> list[Path]:
                       if r["published"] and r["published"].get(key)]
             above.plot(*zip(*points), marker="o", markersize=3, color=color, label=label)
         above.set_yscale("log")
+        low, high = above.get_ylim()
+        ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10, 20, 50) if low <= t <= high]
+        above.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        above.minorticks_off()
         above.set_ylabel("published: to 3.28")
         above.legend(loc="upper right")
         below.plot([at[r["record"]] for r in rows], [r["loss"] for r in rows], color=COLORS[2],
