@@ -44,16 +44,17 @@ class Keys(NamedTuple):
     bounds: Tensor | None = None        # int64 on the CPU: (window, longest document)
 
 
-def has_varlen(device: torch.device) -> bool:
-    """Whether torch's varlen attention runs on `device`: compute capability 8.0 or later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's varlen attention runs: in bf16, from compute capability 8.0."""
+    return dtype == torch.bfloat16 and device.type == "cuda" and (
+        torch.cuda.get_device_capability(device) >= (8, 0))
 
 
-def describe_attention(device: torch.device, packed: bool) -> str:
-    """Which attention `device` gets, for the header of a run."""
-    if not packed:
+def describe_attention(device: torch.device, config) -> str:
+    """Which attention a model of this GPTConfig gets on `device`, for the header of a run."""
+    if not config.packed:
         return "SDPA, causal"
-    if has_varlen(device):
+    if has_varlen(device, DTYPES[config.compute_dtype]):
         return "varlen flash attention over documents and windows"
     return "SDPA with masks of documents and windows, in chunks"
 
@@ -64,9 +65,10 @@ def document_ids(tokens_BT: Tensor, bos_id: int) -> Tensor:
     return (tokens_BT == bos_id).cumsum(1)
 
 
-def packed_keys(doc_BT: Tensor, window: int) -> Keys:
-    """The keys of causal attention inside documents, at most `window` of them, self included."""
-    if has_varlen(doc_BT.device):
+def packed_keys(doc_BT: Tensor, window: int, dtype: torch.dtype) -> Keys:
+    """The keys of causal attention inside documents, at most `window` of them, self included.
+    `dtype` is that of the queries."""
+    if has_varlen(doc_BT.device, dtype):
         return _document_bounds(doc_BT, window)
     return Keys(mask_BnQK=_chunked_mask(doc_BT, window))
 

@@ -410,10 +410,10 @@ class GPT(nn.Module):
         """Documents and windows, once for all layers of a kind."""
         doc_BT, T = document_ids(tokens_BT, self.config.bos_id), tokens_BT.size(1)
         long, short = self.stage.window or T, self.stage.short_window or T
-        make = {"long": lambda: packed_keys(doc_BT, long),
-                "short": lambda: packed_keys(doc_BT, short),
-                "paired": lambda: packed_keys(doc_BT.repeat_interleave(2, 1), short)}
-        return {kind: make[kind]() for kind in {layer.keys for layer in self.plan}}
+        of = {"long": (doc_BT, long), "short": (doc_BT, short),
+              "paired": (doc_BT.repeat_interleave(2, 1), short)}
+        dtype = DTYPES[self.config.compute_dtype]
+        return {kind: packed_keys(*of[kind], dtype) for kind in {x.keys for x in self.plan}}
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """(B, T) tokens -> (B, T, C), normed, ready for the head."""

@@ -264,7 +264,7 @@ def header(recipe: Recipe, seed: int, model: GPT, data: str, world: World, how: 
         "device": f"{world.size} x " + (where["gpu"] if on_gpu else
                                         f"{where['cpu']}, {where['threads']} threads"),
         "backends": f"{recipe.model.compute_dtype} products; {how}; "
-                    f"attention: {describe_attention(world.device, recipe.model.packed)}; "
+                    f"attention: {describe_attention(world.device, recipe.model)}; "
                     f"collectives: {dist.get_backend() if world.size > 1 else 'none (one rank)'}",
         "data": data,
         "target": "not fixed yet" if recipe.target is None else f"val_loss {recipe.target}",

@@ -7,6 +7,7 @@ import torch
 
 import kernels
 from kernels import Fp8Linear, Keys, attention, document_ids, packed_keys
+from model import GPTConfig
 
 
 def oracle(q_BTHD, k_BTHD, v_BTHD, scale, seen_BTT):
@@ -46,7 +47,7 @@ def test_packed_attention_is_the_oracles(T, window, every):
     doc_BT = document_ids(tokens(2, T, every, seed=T + window), 256)
     q, k, v = qkv(2, T, seed=window)
     expected = oracle(q, k, v, 0.3, seen(doc_BT, window))
-    got = attention(q, k, v, 0.3, packed_keys(doc_BT, window))
+    got = attention(q, k, v, 0.3, packed_keys(doc_BT, window, torch.float64))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
     g = torch.randn_like(got)
     for ours, theirs in zip(torch.autograd.grad(got, (q, k, v), g, retain_graph=True),
@@ -57,7 +58,7 @@ def test_packed_attention_is_the_oracles(T, window, every):
 def test_short_windows_are_computed_in_chunks():
     """Otherwise a long row would cost the square of its length."""
     doc_BT = document_ids(tokens(1, 4096, 10_000), 256)
-    mask = packed_keys(doc_BT, 64).mask_BnQK
+    mask = packed_keys(doc_BT, 64, torch.float32).mask_BnQK
     assert mask.numel() < 4096 * 64 * 4
 
 
@@ -76,10 +77,10 @@ def test_a_document_starts_at_its_bos():
 def test_bounds_for_varlen_attention(monkeypatch):
     """What a GPU is handed: where documents begin in all rows laid end to end; a row's first token
     begins one in any case. Windows count the query itself, flash attention does not."""
-    monkeypatch.setattr(kernels, "has_varlen", lambda device: True)
+    monkeypatch.setattr(kernels, "has_varlen", lambda device, dtype: True)
     rows = torch.full((2, 64), 7)
     rows[0, 10], rows[1, 0], rows[1, 63] = 256, 256, 256
-    keys = packed_keys(document_ids(rows, 256), 33)
+    keys = packed_keys(document_ids(rows, 256), 33, torch.bfloat16)
     bounds = keys.cu_seqlens.tolist()
     assert bounds[:5] == [0, 10, 64, 127, 128] and set(bounds[4:]) == {128}
     assert keys.cu_seqlens.dtype == torch.int32
@@ -100,11 +101,11 @@ def test_varlen_operator_is_called_with_documents_and_window(monkeypatch):
         return out, torch.zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
 
     import torch.nn.attention.varlen  # the operator exists only after this import
-    monkeypatch.setattr(kernels, "has_varlen", lambda device: True)
+    monkeypatch.setattr(kernels, "has_varlen", lambda device, dtype: True)
     monkeypatch.setattr(torch.ops.torch_attn, "_varlen_attn", kernel)
     doc_BT = document_ids(tokens(2, 64, 12), 256)
     q, k, v = (x.detach() for x in qkv(2, 64))
-    got = attention(q, k, v, 0.3, packed_keys(doc_BT, 20))
+    got = attention(q, k, v, 0.3, packed_keys(doc_BT, 20, torch.bfloat16))
     torch.testing.assert_close(got, oracle(q, k, v, 0.3, seen(doc_BT, 20)))
     assert calls == [(64, 64, False, [19, 0])]
 
@@ -125,7 +126,7 @@ def test_varlen_operator_has_shapes_for_the_compiler_and_a_backward():
 
 def test_keys_carry_tensors_only():
     """An int in here would make torch.compile build a graph for each window."""
-    keys = packed_keys(torch.zeros(1, 64, dtype=torch.long), 9)
+    keys = packed_keys(torch.zeros(1, 64, dtype=torch.long), 9, torch.float32)
     assert all(x is None or isinstance(x, torch.Tensor) for x in keys) and isinstance(keys, Keys)
 
 
@@ -153,7 +154,22 @@ def test_fp8_never_overflows_to_nan():
 
 def test_peak_is_unknown_on_a_cpu():
     assert kernels.peak_flops(torch.device("cpu")) is None
-    assert not kernels.has_varlen(torch.device("cpu"))
+    assert not kernels.has_varlen(torch.device("cpu"), torch.bfloat16)
+
+
+def test_flash_attention_takes_bf16_from_ampere_on(monkeypatch):
+    """Pocket scale on a GPU is fp32, which flash attention does not know."""
+    gpu = torch.device("cuda", 0)
+    for capability, dtype, expected in (((8, 0), torch.bfloat16, True),
+                                        ((9, 0), torch.float32, False),
+                                        ((7, 5), torch.bfloat16, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert kernels.has_varlen(gpu, dtype) == expected
+    config = GPTConfig(packed=True, compute_dtype="fp32")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert "masks" in kernels.describe_attention(gpu, config)
+    assert "varlen" in kernels.describe_attention(gpu, GPTConfig(packed=True))
+    assert kernels.describe_attention(gpu, GPTConfig()) == "SDPA, causal"
 
 
 def test_fp8_is_refused_where_it_is_emulated_with_the_option_that_replaces_it():
