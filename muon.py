@@ -722,7 +722,8 @@ class Muon(torch.optim.Optimizer):
         shard          None (choose), "whole", "rows" or "copy"
         state_dtype    of momentum and Adam's averages, None is fp32
     Options of the whole
-        process_group  the ranks that train together, None is all
+        process_group  the ranks that train together, None is all; with collectives of your own
+                       between arm() and step() on NCCL, a group of its own
         node_size      owners span so many consecutive ranks, and owned shards are all-reduced
                        across such nodes; None is torchrun's LOCAL_WORLD_SIZE
         collective     "reduce_scatter", or "all_reduce" as in records 6 to 23
@@ -790,7 +791,12 @@ class Muon(torch.optim.Optimizer):
         if not (dist.is_available() and dist.is_initialized()):
             return
         given, size = self.settings["process_group"], self.settings["node_size"]
-        self._everyone = self._node = given or dist.group.WORLD
+        group = given or dist.group.WORLD
+        if given is None and dist.get_backend() == "gloo":
+            # Where a rank lacks a gradient its launches come later: collectives of others between
+            # arm() and step() must not get in between. On NCCL a group costs memory: pass one.
+            group = dist.new_group()
+        self._everyone = self._node = group
         ranks, me = dist.get_process_group_ranks(self._everyone), dist.get_rank(self._everyone)
         if size is None:
             size = int(os.environ.get("LOCAL_WORLD_SIZE", len(ranks)))
