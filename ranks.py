@@ -137,8 +137,10 @@ class World:
         """Turns the failure of a collective into LostRank."""
         try:
             yield
-        except RuntimeError as error:
-            words = r"gloo|nccl|time(d )?out|connection|socket|peer|pair"
+        except LostRank:
+            raise
+        except RuntimeError as error:  # what gloo raises has no class of its own
+            words = r"gloo|nccl|time(d )?out|connection|socket|peer|pair closure"
             known = isinstance(error, dist.DistError) or re.search(words, str(error), re.I)
             if self.size == 1 or not known:
                 raise
@@ -162,11 +164,16 @@ def join_world(device: str) -> Iterator[World]:
     dist.init_process_group("nccl" if use_cuda else "gloo", device_id=where if use_cuda else None,
                             timeout=datetime.timedelta(seconds=FIRST_STEP_TIMEOUT_S))
     pulse = Pulse(rank, size)
+    orderly = True
     try:
         yield World(rank, local_rank, size, where, pulse)
+    except RuntimeError:  # lost or crashed: the others will not take part in an orderly end
+        orderly = False
+        raise
     finally:
         pulse.stop()
-        dist.destroy_process_group()
+        if orderly:
+            dist.destroy_process_group()
 
 
 class Pulse:
@@ -304,21 +311,21 @@ class Signals:
     and false from the first bad step on, so that no parameter moves in a bad step or in the one
     that is under way when the host hears of it, one step later.
 
-    A step is bad when on any rank the loss is not finite, the largest entry of a parameter's
-    gradient is not below `limit` (or is no number), or something else failed: `fault` says what.
+    A step is bad when on any rank the loss is not finite, the norm of a parameter's gradient is not
+    below `limit` (or is no number), or something else failed: `fault` says what.
     Gradients are looked at by hooks, while they are still this rank's own, so that the rank can be
     named: make Signals before the optimizer, whose hooks send them off, and then `guard` it.
     """
 
-    limit = 1e18  # above it a square leaves the range of fp32 and bf16
+    limit = 1e18  # above 1.8e19 squares leave the range of fp32 and bf16
 
     def __init__(self, world: World, named_parameters: Iterable[tuple[str, Tensor]]):
         self.world = world
         self.fault = ""
         self.gate = torch.ones((), dtype=torch.bool, device=world.device)
         self.names, parameters = zip(*named_parameters)
-        self._largest = torch.zeros(len(self.names), device=world.device)
-        self._blamed = self._largest.clone()  # of the last good or the first bad step
+        self._norms = torch.zeros(len(self.names), device=world.device)
+        self._blamed = self._norms.clone()  # of the last good or the first bad step
         self._loss = torch.zeros((), device=world.device)
         self._armed = False
         # Its own communicator: on the default one it would queue behind the gradients' reductions.
@@ -327,12 +334,12 @@ class Signals:
         self._said: Tensor | None = None
         self._sent: tuple | None = None
         for i, parameter in enumerate(parameters):
-            parameter.register_post_accumulate_grad_hook(self._hook(self._largest[i]))
+            parameter.register_post_accumulate_grad_hook(self._hook(self._norms[i]))
 
-    def _hook(self, largest: Tensor) -> Callable[[Tensor], None]:
+    def _hook(self, norm: Tensor) -> Callable[[Tensor], None]:
         def look(parameter: Tensor) -> None:
             if self._armed:
-                largest.copy_(torch.linalg.vector_norm(parameter.grad, math.inf))
+                norm.copy_(torch.linalg.vector_norm(parameter.grad))
         return look
 
     def guard(self, optimizer) -> None:
@@ -357,12 +364,12 @@ class Signals:
         """
         self._armed = False
         loss = loss_share.float()
-        bad = ~((self._largest < self.limit).all() & loss.isfinite())
+        bad = ~((self._norms < self.limit).all() & loss.isfinite())
         told = bad.float() + (1.0 if self.fault else 0.0) + num_nonfinite.float()
         x = torch.stack([loss, told, torch.full_like(loss, float(stop))])
         if self.world.size > 1:
             dist.all_reduce(x, group=self._group)
-        self._blamed = torch.where(self.gate, self._largest, self._blamed)
+        self._blamed = torch.where(self.gate, self._norms, self._blamed)
         self._loss = torch.where(self.gate, loss, self._loss)
         self.gate = self.gate & x[0].isfinite() & (x[1] == 0)
         self._said = x
@@ -395,8 +402,8 @@ class Signals:
         loss = self._loss.item()
         if not math.isfinite(loss):
             reasons.append(f"loss {loss}")
-        bad = [f"{name} ({value:.0e})" for name, value in zip(self.names, self._blamed.tolist())
-               if not value < self.limit]
+        norms = zip(self.names, self._blamed.tolist())
+        bad = [f"{name} (norm {norm:.0e})" for name, norm in norms if not norm < self.limit]
         if bad:
             more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
             reasons.append(f"gradient of {', '.join(bad[:3])}{more}")

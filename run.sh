@@ -17,6 +17,8 @@ pocket scale on the CPU. OPTIONS are passed on to train_gpt.py.
   NPROC=4      processes on this machine (default: the number of GPUs, or 1)
   NNODES=2 NODE_RANK=0 MASTER_ADDR=host [MASTER_PORT=29500]
                several machines: the same call on each, NODE_RANK counting up
+  RESTARTS=3   after a rank died, start all ranks again, up to that many times;
+               goes with --checkpoint_every N --resume auto
   PYTHON=python3.12   the interpreter that .venv is made with
   NO_VENV=1    use the python on PATH as it is
 TEXT
@@ -37,6 +39,8 @@ nproc_here="${NPROC:-$((gpus > 0 ? gpus : 1))}"
 nnodes="${NNODES:-1}"
 [[ "$nproc_here" =~ ^[1-9][0-9]*$ ]] || die "NPROC: expected a whole number from 1, got $nproc_here"
 [[ "$nnodes" =~ ^[1-9][0-9]*$ ]] || die "NNODES: expected a whole number from 1, got $nnodes"
+restarts="${RESTARTS:-0}"
+[[ "$restarts" =~ ^[0-9]+$ ]] || die "RESTARTS: expected a whole number from 0, got $restarts"
 if [ "$gpus" = 0 ] && [ -z "${OMP_NUM_THREADS:-}" ]; then
     cores="$(nproc)"
     export OMP_NUM_THREADS="$((cores / nproc_here > 0 ? cores / nproc_here : 1))"
@@ -46,12 +50,17 @@ if [ "$nnodes" = 1 ] && [ "$nproc_here" = 1 ]; then
     exec python train_gpt.py "$@"
 fi
 
+# With a store of its own a restarted group cannot meet the addresses of ranks that are dead.
+[ "$restarts" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 # Wrong options and missing data are said once, before any rank starts.
 python train_gpt.py --prepare "$@"
 if [ "$nnodes" = 1 ]; then
-    exec torchrun --standalone --nproc_per_node "$nproc_here" train_gpt.py "$@"
+    exec torchrun --standalone --max_restarts "$restarts" --nproc_per_node "$nproc_here" \
+        train_gpt.py "$@"
 fi
 [ -n "${NODE_RANK:-}" ] || die "NNODES=$nnodes needs NODE_RANK (0 to $((nnodes - 1)))"
 [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$nnodes needs MASTER_ADDR (the host of NODE_RANK 0)"
 exec torchrun --nnodes "$nnodes" --node_rank "$NODE_RANK" --nproc_per_node "$nproc_here" \
+    --max_restarts "$restarts" \
     --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" train_gpt.py "$@"

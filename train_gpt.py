@@ -585,6 +585,8 @@ def main(argv: list[str]) -> int:
     except LostRank as error:
         print(f"train_gpt.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before there was anything to save
+        return 130
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_L6_without_a_launcher_it_is_one_rank_and_says_so(train, monkeypatch):
 
 
 @pytest.mark.ranks
-def test_L7_a_port_that_is_taken_is_said_within_10_s(tmp_path, data):
+def test_L7_a_port_that_is_taken_is_said_within_10_s(tmp_path, data, record_property):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -93,6 +93,7 @@ def test_L7_a_port_that_is_taken_is_said_within_10_s(tmp_path, data):
              "train_gpt.py", *tiny_options("--data_dir", data, "--log_dir", tmp_path / "logs")],
             cwd=ROOT, text=True, capture_output=True, timeout=60, env=clean_environment())
         seconds = time.monotonic() - began
+    record_property("reacts", seconds)
     assert done.returncode != 0 and "EADDRINUSE" in done.stderr
     assert seconds < 30  # measured: see README.md; this machine may be busy
     assert not (tmp_path / "logs").exists()
@@ -172,6 +173,13 @@ def test_D18_files_of_another_size(ranks, tmp_path, data):
     with ranks(2, data="data", folders=folders) as two:
         assert two.wait(50) == [2, 2], two.said()
         assert "the ranks disagree about the data" in two.said(0)
+
+
+def test_run_sh_refuses_restarts_that_are_no_number():
+    done = subprocess.run(["./run.sh"], cwd=ROOT, text=True, capture_output=True, timeout=60,
+                          env=clean_environment(RESTARTS="often", NO_VENV="1"))
+    assert done.returncode == 2
+    assert done.stderr.strip() == "run.sh: RESTARTS: expected a whole number from 0, got often"
 
 
 @pytest.mark.ranks

@@ -65,13 +65,14 @@ def uninterrupted(tmp_path_factory, data):
 
 @pytest.mark.ranks
 def test_P3_SIGTERM_to_torchrun_stops_all_ranks_and_resume_goes_on(tmp_path, data, ranks,
-                                                                   uninterrupted):
+                                                                   uninterrupted, record_property):
     folder = tmp_path / "logs"
     run = torchrun("slow:0.1", "--", *tiny_options("--data_dir", data, "--log_dir", folder, *FORTY))
     wait_until(in_log(folder, 5))
     asked = time.monotonic()
     run.send_signal(signal.SIGTERM)
     said, _ = run.communicate(timeout=30)
+    record_property("reacts", time.monotonic() - asked)
     assert time.monotonic() - asked < 30
     assert run.returncode == 1  # torchrun's own word for SIGTERM, whatever its ranks return
     step = assert_preempted(folder)
@@ -82,11 +83,13 @@ def test_P3_SIGTERM_to_torchrun_stops_all_ranks_and_resume_goes_on(tmp_path, dat
 
 
 @pytest.mark.ranks
-def test_P4_SIGTERM_to_one_worker_stops_all_with_exit_status_0(ranks, tmp_path):
+def test_P4_SIGTERM_to_one_worker_stops_all_with_exit_status_0(ranks, tmp_path, record_property):
     with ranks(2, *SLOW, faults=("slow:0.05",)) as two:
         two.wait_for_step(3)
         two.signal(signal.SIGTERM, rank=1)
+        asked = time.monotonic()
         assert two.wait(20) == [0, 0], two.said()
+        record_property("reacts", time.monotonic() - asked)
     assert 3 <= assert_preempted(tmp_path / "logs") < 200
 
 
@@ -100,7 +103,7 @@ def test_P4_one_process(ranks, tmp_path, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_P5_the_second_signal_ends_at_once(ranks, tmp_path, number):
+def test_P5_the_second_signal_ends_at_once(ranks, tmp_path, number, record_property):
     """A step of 30 s is under way."""
     with ranks(1, *SLOW, "--checkpoint_every", "1", faults=("slow_from:2:30",)) as one:
         one.wait_for_step(2)
@@ -110,6 +113,7 @@ def test_P5_the_second_signal_ends_at_once(ranks, tmp_path, number):
         began = time.monotonic()
         one.signal(number)
         assert one.wait(5) == [128 + number], one.said()
+        record_property("reacts", time.monotonic() - began)
         assert time.monotonic() - began < 3
     kept = checkpoints(tmp_path / "logs")
     assert kept and all(state_of(path)["step"] == step for step, path in kept.items())
@@ -163,13 +167,15 @@ def test_P5_ctrl_c_in_a_terminal(tmp_path, data, nproc):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("killed", [0, 1])
-def test_P1_kill_9_of_a_rank_ends_the_run_and_is_named(ranks, tmp_path, train, killed):
+def test_P1_kill_9_of_a_rank_ends_the_run_and_is_named(ranks, tmp_path, train, killed,
+                                                       record_property):
     with ranks(2, *SLOW, "--checkpoint_every", "2", faults=("slow:0.05",)) as two:
         two.wait_for_step(5)
         two.signal(signal.SIGKILL, rank=killed)
         began = time.monotonic()
         left = 1 - killed
         assert two.wait(10)[left] == 1
+        record_property("reacts", time.monotonic() - began)
         assert time.monotonic() - began < 10
         words = ("rank 1 does not answer" if killed == 1 else "the rank that held the meeting")
         assert words in two.said(left), two.said(left)
@@ -196,13 +202,15 @@ def test_P1_kill_9_under_torchrun(tmp_path, data):
 
 
 @pytest.mark.ranks
-def test_the_launcher_killed_leaves_no_orphans(tmp_path, data):
+def test_the_launcher_killed_leaves_no_orphans(tmp_path, data, record_property):
     """torchrun cannot tell its ranks of a kill -9; they see that they have another parent."""
     folder = tmp_path / "logs"
     run = torchrun("slow:0.05", "--", *tiny_options("--data_dir", data, "--log_dir", folder, *SLOW))
     wait_until(in_log(folder, 3))
     run.kill()
+    began = time.monotonic()
     wait_until(lambda: "status:" in body_of(logs_in(folder)[0]), timeout=15)
+    record_property("reacts", time.monotonic() - began)
     assert_preempted(folder)
     run.communicate(timeout=10)
 
@@ -235,13 +243,14 @@ def test_P2_the_file_of_a_living_writer_is_not_removed(tmp_path):
 
 
 @pytest.mark.ranks
-def test_P6_a_stopped_rank_is_found_by_timeout_and_named(ranks, tmp_path):
+def test_P6_a_stopped_rank_is_found_by_timeout_and_named(ranks, tmp_path, record_property):
     """torchrun would wait 30 s more for the stopped one before it kills it."""
     with ranks(2, *SLOW[:4], "--timeout_s", "4", faults=("slow:0.05",)) as two:
         two.wait_for_step(3)
         two.signal(signal.SIGSTOP, rank=1)
         began = time.monotonic()
         assert two.processes[0].wait(timeout=15) == 1
+        record_property("reacts", time.monotonic() - began)
         assert 3 < time.monotonic() - began < 12
         assert "rank 1 does not answer" in two.said(0)
         assert "nothing has moved for" in two.said(0)  # said before the collective gives up
