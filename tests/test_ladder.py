@@ -61,13 +61,13 @@ def test_a_rung_trains_through_all_its_stages(record):
     assert changes >= {0: 1, 1: 3}[bool(recipe.window_stages)]
 
 
-@pytest.mark.parametrize("record", [2, 9, 10, 19, 29, 53, 62])
+@pytest.mark.parametrize("record", [9, 10, 19, 53, 62])
 def test_a_rung_trains_in_the_precision_of_its_record(record):
     """bf16 products, stream and tables, fp8 head: all of it runs on a CPU, slowly."""
     full = RECORDS[record]
     precision = {name: getattr(full.model, name) for name in (
         "compute_dtype", "stream_dtype", "embed_dtype", "head_dtype", "head")}
-    recipe = recipes.edit(small(record, "--num_iterations", "12"), muon_mode="fast", **precision)
+    recipe = recipes.edit(small(record, "--num_iterations", "6"), muon_mode="fast", **precision)
     model = train_gpt.build_model(recipe, 0, torch.device("cpu"))
     optimizer = train_gpt.build_optimizer(model, recipe)
     assert model.embed.weight.dtype == (torch.bfloat16 if record >= 10 else torch.float32)
