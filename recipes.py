@@ -463,8 +463,8 @@ DEFAULT_POCKET = 62
 
 POCKET_TOKENS = 2 ** 19     # every rung of the pocket ladder sees as many
 POCKET_BATCH = 256          # its batches are so many times smaller
-# What a GPT-2 (record #1) with AdamW, learning rate swept, comes to on ten times these tokens, about
-# five minutes on two cores: bench/pocket_target.py.
+# What a GPT-2 (record #1) with AdamW, learning rate swept, comes to on ten times these tokens,
+# about five minutes on two cores: bench/pocket_target.py.
 POCKET_TARGET = 1.77
 
 
