@@ -175,3 +175,15 @@ def test_flash_attention_takes_bf16_from_ampere_on(monkeypatch):
 def test_fp8_is_refused_where_it_is_emulated_with_the_option_that_replaces_it():
     with pytest.raises(ValueError, match=r"a CPU does not multiply fp8.*--head bf16"):
         kernels.check_fp8(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_relu_squared_is_its_plain_twin_bit_for_bit(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(64, 48, generator=generator).to(dtype) for _ in range(2))
+    x[0, :4] = torch.tensor([0.0, -0.0, torch.finfo(dtype).tiny, -1.0])
+    fast, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = kernels.ReLUSquared.apply(fast), torch.relu(plain).square()
+    y.backward(grad)
+    expected.backward(grad)
+    assert torch.equal(y, expected) and torch.equal(fast.grad, plain.grad)
