@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
 
 T = TypeVar("T")
 
@@ -125,10 +125,11 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def limit_waiting(self, timeout_s: float, *groups) -> None:
-        """From here on a collective that takes longer means that a rank is lost."""
+    def limit_waiting(self, timeout_s: float) -> None:
+        """From here on a collective that takes longer, in whatever group of ranks, means that a
+        rank is lost."""
         if self.size > 1:
-            for group in (None, *groups):
+            for group in list(_world.pg_map):
                 _set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
             self.pulse.limit_s = 0.8 * timeout_s  # to say it before NCCL ends the process
 
@@ -330,7 +331,6 @@ class Signals:
         self._armed = False
         # Its own communicator: on the default one it would queue behind the gradients' reductions.
         self._group = dist.new_group() if world.size > 1 and world.device.type == "cuda" else None
-        self.groups = () if self._group is None else (self._group,)
         self._said: Tensor | None = None
         self._sent: tuple | None = None
         for i, parameter in enumerate(parameters):

@@ -386,7 +386,7 @@ def timed_loop(job: Job, at: Progress, loader: Loader, reporter: Reporter, keepe
         if said is None or failed:  # a step under way when a bad one was found was void
             return ""
         if said.step == start:
-            job.world.limit_waiting(job.run.timeout_s, *signals.groups)
+            job.world.limit_waiting(job.run.timeout_s)
         reporter.trained(said)
         if said.num_bad or not math.isfinite(said.loss):
             at.step = said.step  # neither this update nor one after it was made

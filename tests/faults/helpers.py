@@ -19,6 +19,11 @@ from records.log import parse
 INJECT = str(Path(__file__).with_name("inject.py"))
 
 
+def tiny(*extra: object) -> list[str]:
+    """conftest's tiny training, of record 6 unless `extra` names another."""
+    return tiny_options(*(() if "--record" in extra else ("--record", "6")), *extra)
+
+
 def logs_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.txt"), key=lambda path: path.stat().st_mtime_ns)
 
@@ -66,7 +71,7 @@ def differing(a: Path, b: Path, keys=TRAINED) -> list[str]:
 
 def train_here(capsys, *options: object, data: Path, log_dir: Path) -> SimpleNamespace:
     """train_gpt.main in this process: code, out, err and the logs that are there afterwards."""
-    code = train_gpt.main(tiny_options("--data_dir", data, "--log_dir", log_dir, *options))
+    code = train_gpt.main(tiny("--data_dir", data, "--log_dir", log_dir, *options))
     out, err = capsys.readouterr()
     return SimpleNamespace(code=code, out=out, err=err, folder=log_dir,
                            logs=logs_in(log_dir) if log_dir.is_dir() else [])
@@ -98,8 +103,8 @@ class Ranks:
         self.processes, self._outs = [], []
         port = str(free_port())
         for rank in range(count):
-            words = tiny_options("--data_dir", data, "--log_dir", log_dir, *options,
-                                 *(own_options or {}).get(rank, ()))
+            words = tiny("--data_dir", data, "--log_dir", log_dir, *options,
+                         *(own_options or {}).get(rank, ()))
             many = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if count > 1 else {}
             out = log_dir.parent / f"rank{rank}.{time.monotonic_ns()}.out"

@@ -102,6 +102,17 @@ class Broken:
         if step == int(when):
             os.truncate(path, os.path.getsize(path) // 2)
 
+    def freeze(self, step: int, rank: str, when: str) -> None:
+        """SIGSTOP of oneself, after the ranks agreed on the step and before its update."""
+        if (RANK, step) == (int(rank), int(when)):
+            update = train_gpt.Muon.step
+
+            def stopped(*arguments):
+                os.kill(os.getpid(), signal.SIGSTOP)
+                return update(*arguments)
+
+            train_gpt.Muon.step = stopped
+
     def other_code(self, step: int, rank: str) -> None:
         """Acts when it is named: see __init__."""
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from conftest import ROOT, clean_environment, tiny_options
+from conftest import ROOT, clean_environment
 from faults.helpers import (
     assert_refused,
     body_of,
@@ -17,6 +17,7 @@ from faults.helpers import (
     logs_in,
     result_of,
     state_of,
+    tiny,
 )
 from records.log import parse
 
@@ -90,7 +91,7 @@ def test_L7_a_port_that_is_taken_is_said_within_10_s(tmp_path, data, record_prop
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node",
              "2", "--master_addr", "127.0.0.1", "--master_port", str(taken.getsockname()[1]),
-             "train_gpt.py", *tiny_options("--data_dir", data, "--log_dir", tmp_path / "logs")],
+             "train_gpt.py", *tiny("--data_dir", data, "--log_dir", tmp_path / "logs")],
             cwd=ROOT, text=True, capture_output=True, timeout=60, env=clean_environment())
         seconds = time.monotonic() - began
     record_property("reacts", seconds)
@@ -186,7 +187,7 @@ def test_run_sh_refuses_restarts_that_are_no_number():
 def test_run_sh_goes_on_after_it_was_stopped(tmp_path, data):
     """The options pass through run.sh, which checks them before torchrun starts."""
     folder = tmp_path / "logs"
-    words = tiny_options("--data_dir", data, "--log_dir", folder, "--checkpoint_every", "3")
+    words = tiny("--data_dir", data, "--log_dir", folder, "--checkpoint_every", "3")
     for expected in ("starting at step 0", "nothing is left to do"):
         done = subprocess.run(["./run.sh", *words, "--resume", "auto"], cwd=ROOT, text=True,
                               capture_output=True, timeout=100,

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from conftest import ROOT, clean_environment, tiny_options
+from conftest import ROOT, clean_environment
 from faults.helpers import (
     INJECT,
     body_of,
@@ -19,6 +19,7 @@ from faults.helpers import (
     result_of,
     same,
     state_of,
+    tiny,
     wait_until,
 )
 
@@ -67,7 +68,7 @@ def uninterrupted(tmp_path_factory, data):
 def test_P3_SIGTERM_to_torchrun_stops_all_ranks_and_resume_goes_on(tmp_path, data, ranks,
                                                                    uninterrupted, record_property):
     folder = tmp_path / "logs"
-    run = torchrun("slow:0.1", "--", *tiny_options("--data_dir", data, "--log_dir", folder, *FORTY))
+    run = torchrun("slow:0.1", "--", *tiny("--data_dir", data, "--log_dir", folder, *FORTY))
     wait_until(in_log(folder, 5))
     asked = time.monotonic()
     run.send_signal(signal.SIGTERM)
@@ -147,7 +148,7 @@ def test_P5_ctrl_c_in_a_terminal(tmp_path, data, nproc):
     try:
         with open(out, "wb") as file:
             run = subprocess.Popen(
-                [sys.executable, "-c", TERMINAL, *tiny_options(
+                [sys.executable, "-c", TERMINAL, *tiny(
                     "--data_dir", data, "--log_dir", folder, "--num_iterations", "500",
                     "--val_every", "500")], cwd=ROOT, stdin=theirs, stdout=file, stderr=file,
                 env=clean_environment(NPROC=str(nproc), NO_VENV="1"))
@@ -193,7 +194,7 @@ def test_P1_kill_9_of_a_rank_ends_the_run_and_is_named(ranks, tmp_path, train, k
 def test_P1_kill_9_under_torchrun(tmp_path, data):
     folder = tmp_path / "logs"
     run = torchrun("slow:0.05", "kill_once:1:5", "--",
-                   *tiny_options("--data_dir", data, "--log_dir", folder, *SLOW))
+                   *tiny("--data_dir", data, "--log_dir", folder, *SLOW))
     wait_until(in_log(folder, 3))
     began = time.monotonic()
     said, _ = run.communicate(timeout=30)
@@ -205,7 +206,7 @@ def test_P1_kill_9_under_torchrun(tmp_path, data):
 def test_the_launcher_killed_leaves_no_orphans(tmp_path, data, record_property):
     """torchrun cannot tell its ranks of a kill -9; they see that they have another parent."""
     folder = tmp_path / "logs"
-    run = torchrun("slow:0.05", "--", *tiny_options("--data_dir", data, "--log_dir", folder, *SLOW))
+    run = torchrun("slow:0.05", "--", *tiny("--data_dir", data, "--log_dir", folder, *SLOW))
     wait_until(in_log(folder, 3))
     run.kill()
     began = time.monotonic()
@@ -259,8 +260,18 @@ def test_P6_a_stopped_rank_is_found_by_timeout_and_named(ranks, tmp_path, record
 
 
 @pytest.mark.ranks
+def test_P6_also_where_the_optimizer_waits_in_a_group_of_its_own(ranks, tmp_path):
+    with ranks(2, *SLOW[:4], "--timeout_s", "4", faults=("freeze:1:5",)) as two:
+        two.wait_for_step(4)
+        began = time.monotonic()
+        assert two.processes[0].wait(timeout=20) == 1
+        assert time.monotonic() - began < 15
+        assert "rank 1 does not answer" in two.said(0), two.said(0)
+
+
+@pytest.mark.ranks
 def test_P7_the_traceback_of_the_rank_that_failed_comes_first(tmp_path, data):
-    run = torchrun("crash:1:3", "--", *tiny_options(
+    run = torchrun("crash:1:3", "--", *tiny(
         "--data_dir", data, "--log_dir", tmp_path / "logs", "--timeout_s", "20"))
     began = time.monotonic()
     said, _ = run.communicate(timeout=60)
@@ -281,7 +292,7 @@ def test_P7_one_process_closes_its_log_as_failed(ranks, tmp_path):
 @pytest.mark.ranks
 def test_P8_torchrun_restarts_and_the_result_is_the_same(tmp_path, data, uninterrupted):
     folder = tmp_path / "logs"
-    run = torchrun("kill_once:1:9", "--", *tiny_options(
+    run = torchrun("kill_once:1:9", "--", *tiny(
         "--data_dir", data, "--log_dir", folder, *FORTY, "--checkpoint_every", "4", "--resume",
         "auto"), options=("--max-restarts", "1"))
     said, _ = run.communicate(timeout=100)

@@ -21,6 +21,7 @@ from faults.helpers import (
     result_of,
     same,
     state_of,
+    tiny,
 )
 from records.log import parse
 
@@ -210,7 +211,6 @@ def whole(tmp_path_factory, data):
     import contextlib
     import io
 
-    from conftest import tiny_options
     made = {}
 
     def run(name: str) -> tuple[tuple, Path]:
@@ -218,7 +218,7 @@ def whole(tmp_path_factory, data):
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
             with contextlib.redirect_stdout(io.StringIO()):
-                code = train_gpt.main(tiny_options(
+                code = train_gpt.main(tiny(
                     "--data_dir", data, "--log_dir", folder, "--checkpoint_every", "1", "--keep",
                     "99", *options))
             assert code == 0
