@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -32,17 +31,34 @@ from records.log import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = 2    # the AdamW baseline: the loss that the others are to reach sooner
+PERMUTATIONS = 9999
 ALPHA = 0.05    # a gain counts where chance would give one as large less often than this
 
 
 # --- running --------------------------------------------------------------------------------------
 
-def known_rungs() -> list[int]:
-    """The records that train_gpt.py can train, from its help."""
-    done = subprocess.run([sys.executable, "train_gpt.py", "--help"], cwd=ROOT, text=True,
-                          capture_output=True, check=True)
-    listed = re.search(r"Records: ([\d,\s]+)\.", done.stdout)
-    return [int(number) for number in listed[1].split(",")]
+_RECIPES = """
+import json, sys, options, recipes
+print(json.dumps({record: recipes.to_dict(options.parse(
+    ["--record", str(record), "--scale", "pocket", *sys.argv[1:]], has_cuda=False)[1])
+    for record in recipes.RECORDS}))
+"""
+# How a run is watched, not what it trains.
+WATCHED = ("val_tokens", "val_every", "val_seq_len", "target", "title", "track")
+
+
+def known_rungs(options: Sequence[str] = ()) -> dict[int, str]:
+    """Record -> fingerprint of its recipe as the program trains it now."""
+    done = subprocess.run([sys.executable, "-c", _RECIPES, *options], cwd=ROOT, text=True,
+                          capture_output=True)
+    if done.returncode:
+        raise ValueError(f"--options: {done.stderr.strip().splitlines()[-1]}")
+    return {int(record): fingerprint(recipe) for record, recipe in json.loads(done.stdout).items()}
+
+
+def fingerprint(recipe: dict) -> str:
+    """Digest of what a recipe trains. A kept run counts for as long as its rung's is the same."""
+    return recipe_sha256({k: v for k, v in recipe.items() if k not in WATCHED})
 
 
 def run_once(record: int, seed: int, options: Sequence[str], threads: int) -> dict:
@@ -65,17 +81,17 @@ def run_once(record: int, seed: int, options: Sequence[str], threads: int) -> di
         "parameters": int(result["parameters"]),
         "train_time_ms": float(result["train_time_ms"]), "threads": threads,
         "curve": [[p.step, p.val_loss] for p in run.points],
-        "options": list(options), "recipe_sha256": recipe_sha256(run.recipe),
+        "options": list(options), "fingerprint": fingerprint(run.recipe),
         "data_digest": result["data_digest"], "commit": run.environment.get("git_commit"),
     }
 
 
-def run_missing(kept: Path, records: Sequence[int], seeds: int, options: Sequence[str], jobs: int,
-                threads: int) -> None:
-    """Append one line to `kept` for each run that is not there yet."""
+def run_missing(kept: Path, rungs: dict[int, str], records: Sequence[int], seeds: int,
+                options: Sequence[str], jobs: int, threads: int) -> None:
+    """Append one line to `kept` for each run that is not there yet with its rung's recipe."""
     from tqdm import tqdm
 
-    there = {(r["record"], r["seed"]) for r in read(kept)}
+    there = {(r["record"], r["seed"]) for r in current(read(kept), rungs)}
     todo = [(record, seed) for seed in range(seeds) for record in records
             if (record, seed) not in there]
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +118,11 @@ def read(kept: Path) -> list[dict]:
             raise ValueError(f"{kept}, line {number}: expected a run as JSON, got {line[:40]!r}; "
                              "delete the line to have it run again") from None
     return runs
+
+
+def current(runs: Sequence[dict], rungs: dict[int, str]) -> list[dict]:
+    """Those of the runs that trained what their rung is now."""
+    return [run for run in runs if rungs.get(run["record"]) == run["fingerprint"]]
 
 
 # --- what the runs say ----------------------------------------------------------------------------
@@ -183,6 +204,7 @@ def rank_correlation(rows: Sequence[dict]) -> tuple[float, float, int]:
     A published gain is the logarithm of tokens saved to the same loss, which is what an idea does;
     the minutes carry the systems work as well.
     """
+    import numpy as np
     from scipy import stats
 
     pairs = [(row["gain"], math.log(prior["published"]["tokens"] / row["published"]["tokens"]))
@@ -191,8 +213,12 @@ def rank_correlation(rows: Sequence[dict]) -> tuple[float, float, int]:
              and prior["published"]["tokens"] and row["published"]["tokens"]]
     if len(pairs) < 3:
         return math.nan, math.nan, len(pairs)
-    rho, p = stats.spearmanr(*zip(*pairs))
-    return float(rho), float(p), len(pairs)
+    gains, savings = (stats.rankdata(side) for side in zip(*pairs))
+    rho = float(np.corrcoef(gains, savings)[0, 1])
+    rng = np.random.default_rng(0)  # p: how often a shuffled order does as well, either way
+    shuffled = [np.corrcoef(rng.permutation(gains), savings)[0, 1] for _ in range(PERMUTATIONS)]
+    as_good = sum(abs(r) >= abs(rho) - 1e-12 for r in shuffled)
+    return rho, (as_good + 1) / (PERMUTATIONS + 1), len(pairs)
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -238,7 +264,8 @@ def page(runs: Sequence[dict], there: Sequence[int] = ()) -> str:
     same = [f"#{r['record']}" for r in rows if r["same_recipe"]]
     lines += ["", f"Nothing in the mathematics changed with {', '.join(same)}. " * bool(same)
               + "Pocket scale is fp32 throughout, so what #10 and #19 did to precision is not in "
-              "it; learning rates are those of the records, none was tuned for this size."]
+              "it. Learning rates are those of the records, not tuned for this size; Muon's at unit "
+              "RMS (#4 to #7) follows the width by rule."]
     if absent := [f"#{record}" for record in there if record not in words]:
         lines += ["", f"Not run yet: {', '.join(absent)}."]
     if not freedom:
@@ -312,17 +339,18 @@ def ladder(args: argparse.Namespace) -> int:
     kept = args.root / "data" / "ladder.jsonl"
     if args.seeds < 1 or args.jobs < 1 or args.threads < 1:
         raise ValueError("--seeds, --jobs and --threads: expected whole numbers from 1")
-    there = known_rungs()
+    there = known_rungs(args.options.split())
     if not args.report:
-        chosen = [int(n) for n in args.records.split(",")] if args.records else there
+        chosen = [int(n) for n in args.records.split(",")] if args.records else list(there)
         if unknown := sorted(set(chosen) - set(there)):
             raise ValueError(f"--records: expected some of {', '.join(map(str, there))}; got "
                              f"{', '.join(map(str, unknown))}")
-        run_missing(kept, chosen, args.seeds, args.options.split(), args.jobs, args.threads)
-    runs = read(kept)
+        run_missing(kept, there, chosen, args.seeds, args.options.split(), args.jobs, args.threads)
+    runs = current(read(kept), there)
     if not runs:
-        raise FileNotFoundError(f"{kept}: expected runs, found none; leave out --report")
-    write(args.root / "LADDER.md", page(runs, there).encode())
+        raise FileNotFoundError(f"{kept}: expected runs of the present recipes, found none; leave "
+                                "out --report")
+    write(args.root / "LADDER.md", page(runs, list(there)).encode())
     for path in (args.root / "LADDER.md", *draw(runs, args.root / "ladder")):
         print(path)
     return 0

@@ -9,6 +9,7 @@ import pytest
 from records import __main__ as command
 from records import ladder
 
+RUNGS = {record: f"recipe {record}" for record in (2, 3, 4, 5, 6, 8)}
 GAINS = {3: 0.02, 4: 0.17, 5: 0.3, 6: 0.0, 8: 0.05}
 
 
@@ -17,7 +18,7 @@ def made_run(record: int, seed: int, loss: float) -> dict:
     return {"record": record, "seed": seed, "val_loss": loss, "tokens": 200_000,
             "num_iterations": 100, "parameters": 800_000 + record, "threads": 1,
             "train_time_ms": 30_000.0 + record, "curve": curve, "options": [],
-            "recipe_sha256": f"{record:064x}", "data_digest": "d", "commit": "c"}
+            "fingerprint": f"recipe {record}", "data_digest": "d", "commit": "c"}
 
 
 def made_runs(seeds: int = 3) -> list[dict]:
@@ -77,8 +78,9 @@ def test_rank_correlation_with_the_published_ladder():
     rows = ladder.rungs([made_run(2, 0, 3.0)] + [
         made_run(record, 0, loss) for record, loss in
         ((3, 2.0), (4, 1.9), (5, 1.4), (6, 1.4), (8, 1.37))])
-    rho, _, num = ladder.rank_correlation(rows)
+    rho, p, num = ladder.rank_correlation(rows)
     assert rho == pytest.approx(1.0) and num == 5
+    assert p == pytest.approx(2 / 120, abs=0.005)  # two of 120 orders are as good
 
 
 def test_pooled_deviation():
@@ -99,11 +101,33 @@ def test_a_ladder_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "run_once", run_once)
     kept = tmp_path / "data" / "ladder.jsonl"
     with pytest.raises(ValueError, match="disk is full"):
-        ladder.run_missing(kept, [2, 3, 4], 2, [], jobs=1, threads=1)
+        ladder.run_missing(kept, RUNGS, [2, 3, 4], 2, [], jobs=1, threads=1)
     assert asked == [(2, 0), (3, 0), (4, 0), (2, 1), (3, 1)]
     asked.append("again")
-    ladder.run_missing(kept, [2, 3, 4], 2, [], jobs=1, threads=1)
+    ladder.run_missing(kept, RUNGS, [2, 3, 4], 2, [], jobs=1, threads=1)
     assert asked[-1] == (4, 1) and len(ladder.read(kept)) == 6
+
+
+def test_a_changed_recipe_is_run_again(tmp_path, monkeypatch):
+    """A number of the recipe as it was must not stand in the table of what it is."""
+    asked = []
+    monkeypatch.setattr(ladder, "run_once", lambda record, seed, *_: asked.append(record) or (
+        made_run(record, seed, 1.9) | {"fingerprint": "another"}))
+    kept = tmp_path / "data" / "ladder.jsonl"
+    kept.parent.mkdir()
+    kept.write_text("".join(json.dumps(made_run(r, 0, 2.0)) + "\n" for r in (2, 3, 4)))
+    changed = RUNGS | {3: "another"}
+    ladder.run_missing(kept, changed, [2, 3, 4], 1, [], jobs=1, threads=1)
+    assert asked == [3]
+    losses = {run["record"]: run["val_loss"] for run in ladder.current(ladder.read(kept), changed)}
+    assert losses == {2: 2.0, 3: 1.9, 4: 2.0}
+
+
+def test_a_fingerprint_is_of_what_is_trained():
+    recipe = {"record": 6, "model": {"num_layers": 4}, "matrix_lr": 0.1, "val_tokens": 10,
+              "target": 1.7}
+    same = ladder.fingerprint(recipe | {"val_tokens": 20, "target": None})
+    assert ladder.fingerprint(recipe) == same != ladder.fingerprint(recipe | {"matrix_lr": 0.2})
 
 
 def test_a_spoilt_line_is_named(tmp_path):
@@ -113,7 +137,8 @@ def test_a_spoilt_line_is_named(tmp_path):
         ladder.read(kept)
 
 
-def test_the_command_writes_page_and_plot(tmp_path, capsys):
+def test_the_command_writes_page_and_plot(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ladder, "known_rungs", lambda options: RUNGS)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "ladder.jsonl").write_text(
         "".join(json.dumps(run) + "\n" for run in made_runs()))
@@ -132,12 +157,12 @@ def test_the_command_writes_page_and_plot(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, says", [
-    (["--report"], "expected runs, found none"),
+    (["--report"], "expected runs of the present recipes, found none"),
     (["--seeds", "0"], "whole numbers from 1"),
     (["--records", "6,25"], "got 25"),
 ])
 def test_wrong_options_are_one_line(tmp_path, capsys, monkeypatch, words, says):
-    monkeypatch.setattr(ladder, "known_rungs", lambda: [2, 6])
+    monkeypatch.setattr(ladder, "known_rungs", lambda options: {2: "", 6: ""})
     assert command.main(["--root", str(tmp_path), "ladder", *words]) == 2
     said = capsys.readouterr().err.strip()
     assert says in said and "\n" not in said
@@ -146,4 +171,8 @@ def test_wrong_options_are_one_line(tmp_path, capsys, monkeypatch, words, says):
 def test_the_rungs_are_those_that_the_trainer_knows():
     import recipes
 
-    assert ladder.known_rungs() == list(recipes.RECORDS)
+    rungs = ladder.known_rungs(["--val_tokens", "65536"])
+    assert list(rungs) == list(recipes.RECORDS) and rungs == ladder.known_rungs()
+    assert rungs[6] != ladder.known_rungs(["--matrix_lr", "0.3"])[6]
+    with pytest.raises(ValueError, match="--options"):
+        ladder.known_rungs(["--nonsense", "1"])
