@@ -264,8 +264,8 @@ def page(runs: Sequence[dict], there: Sequence[int] = ()) -> str:
     same = [f"#{r['record']}" for r in rows if r["same_recipe"]]
     lines += ["", f"Nothing in the mathematics changed with {', '.join(same)}. " * bool(same)
               + "Pocket scale is fp32 throughout, so what #10 and #19 did to precision is not in "
-              "it. Learning rates are those of the records, not tuned for this size; Muon's at unit "
-              "RMS (#4 to #7) follows the width by rule."]
+              "it. Learning rates are those of the records, not tuned for this size; Muon's at "
+              "unit RMS (#4 to #7) follows the width by rule."]
     if absent := [f"#{record}" for record in there if record not in words]:
         lines += ["", f"Not run yet: {', '.join(absent)}."]
     if not freedom:
