@@ -501,7 +501,7 @@ def pocket(recipe: Recipe) -> Recipe:
         window_range=tuple(w // 4 for w in recipe.window_range),
         window_block=recipe.window_block // 4,
         val_tokens=131_072, val_seq_len=1024 if packed else None,
-        val_every=max(1, round(num_iterations / 8)))
+        val_every=math.ceil(num_iterations / 5))
 
 
 SCALES = {"full": lambda recipe: recipe, "pocket": pocket}
