@@ -136,7 +136,9 @@ def test_ranks_agree_where_a_record_has_its_own_way(train, tmp_path, record):
     assert run(2) == pytest.approx(run(1), abs=3e-4)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it while it traces
+# What dynamo itself does while it traces.
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("record", [2, 15, 62])
 def test_a_block_is_one_graph_and_alike_blocks_share_it(record):
     """No break inside a block, and windows that move cost shapes only."""
