@@ -20,6 +20,8 @@ def measured(*xmls: Path) -> dict[str, tuple[float, float | None]]:
     found: dict[str, tuple[float, float | None]] = {}
     cases = (case for xml in xmls for case in ElementTree.parse(xml).iter("testcase"))
     for case in cases:
+        if case.find("failure") is not None or case.find("skipped") is not None:
+            continue
         name = case.get("classname").rpartition(".")[2] + "::" + case.get("name").partition("[")[0]
         reacts = [float(p.get("value")) for p in case.iter("property") if p.get("name") == "reacts"]
         took, before = found.get(name, (0.0, None))
