@@ -4,6 +4,7 @@ On a terminal there is a progress bar below lines that stay; without one the lin
 """
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -51,6 +52,7 @@ def without_secrets(text: str) -> str:
     return re.sub(rf"(?i)(--[\w-]*{word}[ =]|\b\w*{word}=)\S+", r"\1[secret]", text)
 
 
+@functools.cache  # read once, right after the imports: a later edit is not what runs
 def local_sources() -> dict[str, str]:
     """Every module of this repository that the run has imported: name -> text, for the log."""
     files = {Path(m.__file__).resolve() for m in list(sys.modules.values())

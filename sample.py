@@ -39,6 +39,7 @@ def codec(vocab_size: int):
     return encoding.encode_ordinary, encoding.decode, fineweb.BOS
 
 
+@torch.compiler.set_stance("force_eager")  # every length would be a graph of its own
 @torch.no_grad()
 def generate(model: GPT, prompt: str, num_tokens: int, temperature: float, seed: int,
              top_k: int = 50) -> str:
