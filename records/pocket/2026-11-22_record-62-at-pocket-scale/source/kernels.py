@@ -1,0 +1,253 @@
+"""Everything that is chosen by hardware: how attention is computed, and in which precision.
+
+Each fast path stands beside a plain-torch twin that runs anywhere and is its test's oracle.
+
+Shapes: B rows, T positions a row, H heads, D head_dim; n chunks of Q queries that see K keys.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets; MFU is stated against it.
+# A device that is not listed has no MFU rather than a guessed one.
+PEAK_FLOPS = {
+    "H100 80GB HBM3": 989.4e12, "H100 PCIe": 756e12, "H200": 989.4e12, "GH200": 989.4e12,
+    "B200": 2250e12, "A100": 312e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12, "L40S": 362e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of `device` in FLOP/s, or None where it is not known (CPUs, other GPUs)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+class Keys(NamedTuple):
+    """Which keys the queries of packed rows see: their own document's, back to a window.
+
+    Either a mask in chunks (any device) or the documents' bounds (varlen attention). Tensors only:
+    a Python int that changes during training would make torch.compile build another graph.
+    """
+
+    mask_BnQK: Tensor | None = None     # bool: True where the key is seen
+    cu_seqlens: Tensor | None = None    # int32: where documents begin, in all rows laid end to end
+    bounds: Tensor | None = None        # int64 on the CPU: (window, longest document)
+
+
+def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's varlen attention runs: in bf16, from compute capability 8.0."""
+    return dtype == torch.bfloat16 and device.type == "cuda" and (
+        torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def describe_attention(device: torch.device, config) -> str:
+    """Which attention a model of this GPTConfig gets on `device`, for the header of a run."""
+    if not config.packed:
+        return "SDPA, causal"
+    if has_varlen(device, DTYPES[config.compute_dtype]):
+        return "varlen flash attention over documents and windows"
+    return "SDPA with masks of documents and windows, in chunks"
+
+
+def document_ids(tokens_BT: Tensor, bos_id: int) -> Tensor:
+    """(B, T): a running number of the document a token is in. `bos_id` opens a document; what
+    stands before the first one in a row is document 0."""
+    return (tokens_BT == bos_id).cumsum(1)
+
+
+def packed_keys(doc_BT: Tensor, window: int, dtype: torch.dtype) -> Keys:
+    """The keys of causal attention inside documents, at most `window` of them, self included.
+    `dtype` is that of the queries."""
+    if has_varlen(doc_BT.device, dtype):
+        return _document_bounds(doc_BT, window)
+    return Keys(mask_BnQK=_chunked_mask(doc_BT, window))
+
+
+def _document_bounds(doc_BT: Tensor, window: int) -> Keys:
+    B, T = doc_BT.shape
+    starts_BT = torch.ones_like(doc_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = doc_BT[:, 1:] != doc_BT[:, :-1]
+    # A fixed number of bounds, the rest empty documents at the end: the host need not know how
+    # many there are. Text with more than one document in 8 tokens stops the device.
+    size = B * (T // 8 + 2)
+    torch._assert_async(starts_BT.sum() < size)
+    starts = torch.nonzero_static(starts_BT.flatten(), size=size, fill_value=B * T).flatten()
+    return Keys(cu_seqlens=F.pad(starts, (0, 1), value=B * T).int(),
+                bounds=torch.tensor([window, T]))
+
+
+def _chunked_mask(doc_BT: Tensor, window: int) -> Tensor:
+    """(B, n, Q, K): queries in n chunks of Q, each chunk with the K keys that end where it ends.
+
+    A window much shorter than the row makes most of a T x T mask empty; chunks skip that part.
+    """
+    B, T = doc_BT.shape
+    Q = math.gcd(T, 2 ** max(5, int(math.log2(max(1, window // 2)))))
+    before = -(-(window - 1) // Q)  # chunks of keys before the queries' own
+    if Q < 16 or (before + 1) * Q >= T:
+        Q, before = T, 0
+    n, K = T // Q, (before + 1) * Q
+    q = torch.arange(T, device=doc_BT.device).view(n, Q, 1)
+    k = torch.arange(n, device=doc_BT.device).view(n, 1, 1) * Q - before * Q + torch.arange(
+        K, device=doc_BT.device)
+    near_nQK = (k >= 0) & (k <= q) & (q - k < window)
+    same_BnQK = doc_BT.view(B, n, Q, 1) == doc_BT[:, k.clamp(min=0).view(n, K)].unsqueeze(2)
+    return near_nQK & same_BnQK
+
+
+def attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, scale: float,
+              keys: Keys | None = None) -> Tensor:
+    """Attention of each row; (B, T, H, D) in, (B, T, H, D) out. Without `keys` plainly causal."""
+    if keys is None:
+        y_BHTD = F.scaled_dot_product_attention(
+            q_BTHD.transpose(1, 2), k_BTHD.transpose(1, 2), v_BTHD.transpose(1, 2),
+            is_causal=True, scale=scale)
+        return y_BHTD.transpose(1, 2)
+    if keys.mask_BnQK is not None:
+        return _chunked_attention(q_BTHD, k_BTHD, v_BTHD, scale, keys.mask_BnQK)
+    flat = (x.flatten(0, 1).contiguous() for x in (q_BTHD, k_BTHD, v_BTHD))
+    y, _, _ = packed_attention(*flat, keys.cu_seqlens, keys.bounds, scale)
+    return y.view_as(q_BTHD)
+
+
+def _chunked_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, scale: float,
+                       mask_BnQK: Tensor) -> Tensor:
+    B, n, Q, K = mask_BnQK.shape
+
+    def chunks(x_BTHD: Tensor, before: int) -> Tensor:  # (B*n, H, (before + 1) * Q, D)
+        x = x_BTHD.unflatten(1, (n, Q))
+        shifted = [F.pad(x[:, :n - j], (0, 0, 0, 0, 0, 0, j, 0)) for j in range(before, 0, -1)]
+        return torch.cat([*shifted, x], dim=2).flatten(0, 1).transpose(1, 2)
+
+    before = K // Q - 1
+    y = F.scaled_dot_product_attention(
+        chunks(q_BTHD, 0), chunks(k_BTHD, before), chunks(v_BTHD, before),
+        attn_mask=mask_BnQK.view(B * n, 1, Q, K), scale=scale)
+    return y.transpose(1, 2).reshape(q_BTHD.shape)
+
+
+# An operator of our own around torch's varlen attention: the window arrives as a tensor on the CPU
+# and becomes an int inside, so that windows may change without another graph and without a sync.
+
+@torch.library.custom_op("speedrun::packed_attention", mutates_args=())
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bounds: Tensor,
+                     scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(B*T, H, D) each -> output, logsumexp, state for backward. Flash attention, from sm80."""
+    import torch.nn.attention.varlen  # its import registers the operator
+
+    window, longest = bounds.tolist()
+    return torch.ops.torch_attn._varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, False, scale, [window - 1, 0])
+
+
+@packed_attention.register_fake
+def _(q, k, v, cu_seqlens, bounds, scale):
+    return (torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32),
+            q.new_empty(2, dtype=torch.uint64))
+
+
+@torch.library.custom_op("speedrun::packed_attention_backward", mutates_args=())
+def _packed_attention_backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rng: Tensor,
+        cu_seqlens: Tensor, bounds: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    window, longest = bounds.tolist()
+    return torch.ops.torch_attn._varlen_attn_backward(
+        grad.contiguous(), q, k, v, out, lse, cu_seqlens, cu_seqlens, longest, longest, False,
+        rng, scale, [window - 1, 0])
+
+
+@_packed_attention_backward.register_fake
+def _(grad, q, k, v, out, lse, rng, cu_seqlens, bounds, scale):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    q, k, v, cu_seqlens, bounds, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, bounds)
+
+
+def _backward(ctx, grad, _grad_lse, _grad_rng):
+    q, k, v, out, lse, rng, cu_seqlens, bounds = ctx.saved_tensors
+    grads = _packed_attention_backward(grad, q, k, v, out, lse, rng, cu_seqlens, bounds, ctx.scale)
+    return (*grads, None, None, None)
+
+
+packed_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+# --- activation -----------------------------------------------------------------------------------
+
+class ReLUSquared(torch.autograd.Function):
+    """relu(x)^2 with a backward pass in one sweep: 2 relu(x) grad is zero where relu is, so the
+    mask need not be applied again. The same bits as F.relu(x).square(); eager on a CPU, forward and
+    backward of (4096, 512) take half the time (compiled, both fuse to the same)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        y = F.relu(x)
+        ctx.save_for_backward(y)
+        return y.square()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return torch.addcmul(grad.new_zeros(()), grad, y, value=2)
+
+
+# --- fp8 products ---------------------------------------------------------------------------------
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether `device` multiplies fp8: compute capability 8.9 and later. CPUs emulate it, entry by
+    entry: right, and minutes where a GPU takes a millisecond."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def check_fp8(device: torch.device) -> None:
+    """Raises ValueError where `device` cannot multiply fp8."""
+    if not has_fp8(device):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+        raise ValueError(f"--head fp8: {name} does not multiply fp8 (GPUs of compute capability "
+                         "8.9 and later do); --head bf16 trains without, and the log says so")
+
+
+def _fp8(x: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    largest = torch.finfo(dtype).max  # the cast itself would make NaN or inf of what is larger
+    return (x.float() * factor).clamp(-largest, largest).to(dtype)
+
+
+class Fp8Linear(torch.autograd.Function):
+    """x W^T with all three products in fp8 and static scales (record #19).
+
+    x (N, C) and w (V, C) in e4m3, the gradient in e5m2, each multiplied by its factor before the
+    cast. Output and dx in x's dtype, dw in fp32. Dimensions must be multiples of 16.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, x_factor: float, w_factor: float,
+                grad_factor: Tensor) -> Tensor:
+        x8, w8 = _fp8(x, x_factor, torch.float8_e4m3fn), _fp8(w, w_factor, torch.float8_e4m3fn)
+        ones = torch.ones((), device=x.device)
+        ctx.save_for_backward(x8, w8, ones / x_factor, ones / w_factor, grad_factor)
+        ctx.dtype = x.dtype
+        return torch._scaled_mm(x8, w8.T, ones / x_factor, ones / w_factor, out_dtype=x.dtype,
+                                use_fast_accum=x.is_cuda)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x8, w8, x_scale, w_scale, grad_factor = ctx.saved_tensors
+        g8 = _fp8(grad, grad_factor, torch.float8_e5m2)
+        g_scale = grad_factor.reciprocal()
+        dx = torch._scaled_mm(g8, w8.T.contiguous().T, g_scale, w_scale, out_dtype=ctx.dtype)
+        dw = torch._scaled_mm(g8.T.contiguous(), x8.T.contiguous().T, g_scale, x_scale,
+                              out_dtype=torch.float32)
+        return dx, dw, None, None, None
