@@ -1,6 +1,7 @@
 """What the tests share: small shards to train on, and a way to start the trainer as people do."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,11 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A shell that starts something in the background has it ignore Ctrl-C, and children inherit that.
+# Here they are to be stopped by it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A model that trains in a second: record 6 with 2 layers of width 32, 12 rows of 32 tokens a step.
 TINY = {"record": 6, "scale": "pocket", "num_layers": 2, "num_heads": 2, "head_dim": 16,

@@ -157,9 +157,9 @@ def test_a_readme_without_its_markers_is_said(text):
 
 
 def test_what_stands_around_the_markers_stays():
-    text = table.replaced(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    text = table.replaced(f"before\n{table.BEGIN}\na stale row\n{table.END}\nafter\n")
     assert text.startswith(f"before\n{table.BEGIN}\n") and text.endswith(f"{table.END}\nafter\n")
-    assert "old" not in text and table.replaced(text) == text
+    assert "a stale row" not in text and table.replaced(text) == text
     assert table.stale(text) == []
 
 

@@ -107,6 +107,15 @@ def test_wandb_offline_never_stops_a_run(train, tmp_path):
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 
+def test_without_a_compiler_it_runs_eager_and_says_so(monkeypatch):
+    on = options.Run(compile="on")
+    monkeypatch.setattr(train_gpt.shutil, "which", lambda name: None)
+    compiled, how = train_gpt.wants_compile(on, ONE.device)
+    assert not compiled and "no C++ compiler" in how
+    monkeypatch.setattr(train_gpt.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert train_gpt.wants_compile(on, ONE.device)[0]
+
+
 # --- the harness: what a record does not change ---------------------------------------------------
 
 def test_evaluate_reads_every_validation_token_once_and_in_order(tiny_data):
@@ -241,7 +250,7 @@ def test_as_many_shards_are_fetched_as_the_run_takes(tmp_path, monkeypatch):
 # --- several ranks --------------------------------------------------------------------------------
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("nproc", [2, 3, 4])
+@pytest.mark.parametrize("nproc", [2, 3, 8])
 def test_any_number_of_ranks_trains_the_same_model(train, tmp_path, nproc):
     one = train(log_dir=tmp_path / "one")[1][0]
     done, (many,) = train(nproc=nproc, log_dir=tmp_path / "many")
