@@ -150,13 +150,19 @@ class World:
                            f"{self.pulse.missing()} ({why})") from None
 
 
+def device_for(device: str, local_rank: int = 0) -> torch.device:
+    """What `--device` comes to on this machine."""
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+
+
 @contextlib.contextmanager
 def join_world(device: str) -> Iterator[World]:
     """The process group of torchrun's ranks; nothing at all for a single process."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    where = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    where = device_for(device, local_rank)
+    use_cuda = where.type == "cuda"
     if use_cuda:
         torch.cuda.set_device(where)
     if size == 1:

@@ -47,6 +47,7 @@ from ranks import (
     Signals,
     StopRequest,
     World,
+    device_for,
     join_world,
     peak_memory_mib,
 )
@@ -558,6 +559,8 @@ def main(argv: list[str]) -> int:
     screen = Screen(speaks=first)
     try:
         run, recipe = options.parse(argv, has_cuda=torch.cuda.is_available())
+        if recipe.model.head == "fp8":
+            check_fp8(device_for(run.device))
         if run.prepare:
             checkpoint.check_folder(Path(run.log_dir))
             find_data(recipe, run)
@@ -571,14 +574,12 @@ def main(argv: list[str]) -> int:
             data = world.first(lambda: find_data(recipe, run))
             world.agree({"the data": world.every(lambda: data_here(data))})
             rank_rows(batch_shape(0, recipe)[0], world.rank, world.size)
-            if recipe.model.head == "fp8":
-                check_fp8(world.device)
             for seed in range(run.seed, run.seed + run.runs):
                 status = train(run, recipe, seed, data, world, screen, stop_request)
                 if status != "complete":
                     return int(status == "failed")
         return 0
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # what a user or the network can cause
         if first:
             print(f"train_gpt.py: {without_secrets(str(error))}", file=sys.stderr)
         return 2

@@ -247,6 +247,23 @@ def test_as_many_shards_are_fetched_as_the_run_takes(tmp_path, monkeypatch):
     assert len(data.train_files) == asked[-1]
 
 
+def test_no_network_is_one_line(monkeypatch, capsys):
+    def ensure(num_shards, folder):
+        raise OSError("cannot reach the hub; without a network: --scale pocket")
+
+    monkeypatch.setattr(train_gpt.fineweb, "ensure", ensure)
+    for words in ([], ["--prepare"]):
+        assert train_gpt.main(["--record", "8", "--scale", "full", "--device", "cpu", *words]) == 2
+        assert capsys.readouterr().err.splitlines() == [
+            "train_gpt.py: cannot reach the hub; without a network: --scale pocket"]
+
+
+def test_a_head_that_the_device_cannot_multiply_is_refused_before_any_data(monkeypatch, capsys):
+    monkeypatch.setattr(train_gpt, "find_data", lambda *_: pytest.fail("asked for data"))
+    assert train_gpt.main(["--record", "62", "--scale", "full", "--device", "cpu"]) == 2
+    assert "--head bf16" in capsys.readouterr().err
+
+
 # --- several ranks --------------------------------------------------------------------------------
 
 @pytest.mark.ranks
