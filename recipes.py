@@ -454,7 +454,7 @@ _record(62, "Bigram hash embedding", after=53,
 RECORDS = dict(sorted(RECORDS.items()))
 
 # What ./run.sh trains when no record is named: on GPUs the newest complete recipe; on a CPU the one
-# whose runs are the pocket track's first record. (On the one seed of records/LADDER.md #53 ends lower.)
+# whose runs are the pocket track's first record. (#53 ends lower on the seed of records/LADDER.md.)
 DEFAULT_FULL = 62
 DEFAULT_POCKET = 62
 
