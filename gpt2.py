@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import DTYPES, attention
+from kernels import DTYPES
+from kernels.attention import attention
 from model import GPT, GPTConfig, Layer, Stage
 from pieces import Linear, Then
 

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pieces
-from kernels import DTYPES, Keys, document_ids, packed_keys
+from kernels import DTYPES
+from kernels.attention import Keys, document_ids, packed_keys
 from pieces import Given, Linear, Norm, Then, norm
 
 

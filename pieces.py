@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import Fp8Linear, Keys, ReLUSquared, attention
+from kernels.attention import Keys, attention
+from kernels.fp8 import Fp8Linear
+from kernels.relu2 import ReLUSquared
 
 GATE_CHANNELS = 12  # of the stream, that the gates of record #28 and later look at
 

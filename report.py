@@ -22,7 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import recipes
-from kernels import describe_attention
+from kernels.attention import describe_attention
 from model import GPT, num_parameters
 from ranks import Signal, World
 from recipes import Recipe, batch_shape

@@ -37,7 +37,8 @@ from checkpoint import Keeper
 from data import corpus, fineweb
 from data.loader import Batch, Loader, OutOfTokens, check_enough_tokens, rank_rows, val_batches
 from data.shards import check_disjoint, data_digest
-from kernels import check_fp8, peak_flops
+from kernels import peak_flops
+from kernels.fp8 import check_fp8
 from model import GPT, num_parameters
 from muon import Muon
 from ranks import (

@@ -8,8 +8,9 @@ import pytest
 
 from conftest import ROOT
 
-FILES = sorted(f for folder in (".", "data", "records") for f in (ROOT / folder).glob("*.py"))
-LOCAL = {f.stem for f in ROOT.glob("*.py")} | {"data", "records"}
+PACKAGES = ("kernels", "data", "records")
+FILES = sorted(f for folder in (".", *PACKAGES) for f in (ROOT / folder).glob("*.py"))
+LOCAL = {f.stem for f in ROOT.glob("*.py")} | set(PACKAGES)
 
 
 def imports(path) -> set[str]:
@@ -29,7 +30,6 @@ def third_party(path) -> set[str]:
 
 @pytest.mark.parametrize("name, allowed", [
     ("muon.py", set()),
-    ("kernels.py", set()),
     ("pieces.py", {"kernels"}),
     ("model.py", {"kernels", "pieces"}),
     ("gpt2.py", {"kernels", "pieces", "model"}),
@@ -45,6 +45,12 @@ def test_a_file_imports_only_what_stands_below_it(name, allowed):
 
 def test_muon_imports_torch_alone():
     assert third_party(ROOT / "muon.py") == {"torch"}
+
+
+def test_kernels_import_torch_and_triton_alone():
+    for path in (ROOT / "kernels").glob("*.py"):
+        assert imports(path) & LOCAL <= {"kernels"}, path.name
+        assert third_party(path) <= {"torch", "triton"}, path.name
 
 
 def test_records_read_text_and_never_load_the_trainer():

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 import kernels
-from kernels import Fp8Linear, Keys, attention, document_ids, packed_keys
+import kernels.attention
+import kernels.fp8
+from kernels.attention import Keys, attention, document_ids, packed_keys
+from kernels.fp8 import Fp8Linear
+from kernels.relu2 import ReLUSquared
 from model import GPTConfig
 
 
@@ -77,7 +81,7 @@ def test_a_document_starts_at_its_bos():
 def test_bounds_for_varlen_attention(monkeypatch):
     """What a GPU is handed: where documents begin in all rows laid end to end; a row's first token
     begins one in any case. Windows count the query itself, flash attention does not."""
-    monkeypatch.setattr(kernels, "has_varlen", lambda device, dtype: True)
+    monkeypatch.setattr(kernels.attention, "has_varlen", lambda device, dtype: True)
     rows = torch.full((2, 64), 7)
     rows[0, 10], rows[1, 0], rows[1, 63] = 256, 256, 256
     keys = packed_keys(document_ids(rows, 256), 33, torch.bfloat16)
@@ -101,7 +105,7 @@ def test_varlen_operator_is_called_with_documents_and_window(monkeypatch):
         return out, torch.zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
 
     import torch.nn.attention.varlen  # the operator exists only after this import
-    monkeypatch.setattr(kernels, "has_varlen", lambda device, dtype: True)
+    monkeypatch.setattr(kernels.attention, "has_varlen", lambda device, dtype: True)
     monkeypatch.setattr(torch.ops.torch_attn, "_varlen_attn", kernel)
     doc_BT = document_ids(tokens(2, 64, 12), 256)
     q, k, v = (x.detach() for x in qkv(2, 64))
@@ -118,7 +122,7 @@ def test_varlen_operator_has_shapes_for_the_compiler_and_a_backward():
         q, k, v = (torch.empty(128, 2, 8, requires_grad=True) for _ in range(3))
         cu = torch.empty(5, dtype=torch.int32)
         bounds = torch.empty(2, dtype=torch.int64)
-        out, lse, _ = kernels.packed_attention(q, k, v, cu, bounds, 0.3)
+        out, lse, _ = kernels.attention.packed_attention(q, k, v, cu, bounds, 0.3)
         assert out.shape == q.shape and lse.shape == (2, 128)
         out.sum().backward()
         assert [x.grad.shape for x in (q, k, v)] == [q.shape] * 3
@@ -154,7 +158,7 @@ def test_fp8_never_overflows_to_nan():
 
 def test_peak_is_unknown_on_a_cpu():
     assert kernels.peak_flops(torch.device("cpu")) is None
-    assert not kernels.has_varlen(torch.device("cpu"), torch.bfloat16)
+    assert not kernels.attention.has_varlen(torch.device("cpu"), torch.bfloat16)
 
 
 def test_flash_attention_takes_bf16_from_ampere_on(monkeypatch):
@@ -164,17 +168,17 @@ def test_flash_attention_takes_bf16_from_ampere_on(monkeypatch):
                                         ((9, 0), torch.float32, False),
                                         ((7, 5), torch.bfloat16, False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert kernels.has_varlen(gpu, dtype) == expected
+        assert kernels.attention.has_varlen(gpu, dtype) == expected
     config = GPTConfig(packed=True, compute_dtype="fp32")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert "masks" in kernels.describe_attention(gpu, config)
-    assert "varlen" in kernels.describe_attention(gpu, GPTConfig(packed=True))
-    assert kernels.describe_attention(gpu, GPTConfig()) == "SDPA, causal"
+    assert "masks" in kernels.attention.describe_attention(gpu, config)
+    assert "varlen" in kernels.attention.describe_attention(gpu, GPTConfig(packed=True))
+    assert kernels.attention.describe_attention(gpu, GPTConfig()) == "SDPA, causal"
 
 
 def test_fp8_is_refused_where_it_is_emulated_with_the_option_that_replaces_it():
     with pytest.raises(ValueError, match=r"a CPU does not multiply fp8.*--head bf16"):
-        kernels.check_fp8(torch.device("cpu"))
+        kernels.fp8.check_fp8(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -183,7 +187,7 @@ def test_relu_squared_is_its_plain_twin_bit_for_bit(dtype):
     x, grad = (torch.randn(64, 48, generator=generator).to(dtype) for _ in range(2))
     x[0, :4] = torch.tensor([0.0, -0.0, torch.finfo(dtype).tiny, -1.0])
     fast, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, expected = kernels.ReLUSquared.apply(fast), torch.relu(plain).square()
+    y, expected = ReLUSquared.apply(fast), torch.relu(plain).square()
     y.backward(grad)
     expected.backward(grad)
     assert torch.equal(y, expected) and torch.equal(fast.grad, plain.grad)

@@ -1,6 +1,4 @@
-"""Everything that is chosen by hardware: how attention is computed, and in which precision.
-
-Each fast path stands beside a plain-torch twin that runs anywhere and is its test's oracle.
+"""Attention inside documents and windows: SDPA on any device, varlen flash attention on GPUs.
 
 Shapes: B rows, T positions a row, H heads, D head_dim; n chunks of Q queries that see K keys.
 """
@@ -12,25 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from kernels import DTYPES
 
-# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets; MFU is stated against it.
-# A device that is not listed has no MFU rather than a guessed one.
-PEAK_FLOPS = {
-    "H100 80GB HBM3": 989.4e12, "H100 PCIe": 756e12, "H200": 989.4e12, "GH200": 989.4e12,
-    "B200": 2250e12, "A100": 312e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12, "L40S": 362e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of `device` in FLOP/s, or None where it is not known (CPUs, other GPUs)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-
-
-# --- attention ------------------------------------------------------------------------------------
 
 class Keys(NamedTuple):
     """Which keys the queries of packed rows see: their own document's, back to a window.
@@ -183,71 +164,3 @@ def _backward(ctx, grad, _grad_lse, _grad_rng):
 
 
 packed_attention.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-# --- activation -----------------------------------------------------------------------------------
-
-class ReLUSquared(torch.autograd.Function):
-    """relu(x)^2 with a backward pass in one sweep: 2 relu(x) grad is zero where relu is, so the
-    mask need not be applied again. The same bits as F.relu(x).square(); eager on a CPU, forward and
-    backward of (4096, 512) take half the time (compiled, both fuse to the same)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        y = F.relu(x)
-        ctx.save_for_backward(y)
-        return y.square()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return torch.addcmul(grad.new_zeros(()), grad, y, value=2)
-
-
-# --- fp8 products ---------------------------------------------------------------------------------
-
-def has_fp8(device: torch.device) -> bool:
-    """Whether `device` multiplies fp8: compute capability 8.9 and later. CPUs emulate it, entry by
-    entry: right, and minutes where a GPU takes a millisecond."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def check_fp8(device: torch.device) -> None:
-    """Raises ValueError where `device` cannot multiply fp8."""
-    if not has_fp8(device):
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-        raise ValueError(f"--head fp8: {name} does not multiply fp8 (GPUs of compute capability "
-                         "8.9 and later do); --head bf16 trains without, and the log says so")
-
-
-def _fp8(x: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
-    largest = torch.finfo(dtype).max  # the cast itself would make NaN or inf of what is larger
-    return (x.float() * factor).clamp(-largest, largest).to(dtype)
-
-
-class Fp8Linear(torch.autograd.Function):
-    """x W^T with all three products in fp8 and static scales (record #19).
-
-    x (N, C) and w (V, C) in e4m3, the gradient in e5m2, each multiplied by its factor before the
-    cast. Output and dx in x's dtype, dw in fp32. Dimensions must be multiples of 16.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, x_factor: float, w_factor: float,
-                grad_factor: Tensor) -> Tensor:
-        x8, w8 = _fp8(x, x_factor, torch.float8_e4m3fn), _fp8(w, w_factor, torch.float8_e4m3fn)
-        ones = torch.ones((), device=x.device)
-        ctx.save_for_backward(x8, w8, ones / x_factor, ones / w_factor, grad_factor)
-        ctx.dtype = x.dtype
-        return torch._scaled_mm(x8, w8.T, ones / x_factor, ones / w_factor, out_dtype=x.dtype,
-                                use_fast_accum=x.is_cuda)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x8, w8, x_scale, w_scale, grad_factor = ctx.saved_tensors
-        g8 = _fp8(grad, grad_factor, torch.float8_e5m2)
-        g_scale = grad_factor.reciprocal()
-        dx = torch._scaled_mm(g8, w8.T.contiguous().T, g_scale, w_scale, out_dtype=ctx.dtype)
-        dw = torch._scaled_mm(g8.T.contiguous(), x8.T.contiguous().T, g_scale, x_scale,
-                              out_dtype=torch.float32)
-        return dx, dw, None, None, None
