@@ -74,8 +74,6 @@ def _parse(name: str, text: str, kind) -> object:
         what = wanted.get(kind, "numbers separated by commas, as 0.9,0.95")
         if name == "record":
             what = f"one of {', '.join(map(str, RECORDS))}"
-        if name == "record":
-            what = f"one of {', '.join(map(str, RECORDS))}"
         raise OptionError(f"--{name}: expected {what}, got {text!r}") from None
 
 
@@ -165,9 +163,6 @@ def _check_run(run: Run, has_cuda: bool) -> None:
 def _resolve(run: Run, changes: dict, has_cuda: bool) -> Recipe:
     on_gpu = run.device == "cuda" or (run.device == "auto" and has_cuda)
     scale = run.scale if run.scale != "auto" else ("full" if on_gpu else "pocket")
-    if scale == "full" and not on_gpu and run.device != "cpu" and not run.prepare:
-        raise OptionError("--scale full: there is no CUDA device here; --scale pocket trains the "
-                          "same recipe small (--device cpu insists on this one)")
     if scale == "full" and not on_gpu and run.device != "cpu" and not run.prepare:
         raise OptionError("--scale full: there is no CUDA device here; --scale pocket trains the "
                           "same recipe small (--device cpu insists on this one)")

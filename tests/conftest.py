@@ -8,8 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Without a GPU the kernels run in Triton's interpreter; it is chosen where they are defined.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 # A shell that starts something in the background has it ignore Ctrl-C, and children inherit that.
 # Here they are to be stopped by it.
