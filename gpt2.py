@@ -73,16 +73,27 @@ class GPT2(nn.Module):
         self.ln = nn.LayerNorm(dim)
         self.lm_head = Linear(dim, config.padded_vocab_size, DTYPES[config.head])
         self.lm_head.weight = self.embed.weight
+        self.segments = [range(config.num_layers)]
         self.set_stage(Stage())
 
     def set_stage(self, stage: Stage) -> None:
         self.stage = stage
 
-    def hidden(self, tokens_BT: Tensor) -> Tensor:
-        """(B, T) tokens -> (B, T, C), normed, ready for the head; T at most seq_len."""
-        x_BTC = self.embed(tokens_BT) + self.position.weight[:tokens_BT.size(1)]
-        for block in self.blocks:
-            x_BTC = block(x_BTC)
+    hidden = GPT.hidden
+
+    def see(self, tokens_BT: Tensor) -> None:
+        """Rows have no documents: attention is plainly causal."""
+
+    def enter(self, tokens_BT: Tensor) -> tuple[Tensor, None, None]:
+        """The embeddings of tokens and positions; T is at most seq_len."""
+        return self.embed(tokens_BT) + self.position.weight[:tokens_BT.size(1)], None, None
+
+    def run_layers(self, layers: range, x_BTC: Tensor, *_) -> Tensor:
+        for i in layers:
+            x_BTC = self.blocks[i](x_BTC)
+        return x_BTC
+
+    def leave(self, x_BTC: Tensor, outputs: dict) -> Tensor:
         return self.ln(x_BTC)
 
     def logits(self, x_BTC: Tensor) -> Tensor:

@@ -352,6 +352,7 @@ class GPT(nn.Module):
             self.bigram = pieces.Bigrams(config.bigram_rows, dim, dtype=table_dtype)
             self.shared["bigram_BTC"] = self.bigrams
         self.see = self.see_documents if config.packed else self.see_row
+        self.segments = [range(config.num_layers)]  # the trainer cuts it where it compiles
 
         # Rotary tables of every position; two positions a token where heads share a stream.
         positions = (config.max_seq_len or config.seq_len) * (2 if config.paired_heads else 1)
@@ -418,19 +419,34 @@ class GPT(nn.Module):
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """(B, T) tokens -> (B, T, C), normed, ready for the head."""
+        x_BTC, given, values = self.enter(tokens_BT)
+        keys = self.see(tokens_BT)
+        outputs: dict[int | None, Tensor | None] = {None: None}
+        for layers in self.segments:
+            x_BTC = self.run_layers(layers, x_BTC, given, keys, values, outputs)
+        return self.leave(x_BTC, outputs)
+
+    def enter(self, tokens_BT: Tensor) -> tuple[Tensor, Given, dict[int | None, Tensor | None]]:
+        """The embedding, what all layers are given, and the value embeddings by their table."""
         table = getattr(self, self.embeds_from).weight
         x_BTC = self.on_embed(F.embedding(tokens_BT, table).to(self.stream_dtype))
         given = Given((self.cos, self.sin), **{
             name: make(tokens_BT, x_BTC) for name, make in self.shared.items()})
-        keys = self.see(tokens_BT)
-        values: dict[int | None, Tensor | None] = {None: None} | {
+        return x_BTC, given, {None: None} | {
             int(i): table(tokens_BT).to(self.stream_dtype).unflatten(-1, (-1, self.config.head_dim))
             for i, table in self.value_embeds.items()}
-        outputs: dict[int | None, Tensor | None] = {None: None}
-        for i, (layer, block) in enumerate(zip(self.plan, self.blocks)):
-            x_BTC = outputs[i] = block(x_BTC, given._replace(
+
+    def run_layers(self, layers: range, x_BTC: Tensor, given: Given, keys: dict[str, Keys | None],
+                   values: dict, outputs: dict) -> Tensor:
+        """Consecutive layers; each one's output is added to `outputs` for the skips behind it."""
+        for i in layers:
+            layer = self.plan[i]
+            x_BTC = outputs[i] = self.blocks[i](x_BTC, given._replace(
                 keys=keys[layer.keys], value_BTHD=values[layer.value_table],
                 skip_BTC=outputs[layer.skip_from]))
+        return x_BTC
+
+    def leave(self, x_BTC: Tensor, outputs: dict) -> Tensor:
         return norm(self.on_end(x_BTC, outputs))
 
     def logits(self, x_BTC: Tensor) -> Tensor:

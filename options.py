@@ -32,6 +32,8 @@ class Run:
     runs: int = _option(1, "train this many times with consecutive seeds, one log each")
     device: str = _option("auto", "cuda or cpu; auto: cuda where there is one")
     compile: str = _option("auto", "on or off: torch.compile; auto: on for GPUs, off on CPU")
+    compile_layers: int = _option(
+        1, "layers that torch.compile takes at once, 0: all; 1 lets reductions overlap most")
     micro_batch_tokens: int | None = _option(
         None, "tokens a rank computes at once; default: what the memory allows")
     data_dir: str | None = _option(
@@ -146,6 +148,8 @@ def _check_run(run: Run, has_cuda: bool) -> None:
         raise OptionError(f"--runs: expected a whole number from 1, got {run.runs}")
     if run.seed < 0:
         raise OptionError(f"--seed: expected 0 or more, got {run.seed}")
+    if run.compile_layers < 0:
+        raise OptionError(f"--compile_layers: expected 0 or more, got {run.compile_layers}")
     if run.checkpoint_every < 0:
         raise OptionError(f"--checkpoint_every: expected 0 or more, got {run.checkpoint_every}")
     if run.keep < 1:

@@ -144,18 +144,27 @@ def wants_compile(run: options.Run, device: torch.device) -> tuple[bool, str]:
         return False, "eager (the default on CPU: compiling takes longer than it saves here)"
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return False, "eager (no C++ compiler found: install g++ to compile)"
-    return True, "torch.compile, one graph for all blocks"
+    layers = {0: "all layers", 1: "one layer"}.get(run.compile_layers,
+                                                   f"{run.compile_layers} layers")
+    return True, f"torch.compile, {layers} a graph"
 
 
-def compile_segments(model: GPT) -> None:
-    """Compile each block and the head by themselves: alike blocks share one graph, and gradients
-    arrive block by block, so that their reduction overlaps with the rest of the backward pass."""
-    # A block that no longer fits the cache would run eager with only a warning.
+def compile_segments(model: GPT, num_layers: int = 1, backend: str = "inductor") -> None:
+    """Compile the start, the layers and the head by themselves. One layer a graph: alike ones share
+    it, and gradients arrive layer by layer, so that their reduction overlaps with the rest of the
+    backward pass. Several layers a graph (0: all) fuse across them, compile longer, arrive later.
+    """
+    # A layer that no longer fits the cache would run eager with only a warning.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    torch._dynamo.config.recompile_limit = 64  # kinds of blocks x shapes of batches
-    for block in model.blocks:
-        block.compile(dynamic=False)
-    model.head_loss = torch.compile(model.head_loss, dynamic=False)
+    torch._dynamo.config.recompile_limit = 64  # kinds of layers x shapes of batches
+    L = len(model.blocks)
+    n = min(num_layers or L, L)
+    model.segments = [range(first, min(first + n, L)) for first in range(0, L, n)]
+    if n == 1:
+        for block in model.blocks:
+            block.compile(dynamic=False, backend=backend)
+    for name in ("enter", *["run_layers"] * (n > 1), "leave", "head_loss"):
+        setattr(model, name, torch.compile(getattr(model, name), dynamic=False, backend=backend))
 
 
 # --- one step -------------------------------------------------------------------------------------
@@ -325,7 +334,7 @@ class Crash(RuntimeError):
 def make_job(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World) -> Job:
     model = build_model(recipe, seed, world.device)
     if wants_compile(run, world.device)[0]:
-        compile_segments(model)
+        compile_segments(model, run.compile_layers)
     signals = Signals(world, model.named_parameters())
     optimizer = build_optimizer(model, recipe)
     signals.guard(optimizer)
@@ -570,7 +579,8 @@ def main(argv: list[str]) -> int:
             facts = recipes.to_dict(recipe)
             world.agree(facts.pop("model") | facts
                         | {name: getattr(run, name) for name in
-                           ("seed", "runs", "resume", "checkpoint_every", "timeout_s", "compile")}
+                           ("seed", "runs", "resume", "checkpoint_every", "timeout_s", "compile",
+                            "compile_layers")}
                         | {"the code": source_digest(local_sources())})
             data = world.first(lambda: find_data(recipe, run))
             world.agree({"the data": world.every(lambda: data_here(data))})

@@ -1,0 +1,89 @@
+"""Compiled in pieces of one layer, several or all, the model computes what it did, and a schedule
+that moves does not compile again."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import options
+import recipes
+import train_gpt
+from conftest import tiny_options
+
+# torch's tracer warns of what it does itself
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    limits = torch._dynamo.config.fail_on_recompile_limit_hit, torch._dynamo.config.recompile_limit
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    (torch._dynamo.config.fail_on_recompile_limit_hit,
+     torch._dynamo.config.recompile_limit) = limits
+
+
+def recipe_of(record, *extra):
+    if record == 62:
+        extra = (*extra, "--batch_stages", "192,384,384")
+    return options.parse(tiny_options("--record", record, *extra), has_cuda=False)[1]
+
+
+def rows(recipe, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(257, (2, 2, recipe.model.seq_len), generator=generator)
+
+
+def loss_and_gradients(model, batch):
+    model.zero_grad()
+    loss = model(batch[0].int(), batch[1])
+    loss.backward()
+    return loss.detach(), {k: p.grad.clone() for k, p in model.named_parameters()
+                           if p.grad is not None}
+
+
+@pytest.mark.parametrize("record", [1, 6, 12, 62])
+@pytest.mark.parametrize("num_layers", [1, 3, 0])
+def test_segments_of_any_length_compute_the_same(record, num_layers):
+    recipe = recipe_of(record, "--num_layers", 4)
+    model, batch = recipes.build_model(recipe, seed=0), rows(recipe)
+    model.set_stage(recipes.stage(0, recipe))
+    loss, gradients = loss_and_gradients(model, batch)
+    train_gpt.compile_segments(model, num_layers, backend="aot_eager")
+    assert [i for layers in model.segments for i in layers] == list(range(4))
+    compiled_loss, compiled = loss_and_gradients(model, batch)
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-6, atol=0)
+    assert compiled.keys() == gradients.keys()
+    scale = max(g.abs().max() for g in gradients.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-6 * scale,
+                                   msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_alike_layers_share_a_graph():
+    """Else every layer is compiled, and a 12-layer model takes minutes to start."""
+    model = recipes.build_model(recipe_of(6, "--num_layers", 8), seed=0)
+    train_gpt.compile_segments(model, backend="aot_eager")
+    loss_and_gradients(model, rows(recipe_of(6)))
+    assert counters["stats"]["unique_graphs"] == 4  # start, a layer, end, head
+
+
+@pytest.mark.parametrize("record", [24, 62])
+def test_a_schedule_that_moves_builds_no_graph_that_the_warm_up_did_not(record):
+    """Windows, rotary tables, targets and tying change while training; what a layer is given is a
+    tensor or None for that reason."""
+    recipe = recipe_of(record, "--num_iterations", 40)
+    model = recipes.build_model(recipe, seed=0)
+    train_gpt.compile_segments(model, backend="aot_eager")
+    for step in [0, *recipes.stage_steps(recipe)]:
+        model.set_stage(recipes.stage(step, recipe))
+        loss_and_gradients(model, rows(recipe))
+    graphs, windows = counters["stats"]["unique_graphs"], set()
+    for step in range(recipe.num_iterations):
+        model.set_stage(recipes.stage(step, recipe))
+        windows.add(model.stage.window)
+        loss_and_gradients(model, rows(recipe, seed=step))
+    assert len(windows) > 1
+    assert counters["stats"]["unique_graphs"] == graphs
