@@ -47,6 +47,8 @@ class Run:
               "start; or the path of one")
     timeout_s: float = _option(
         60.0, "how long ranks wait for each other, from the first step on; then one is lost")
+    profile: int = _option(
+        0, "profile so many steps, print where their time went, write a trace, stop; no record")
     wandb: bool = _option(False, "log to Weights & Biases as well (WANDB_MODE=offline works)")
     prepare: bool = _option(False, "check the options, get the data, stop before training")
 
@@ -152,6 +154,10 @@ def _check_run(run: Run, has_cuda: bool) -> None:
         raise OptionError(f"--compile_layers: expected 0 or more, got {run.compile_layers}")
     if run.checkpoint_every < 0:
         raise OptionError(f"--checkpoint_every: expected 0 or more, got {run.checkpoint_every}")
+    if run.profile < 0:
+        raise OptionError(f"--profile: expected a number of steps from 1, got {run.profile}")
+    if run.profile and run.runs > 1:
+        raise OptionError(f"--profile: looks at one run, got --runs {run.runs}")
     if run.keep < 1:
         raise OptionError(f"--keep: expected a whole number from 1, got {run.keep}")
     if not 1 <= run.timeout_s < 1e6:

@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 import checkpoint
 import options
@@ -41,6 +42,7 @@ from kernels import peak_flops
 from kernels.fp8 import check_fp8
 from model import GPT, num_parameters
 from muon import Muon
+from profiling import Profile, check_profile
 from ranks import (
     Clock,
     LostRank,
@@ -317,7 +319,8 @@ class Progress:
 
     @property
     def status(self) -> str:
-        return {"": "complete", PREEMPTED: "preempted"}.get(self.reason, "failed")
+        return {"": "complete", PREEMPTED: "preempted", PROFILED: "preempted"}.get(
+            self.reason, "failed")
 
     def tokens(self, recipe: Recipe) -> int:
         """Trained on so far."""
@@ -325,6 +328,7 @@ class Progress:
 
 
 PREEMPTED = "preempted: somebody asked to stop"
+PROFILED = "profiled, which is all it was for: no record"
 
 
 class Crash(RuntimeError):
@@ -352,6 +356,7 @@ def make_loader(recipe: Recipe, data: Data, world: World, cursor: dict | None) -
                   cursor=cursor, device=world.device)
 
 
+@record_function("data")
 def next_batch(loader: Loader, step: int, job: Job) -> Batch:
     """This rank's rows. Where they cannot be read it takes part in the step with zeros, so that
     no rank waits for it, and the fault makes the step void for all."""
@@ -385,11 +390,13 @@ def validate(job: Job, step: int) -> tuple[float, str]:
 
 
 def timed_loop(job: Job, at: Progress, loader: Loader, reporter: Reporter, keeper: Keeper,
-               stop_request: StopRequest) -> None:
+               stop_request: StopRequest, profile: Profile | None = None) -> None:
     """The training itself, with the clock on it; `at` says how it ended."""
     recipe, model, optimizer, signals = job.recipe, job.model, job.optimizer, job.signals
     clock, start = at.clock, at.step
     validated = reporter.history[-1][0] if reporter.history else -1
+    if profile is not None:
+        validated = recipe.num_iterations  # no validation among the steps to look at
 
     def heed(said: Signal | None) -> str:
         """Note what the ranks said of a step; the reason to stop, or nothing."""
@@ -440,6 +447,8 @@ def timed_loop(job: Job, at: Progress, loader: Loader, reporter: Reporter, keepe
         job.world.mark(at.step)
         at.reason = heed(signals.receive()) or at.reason  # of the step before: the host never waits
         signals.send(step, clock.now_ms())
+        if profile is not None and profile.after_step():
+            at.reason = at.reason or PROFILED
 
 
 def keep_checkpoint(job: Job, at: Progress, cursor: dict, reporter: Reporter,
@@ -471,6 +480,7 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
             "source_digest": source_digest(sources), "world_size": world.size}
     earlier = world.first(lambda: checkpoint.resume(run.resume, log_dir, mine, screen.line,
                                                     screen.warn))
+    check_profile(run.profile, earlier["step"] if earlier else 0, recipe.num_iterations)
     if earlier is not None and earlier["step"] == recipe.num_iterations:
         screen.line(f"run {earlier['run_id']} is complete: all {earlier['step']} steps are done, "
                     "nothing is left to do (another --seed trains another model)")
@@ -499,6 +509,7 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
         reporter.history = [tuple(point) for point in earlier["history"]]
         where |= {"resumed_from": earlier["run_id"], "resumed_step": str(at.step),
                   "resumed_log_sha256": earlier["log_sha256"]}
+    profile = Profile(run.profile, world) if run.profile else None
     keeper = Keeper(log_dir, run_id, run.checkpoint_every, run.keep, at.step, mine)
     crash = None
     with world.every(lambda: make_loader(recipe, data, world,
@@ -510,14 +521,18 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
         screen.start(recipe.total_tokens, at.tokens(recipe))
         try:
             with world.watched():
-                timed_loop(job, at, loader, reporter, keeper, stop_request)
+                timed_loop(job, at, loader, reporter, keeper, stop_request, profile)
         except Exception as error:
             crash, at.reason = error, f"{type(error).__name__}: {error}"
     at.reason = at.clock.fault or at.reason
     if at.reason:
         reporter.say(f"stopped after step {at.step}: {at.reason}")
+    if profile is not None:
+        for line in profile.finish(log_path.with_suffix(".trace.json.gz"),
+                                   recipe.model.padded_vocab_size):
+            reporter.say(line)
 
-    model_path = log_path.with_suffix(".pt") if crash is None else None
+    model_path = log_path.with_suffix(".pt") if crash is None and profile is None else None
     if world.is_first and model_path is not None:
         try:
             checkpoint.save(model_path, {
@@ -542,12 +557,12 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
         "mfu": "unknown" if peak is None else f"{tokens_per_s * flops / peak / world.size:.4f}",
         "peak_memory_mib": f"{peak_memory_mib(world.device):.0f}",
         "parameters": num_parameters(job.model), "data_digest": data.digest,
-        "resumed": earlier is not None, "checkpoint": model_path,
+        "resumed": earlier is not None, "profiled_steps": run.profile, "checkpoint": model_path,
     }
     whole = reporter.close(result)
     if crash is not None:
         raise crash if isinstance(crash, LostRank) else Crash(f"rank {world.rank}") from crash
-    if world.is_first:
+    if world.is_first and profile is None:
         show_end(screen, recipe, result, log_path, job.model)
     return at.status if whole else "failed"
 
