@@ -595,7 +595,7 @@ def main(argv: list[str]) -> int:
             world.agree(facts.pop("model") | facts
                         | {name: getattr(run, name) for name in
                            ("seed", "runs", "resume", "checkpoint_every", "timeout_s", "compile",
-                            "compile_layers")}
+                            "compile_layers", "profile")}
                         | {"the code": source_digest(local_sources())})
             data = world.first(lambda: find_data(recipe, run))
             world.agree({"the data": world.every(lambda: data_here(data))})
