@@ -81,7 +81,7 @@ class GPT2(nn.Module):
 
     hidden = GPT.hidden
 
-    def see(self, tokens_BT: Tensor) -> None:
+    def see(self, *_) -> None:
         """Rows have no documents: attention is plainly causal."""
 
     def enter(self, tokens_BT: Tensor) -> tuple[Tensor, None, None]:

@@ -405,22 +405,25 @@ class GPT(nn.Module):
         weight = attn.qkv.weight[2 * self.config.model_dim:].to(attn.qkv.compute_dtype)
         return F.linear(norm(x0_BTC).to(weight.dtype), weight).unflatten(-1, (-1, attn.head_dim))
 
-    def see_row(self, tokens_BT: Tensor) -> dict[str, Keys | None]:
+    def see_row(self, tokens_BT: Tensor, docs_B2: Tensor | None) -> dict[str, Keys | None]:
         return {"long": None}
 
-    def see_documents(self, tokens_BT: Tensor) -> dict[str, Keys]:
+    def see_documents(self, tokens_BT: Tensor, docs_B2: Tensor | None) -> dict[str, Keys]:
         """Documents and windows, once for all layers of a kind."""
         doc_BT, T = document_ids(tokens_BT, self.config.bos_id), tokens_BT.size(1)
         long, short = self.stage.window or T, self.stage.short_window or T
         of = {"long": (doc_BT, long), "short": (doc_BT, short),
               "paired": (doc_BT.repeat_interleave(2, 1), short)}
         dtype = DTYPES[self.config.compute_dtype]
-        return {kind: packed_keys(*of[kind], dtype) for kind in {x.keys for x in self.plan}}
+        docs = {"long": docs_B2, "short": docs_B2,
+                "paired": docs_B2 if docs_B2 is None else docs_B2 * torch.tensor([1, 2])}
+        return {kind: packed_keys(*of[kind], dtype, docs[kind])
+                for kind in {x.keys for x in self.plan}}
 
-    def hidden(self, tokens_BT: Tensor) -> Tensor:
-        """(B, T) tokens -> (B, T, C), normed, ready for the head."""
+    def hidden(self, tokens_BT: Tensor, docs_B2: Tensor | None = None) -> Tensor:
+        """(B, T) tokens -> (B, T, C), normed, ready for the head. `docs_B2`: see packed_keys."""
         x_BTC, given, values = self.enter(tokens_BT)
-        keys = self.see(tokens_BT)
+        keys = self.see(tokens_BT, docs_B2)
         outputs: dict[int | None, Tensor | None] = {None: None}
         for layers in self.segments:
             x_BTC = self.run_layers(layers, x_BTC, given, keys, values, outputs)
@@ -464,13 +467,14 @@ class GPT(nn.Module):
                 reduction="sum")
         return loss
 
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor,
+                docs_B2: Tensor | None = None) -> Tensor:
         """The summed cross-entropy of predicting targets from inputs, both (B, T).
 
         A sum, because the trainer divides by the tokens of the whole global batch: then no split
         into ranks or micro-batches, even an uneven one, changes the gradient.
         """
-        return self.head_loss(self.hidden(inputs_BT), targets_BT)
+        return self.head_loss(self.hidden(inputs_BT, docs_B2), targets_BT)
 
     def init_rules(self) -> dict[str, tuple]:
         """Ending of a parameter's name -> ("uniform" or "normal", std) or ("constant", value)."""

@@ -36,7 +36,15 @@ import options
 import recipes
 from checkpoint import Keeper
 from data import corpus, fineweb
-from data.loader import Batch, Loader, OutOfTokens, check_enough_tokens, rank_rows, val_batches
+from data.loader import (
+    Batch,
+    Loader,
+    OutOfTokens,
+    check_enough_tokens,
+    rank_rows,
+    row_documents,
+    val_batches,
+)
 from data.shards import check_disjoint, data_digest
 from kernels import peak_flops
 from kernels.fp8 import check_fp8
@@ -183,8 +191,10 @@ def default_micro_rows(recipe: Recipe, world: World) -> int:
     return max(1, tokens // recipe.model.seq_len)
 
 
-def micro_batches(batch: Batch, micro_rows: int) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(batch.inputs_BT.split(micro_rows), batch.targets_BT.split(micro_rows)))
+def micro_batches(batch: Batch, micro_rows: int) -> list[tuple[Tensor, ...]]:
+    """The batch in parts of so many rows: what the model takes."""
+    tensors = (batch.inputs_BT, batch.targets_BT, batch.docs_B2)
+    return list(zip(*(t.split(micro_rows) for t in tensors if t is not None)))
 
 
 def clip_gradients(model: GPT, largest: float) -> None:
@@ -213,13 +223,13 @@ def train_step(model: GPT, optimizer: Muon, recipe: Recipe, batch: Batch, micro_
     """
     share = torch.zeros((), device=batch.inputs_BT.device)
     parts = micro_batches(batch, micro_rows)
-    for i, (inputs_BT, targets_BT) in enumerate(parts):
+    for i, part in enumerate(parts):
         if i == len(parts) - 1:
             if signals is not None:
                 signals.arm()
             if recipe.grad_clip is None:
                 optimizer.arm()  # from here on a bucket is reduced as soon as it is complete
-        loss = model(inputs_BT, targets_BT) / global_tokens
+        loss = model(*part) / global_tokens
         loss.backward()
         share += loss.detach()
     if recipe.grad_clip is not None:
@@ -241,8 +251,8 @@ def evaluate(model: GPT, recipe: Recipe, data: Data, world: World, micro_rows: i
     rows = max(1, micro_rows * recipe.model.seq_len // recipe.val_row)
     for batch in val_batches(data.val_files, recipe.val_tokens, recipe.val_row, rows, world.rank,
                              world.size, vocab_size=recipe.model.vocab_size,
-                             device=world.device):
-        total += model(batch.inputs_BT, batch.targets_BT).double()
+                             bos_id=data.bos_id, device=world.device):
+        total += model(batch.inputs_BT, batch.targets_BT, batch.docs_B2).double()
     model.train()
     return (world.sum(total) / recipe.val_tokens).item()
 
@@ -268,7 +278,9 @@ def warm_up(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: Worl
         rows = len(rank_rows(num_rows, world.rank, world.size))
         tokens = torch.randint(recipe.model.vocab_size, (rows, seq_len + 1),
                                generator=generator).to(world.device)
-        batch = Batch(tokens[:, :-1].int().contiguous(), tokens[:, 1:].contiguous())
+        inputs_BT = tokens[:, :-1].int()
+        batch = Batch(inputs_BT.contiguous(), tokens[:, 1:].contiguous(),
+                      row_documents(inputs_BT.cpu().numpy(), data.bos_id))
         train_step(model, optimizer, recipe, batch, micro_rows, num_rows * seq_len, signals)
     val_tokens = recipe.val_row * min(
         max(1, micro_rows * recipe.model.seq_len // recipe.val_row) * world.size,
@@ -367,7 +379,7 @@ def next_batch(loader: Loader, step: int, job: Job) -> Batch:
         num_rows, seq_len = batch_shape(step, job.recipe)
         rows = len(rank_rows(num_rows, job.world.rank, job.world.size))
         zeros_BT = torch.zeros(rows, seq_len, dtype=torch.int32, device=job.world.device)
-        return Batch(zeros_BT, zeros_BT.long())
+        return Batch(zeros_BT, zeros_BT.long(), torch.tensor([[1, seq_len]] * rows))
 
 
 def validate(job: Job, step: int) -> tuple[float, str]:

@@ -43,6 +43,7 @@ class Batch:
 
     inputs_BT: torch.Tensor  # int32
     targets_BT: torch.Tensor  # int64, as cross_entropy wants them
+    docs_B2: torch.Tensor | None = None  # on the CPU: each row's documents, tokens of its longest
 
 
 @dataclass(frozen=True)
@@ -284,19 +285,31 @@ def _arguments(
     return files, doc_len, dict(cursor)
 
 
-def _batch(window_BT1: np.ndarray, device: torch.device) -> Batch:
+def row_documents(inputs_BT: np.ndarray, bos_id: int) -> torch.Tensor:
+    """(B, 2) int64: how many documents a row has, and the tokens of the longest. What stands before
+    the first bos_id counts as one. The host counts, so that no kernel has to be asked."""
+    opens_BT = inputs_BT == bos_id
+    opens_BT[:, 0] = True
+    rows, places = np.nonzero(opens_BT)
+    lengths = np.diff(np.append(rows * inputs_BT.shape[1] + places, inputs_BT.size))
+    longest = np.maximum.reduceat(lengths, np.flatnonzero(places == 0))
+    return torch.from_numpy(np.stack([np.bincount(rows), longest], axis=1).astype(np.int64))
+
+
+def _batch(window_BT1: np.ndarray, device: torch.device, bos_id: int | None) -> Batch:
     """Inputs and targets of rows of T+1 tokens; on CUDA through pinned memory, without waiting."""
     inputs_BT = torch.from_numpy(window_BT1[:, :-1].astype(np.int32))
     targets_BT = torch.from_numpy(window_BT1[:, 1:].astype(np.int64))
     if device.type == "cuda":
         inputs_BT = inputs_BT.pin_memory().to(device, non_blocking=True)
         targets_BT = targets_BT.pin_memory().to(device, non_blocking=True)
-    return Batch(inputs_BT, targets_BT)
+    docs_B2 = None if bos_id is None else row_documents(window_BT1[:, :-1], bos_id)
+    return Batch(inputs_BT, targets_BT, docs_B2)
 
 
 def _prefetch(
     walk: Iterator, ready: queue.SimpleQueue, free: threading.Semaphore, stop: threading.Event,
-    batch_shape: Callable, rank: int, world_size: int, device: torch.device,
+    batch_shape: Callable, rank: int, world_size: int, device: torch.device, bos_id: int,
 ) -> None:
     """The thread: puts (batch, copy event, cursor behind it) or an exception. Holds no Loader."""
     try:
@@ -314,10 +327,10 @@ def _prefetch(
                 raise ShardError(f"step {step}: {error}") from error
             copied = None
             if stream is None:
-                batch = _batch(window_BT1, device)
+                batch = _batch(window_BT1, device, bos_id)
             else:
                 with torch.cuda.stream(stream):  # its own: copies run beside the computation
-                    batch = _batch(window_BT1, device)
+                    batch = _batch(window_BT1, device, bos_id)
                 copied = stream.record_event()
             ready.put((batch, copied, cursor))
     except BaseException as error:  # whatever it is, the caller must not wait for ever
@@ -384,7 +397,8 @@ class Loader:
         stop = threading.Event()
         thread = threading.Thread(
             target=_prefetch,
-            args=(walk, self._ready, self._free, stop, batch_shape, rank, world_size, self._device),
+            args=(walk, self._ready, self._free, stop, batch_shape, rank, world_size, self._device,
+                  bos_id),
             name="data-prefetch",
             daemon=True,
         )
@@ -495,6 +509,7 @@ def val_batches(
     world_size: int = 1,
     *,
     vocab_size: int,
+    bos_id: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Iterator[Batch]:
     """The first val_tokens of the validation stream, each an input exactly once and in order.
@@ -503,7 +518,7 @@ def val_batches(
     take consecutive runs of rows, micro_rows at a time (the last batch may have fewer). One token
     more than val_tokens is read: the last target. All checks run in this call, before the first
     batch is asked for. Add up losses over tokens and divide by val_tokens: ranks may have
-    different numbers of rows.
+    different numbers of rows. Documents are counted where bos_id is given.
     """
     if val_tokens < seq_len or val_tokens % seq_len:
         raise ValueError(
@@ -536,7 +551,7 @@ def val_batches(
                     for shard, offset in zip(shards, offsets)
                 ])
                 window = np.lib.stride_tricks.sliding_window_view(flat, seq_len + 1)[::seq_len]
-                yield _batch(window, torch.device(device))
+                yield _batch(window, torch.device(device), bos_id)
         finally:
             for shard in shards:
                 shard.close()

@@ -22,7 +22,7 @@ class Keys(NamedTuple):
 
     mask_BnQK: Tensor | None = None     # bool: True where the key is seen
     cu_seqlens: Tensor | None = None    # int32: where documents begin, in all rows laid end to end
-    bounds: Tensor | None = None        # int64 on the CPU: (window, longest document)
+    bounds: Tensor | None = None        # int64 on the CPU: (window, longest document, documents)
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
@@ -46,25 +46,35 @@ def document_ids(tokens_BT: Tensor, bos_id: int) -> Tensor:
     return (tokens_BT == bos_id).cumsum(1)
 
 
-def packed_keys(doc_BT: Tensor, window: int, dtype: torch.dtype) -> Keys:
+def packed_keys(doc_BT: Tensor, window: int, dtype: torch.dtype,
+                docs_B2: Tensor | None = None) -> Keys:
     """The keys of causal attention inside documents, at most `window` of them, self included.
-    `dtype` is that of the queries."""
+    `dtype` is that of the queries; `docs_B2`, on the CPU, says how many documents each row has and
+    the tokens of its longest (without it varlen attention waits for the device to count them)."""
     if has_varlen(doc_BT.device, dtype):
-        return _document_bounds(doc_BT, window)
+        return _document_bounds(doc_BT, window, docs_B2)
     return Keys(mask_BnQK=_chunked_mask(doc_BT, window))
 
 
-def _document_bounds(doc_BT: Tensor, window: int) -> Keys:
+def _document_bounds(doc_BT: Tensor, window: int, docs_B2: Tensor | None) -> Keys:
+    """Flash attention starts a block for each (queries of the longest document, document, head), so
+    both numbers are given to it as they are: at a bound of 8 tokens a document and the row's length
+    a 64K row would start 25 million blocks, and its backward take gigabytes."""
     B, T = doc_BT.shape
     starts_BT = torch.ones_like(doc_BT, dtype=torch.bool)
     starts_BT[:, 1:] = doc_BT[:, 1:] != doc_BT[:, :-1]
-    # A fixed number of bounds, the rest empty documents at the end: the host need not know how
-    # many there are. Text with more than one document in 8 tokens stops the device.
+    if docs_B2 is None:
+        lengths = torch.diff(torch.nonzero(starts_BT.flatten()).flatten(),
+                             append=starts_BT.new_tensor([B * T], dtype=torch.int64))
+        docs_B2 = torch.stack([torch.tensor(len(lengths)), lengths.max().cpu()])[None]
+    # A fixed number of bounds, so that alike rows share a graph; the operator takes those in use.
+    # Text with more than one document in 8 tokens stops the device.
     size = B * (T // 8 + 2)
     torch._assert_async(starts_BT.sum() < size)
     starts = torch.nonzero_static(starts_BT.flatten(), size=size, fill_value=B * T).flatten()
     return Keys(cu_seqlens=F.pad(starts, (0, 1), value=B * T).int(),
-                bounds=torch.tensor([window, T]))
+                bounds=torch.stack([torch.tensor(window), docs_B2[:, 1].max(),
+                                    docs_B2[:, 0].sum()]))
 
 
 def _chunked_mask(doc_BT: Tensor, window: int) -> Tensor:
@@ -117,8 +127,9 @@ def _chunked_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, scale: fl
     return y.transpose(1, 2).reshape(q_BTHD.shape)
 
 
-# An operator of our own around torch's varlen attention: the window arrives as a tensor on the CPU
-# and becomes an int inside, so that windows may change without another graph and without a sync.
+# An operator of our own around torch's varlen attention: window, longest document and number of
+# documents arrive as a tensor on the CPU and become ints inside, so that they may change without
+# another graph and without a sync.
 
 @torch.library.custom_op("speedrun::packed_attention", mutates_args=())
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bounds: Tensor,
@@ -126,7 +137,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bounds
     """(B*T, H, D) each -> output, logsumexp, state for backward. Flash attention, from sm80."""
     import torch.nn.attention.varlen  # its import registers the operator
 
-    window, longest = bounds.tolist()
+    window, longest, num_docs = bounds.tolist()
+    cu_seqlens = cu_seqlens[:num_docs + 1]
     return torch.ops.torch_attn._varlen_attn(
         q, k, v, cu_seqlens, cu_seqlens, longest, longest, False, scale, [window - 1, 0])
 
@@ -141,7 +153,8 @@ def _(q, k, v, cu_seqlens, bounds, scale):
 def _packed_attention_backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rng: Tensor,
         cu_seqlens: Tensor, bounds: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    window, longest = bounds.tolist()
+    window, longest, num_docs = bounds.tolist()
+    cu_seqlens = cu_seqlens[:num_docs + 1]
     return torch.ops.torch_attn._varlen_attn_backward(
         grad.contiguous(), q, k, v, out, lse, cu_seqlens, cu_seqlens, longest, longest, False,
         rng, scale, [window - 1, 0])

@@ -8,6 +8,7 @@ import torch
 import kernels
 import kernels.attention
 import kernels.fp8
+from data.loader import row_documents
 from kernels.attention import Keys, attention, document_ids, packed_keys
 from kernels.fp8 import Fp8Linear
 from kernels.relu2 import ReLUSquared
@@ -84,11 +85,33 @@ def test_bounds_for_varlen_attention(monkeypatch):
     monkeypatch.setattr(kernels.attention, "has_varlen", lambda device, dtype: True)
     rows = torch.full((2, 64), 7)
     rows[0, 10], rows[1, 0], rows[1, 63] = 256, 256, 256
-    keys = packed_keys(document_ids(rows, 256), 33, torch.bfloat16)
+    docs_B2 = row_documents(rows.numpy(), 256)
+    assert docs_B2.tolist() == [[2, 54], [2, 63]]
+    keys = packed_keys(document_ids(rows, 256), 33, torch.bfloat16, docs_B2)
     bounds = keys.cu_seqlens.tolist()
     assert bounds[:5] == [0, 10, 64, 127, 128] and set(bounds[4:]) == {128}
     assert keys.cu_seqlens.dtype == torch.int32
-    assert keys.bounds.tolist() == [33, 64] and keys.bounds.device.type == "cpu"
+    assert keys.bounds.tolist() == [33, 63, 4] and keys.bounds.device.type == "cpu"
+
+
+@pytest.mark.parametrize("every", [2, 5, 30, 1000])
+def test_the_host_counts_documents_as_the_device_would(every, monkeypatch):
+    """Without the host's numbers (sampling) the same bounds come from the tokens themselves."""
+    monkeypatch.setattr(kernels.attention, "has_varlen", lambda device, dtype: True)
+    monkeypatch.setattr(torch, "_assert_async", lambda condition: None)  # documents of 2 tokens
+    rows = tokens(3, 50, every, seed=every)
+    docs_B2 = row_documents(rows.numpy(), 256)
+    for b, row in enumerate(rows.tolist()):  # a slow loop
+        lengths = [1]
+        for token in row[1:]:
+            if token == 256:
+                lengths.append(0)
+            lengths[-1] += 1
+        assert docs_B2[b].tolist() == [len(lengths), max(lengths)]
+    doc_BT = document_ids(rows, 256)
+    known, counted = (packed_keys(doc_BT, 7, torch.bfloat16, docs) for docs in (docs_B2, None))
+    assert known.bounds.tolist() == counted.bounds.tolist()
+    torch.testing.assert_close(known.cu_seqlens, counted.cu_seqlens)
 
 
 def test_varlen_operator_is_called_with_documents_and_window(monkeypatch):
@@ -107,11 +130,13 @@ def test_varlen_operator_is_called_with_documents_and_window(monkeypatch):
     import torch.nn.attention.varlen  # the operator exists only after this import
     monkeypatch.setattr(kernels.attention, "has_varlen", lambda device, dtype: True)
     monkeypatch.setattr(torch.ops.torch_attn, "_varlen_attn", kernel)
-    doc_BT = document_ids(tokens(2, 64, 12), 256)
+    rows = tokens(2, 64, 12)
+    doc_BT = document_ids(rows, 256)
     q, k, v = (x.detach() for x in qkv(2, 64))
     got = attention(q, k, v, 0.3, packed_keys(doc_BT, 20, torch.bfloat16))
     torch.testing.assert_close(got, oracle(q, k, v, 0.3, seen(doc_BT, 20)))
-    assert calls == [(64, 64, False, [19, 0])]
+    longest = row_documents(rows.numpy(), 256)[:, 1].max().item()
+    assert calls == [(longest, longest, False, [19, 0])] and longest < 64
 
 
 def test_varlen_operator_has_shapes_for_the_compiler_and_a_backward():
@@ -121,7 +146,7 @@ def test_varlen_operator_has_shapes_for_the_compiler_and_a_backward():
     with FakeTensorMode():
         q, k, v = (torch.empty(128, 2, 8, requires_grad=True) for _ in range(3))
         cu = torch.empty(5, dtype=torch.int32)
-        bounds = torch.empty(2, dtype=torch.int64)
+        bounds = torch.empty(3, dtype=torch.int64)
         out, lse, _ = kernels.attention.packed_attention(q, k, v, cu, bounds, 0.3)
         assert out.shape == q.shape and lse.shape == (2, 128)
         out.sum().backward()

@@ -126,7 +126,7 @@ def test_evaluate_reads_every_validation_token_once_and_in_order(tiny_data):
     seen = []
     original = model.forward
 
-    def watched(inputs_BT, targets_BT):
+    def watched(inputs_BT, targets_BT, docs_B2):
         seen.extend(inputs_BT.flatten().tolist())
         return original(inputs_BT, targets_BT)
 
