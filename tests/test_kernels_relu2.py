@@ -132,6 +132,9 @@ def test_strides_do_not_matter():
         results.append([out, *torch.autograd.grad(out.sum(), leaves)])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    grad, y = x.detach(), linear_relu2(x.detach(), fc.detach())
+    expected = linear_relu2_backward(grad, proj, y)
+    assert torch.equal(linear_relu2_backward(grad, proj, y.T.contiguous().T), expected)
 
 
 def test_no_tokens():
