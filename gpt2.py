@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kernels import DTYPES
 from kernels.attention import attention
+from kernels.loss import KERNELS, TWINS, Softcap
 from model import GPT, GPTConfig, Layer, Stage
 from pieces import Linear, Then
 
@@ -64,7 +65,7 @@ class GPT2Block(Then):
 class GPT2(nn.Module):
     """tokens -> embedding and position -> blocks -> tied head -> loss."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, kernels: frozenset[str] = frozenset()):
         super().__init__()
         self.config, dim = config, config.model_dim
         self.embed = nn.Embedding(config.padded_vocab_size, dim)
@@ -74,6 +75,8 @@ class GPT2(nn.Module):
         self.lm_head = Linear(dim, config.padded_vocab_size, DTYPES[config.head])
         self.lm_head.weight = self.embed.weight
         self.segments = [range(config.num_layers)]
+        self.softcap, self.loss_bodies = Softcap(), KERNELS if "loss" in kernels else TWINS
+        self.register_buffer("target_weights", torch.ones(1), persistent=False)
         self.set_stage(Stage())
 
     def set_stage(self, stage: Stage) -> None:
@@ -100,12 +103,7 @@ class GPT2(nn.Module):
         """(B, T, C) -> (B, T, V) in fp32."""
         return self.lm_head(x_BTC).float()
 
-    def head_loss(self, x_BTC: Tensor, targets_BT: Tensor) -> Tensor:
-        """Cross-entropy in nats, summed over the B*T tokens: fp32 scalar."""
-        logits_BTV = self.logits(x_BTC)
-        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
-
-    forward = GPT.forward
+    head_loss, forward = GPT.head_loss, GPT.forward
 
     def init_rules(self) -> dict[str, tuple]:
         """Normal with 0.02; what is added to the stream smaller by sqrt(2 num_layers)."""

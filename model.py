@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import pieces
 from kernels import DTYPES
 from kernels.attention import Keys, document_ids, packed_keys
+from kernels.loss import KERNELS, TWINS, Softcap, head_loss, targets_ahead
 from pieces import Given, Linear, Norm, Then, norm
 
 
@@ -313,9 +314,9 @@ def softcap_piece(config: GPTConfig) -> dict[str, nn.Module]:
 
 
 class GPT(nn.Module):
-    """tokens -> embedding -> blocks -> head -> loss."""
+    """tokens -> embedding -> blocks -> head -> loss. `kernels`: what runs in Triton; "loss"."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, kernels: frozenset[str] = frozenset()):
         super().__init__()
         self.config = config
         dim, rows, dtype = config.model_dim, config.padded_vocab_size, DTYPES[config.compute_dtype]
@@ -341,6 +342,8 @@ class GPT(nn.Module):
         if config.tied_head:
             self.lm_head.weight = self.embed.weight
         self.on_logits = Then(softcap_piece(config))
+        self.softcap = self.on_logits["softcap"].softcap if len(self.on_logits) else Softcap()
+        self.loss_bodies = KERNELS if "loss" in kernels else TWINS
 
         # What all layers are given, made once a forward pass from (tokens, x0): Given's fields.
         self.shared: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
@@ -376,8 +379,6 @@ class GPT(nn.Module):
             self.target_weights = torch.ones(len(stage.target_weights), device=self.cos.device)
         for ahead, weight in enumerate(stage.target_weights):
             self.target_weights[ahead].fill_(weight)
-        if isinstance(self.lm_head, pieces.Fp8Head):
-            self.lm_head.grad_factor.fill_(self.config.fp8_factors[2] * stage.batch_tokens)
 
     def set_rotary(self, windows: tuple[int, ...]) -> None:
         """Cos and sin of every position. q and k both carry the root of YaRN's temperature, so
@@ -459,13 +460,10 @@ class GPT(nn.Module):
     def head_loss(self, x_BTC: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy in nats, summed over the B*T tokens: fp32 scalar. With several targets
         (multi-token prediction, #53) each has its weight; they do not reach into the next row."""
-        logits_BTV = self.logits(x_BTC)
-        loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum")
-        for ahead in range(1, len(self.target_weights)):
-            loss = loss + self.target_weights[ahead] * F.cross_entropy(
-                logits_BTV[:, :-ahead].flatten(0, 1), targets_BT[:, ahead:].flatten(),
-                reduction="sum")
-        return loss
+        targets_NK = targets_ahead(targets_BT, len(self.target_weights))
+        return head_loss(x_BTC.flatten(0, 1), self.lm_head.weight, targets_NK, self.target_weights,
+                         self.softcap, self.lm_head.compute_dtype,
+                         self.lm_head.fp8_factors if self.training else None, self.loss_bodies)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor,
                 docs_B2: Tensor | None = None) -> Tensor:

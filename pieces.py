@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import Keys, attention
-from kernels.fp8 import Fp8Linear
+from kernels.loss import Softcap, softcapped
 from kernels.relu2 import ReLUSquared
 
 GATE_CHANNELS = 12  # of the stream, that the gates of record #28 and later look at
@@ -77,6 +77,8 @@ def gate(weight: Tensor, x_BTC: Tensor) -> Tensor:
 class Linear(nn.Module):
     """y = x W^T without bias; W (out, in) is cast where it is used."""
 
+    fp8_factors = None  # of the head's products in training; see Fp8Head
+
     def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype,
                  dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -105,20 +107,13 @@ class ScaledLinear(Linear):
 
 
 class Fp8Head(Linear):
-    """The head with its three products in fp8 while training (#19); bf16 in validation."""
+    """The head whose three products are fp8 while training (#19; kernels/loss.py makes them), and
+    compute_dtype in validation. Factors: of x, w and the summed loss's gradient."""
 
-    def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype, factors,
-                 dtype: torch.dtype = torch.float32):
+    def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype,
+                 fp8_factors: tuple[float, float, float], dtype: torch.dtype = torch.float32):
         super().__init__(in_dim, out_dim, compute_dtype, dtype)
-        self.factors = factors
-        self.register_buffer("grad_factor", torch.ones(()), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        x_NC = x.to(self.compute_dtype).flatten(0, -2)
-        y_NV = Fp8Linear.apply(x_NC, self.weight, *self.factors[:2], self.grad_factor)
-        return y_NV.unflatten(0, x.shape[:-1])
+        self.fp8_factors = fp8_factors
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ", fp8 in training"
@@ -346,22 +341,24 @@ class ReLU2(nn.Module):
 
 
 class TanhCap(nn.Module):
-    """cap * tanh(z / div): logits that cannot run away (Gemma 2; record #9)."""
+    """cap * tanh((z + shift) / div): logits that cannot run away (Gemma 2; record #9)."""
+
+    kind = "tanh"
 
     def __init__(self, cap: float, div: float, shift: float):
         super().__init__()
-        self.cap, self.div, self.shift = cap, div, shift
+        self.softcap = Softcap(self.kind, cap, div, shift)
 
     def forward(self, z_BTV: Tensor) -> Tensor:
-        return self.cap * torch.tanh((z_BTV + self.shift) / self.div)
+        return softcapped(z_BTV, self.softcap)
 
     def extra_repr(self) -> str:
-        return f"cap {self.cap:g}, (z + {self.shift:g}) / {self.div:.4g}"
+        _, cap, div, shift = self.softcap
+        return f"cap {cap:g}, (z + {shift:g}) / {div:.4g}"
 
 
 class SigmoidCap(TanhCap):
     """cap * sigmoid((z + shift) / div): the same curve moved up, which softmax does not see (#19),
     until a shift makes room for larger logits (#54)."""
 
-    def forward(self, z_BTV: Tensor) -> Tensor:
-        return self.cap * torch.sigmoid((z_BTV + self.shift) / self.div)
+    kind = "sigmoid"

@@ -1,7 +1,13 @@
 """Products in fp8 with static scales: the head of record #19 and later."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from kernels import jit, tl, triton
 
 
 def has_fp8(device: torch.device) -> bool:
@@ -18,34 +24,66 @@ def check_fp8(device: torch.device) -> None:
                          "8.9 and later do); --head bf16 trains without, and the log says so")
 
 
-def _fp8(x: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+def quantize(x: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`factor` x in fp8, and its transpose: fp8 products want their first factor in rows and their
+    second in columns, and what is a first factor in one of them is a second in another."""
     largest = torch.finfo(dtype).max  # the cast itself would make NaN or inf of what is larger
-    return (x.float() * factor).clamp(-largest, largest).to(dtype)
+    x8 = (x.float() * factor).clamp(-largest, largest).to(dtype)
+    return x8, x8.T.contiguous()
 
 
-class Fp8Linear(torch.autograd.Function):
-    """x W^T with all three products in fp8 and static scales (record #19).
+class Fp8Products:
+    """The head's three products in fp8 with static scales (record #19), a chunk of rows at a time.
 
-    x (N, C) and w (V, C) in e4m3, the gradient in e5m2, each multiplied by its factor before the
-    cast. Output and dx in x's dtype, dw in fp32. Dimensions must be multiples of 16.
+    x (N, C) and w (V, C) in e4m3, the summed loss's gradient in e5m2, each multiplied by its factor
+    before the cast. Logits and dx in `dtype`, dw in fp32. Dimensions must be multiples of 16.
     """
 
-    @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, x_factor: float, w_factor: float,
-                grad_factor: Tensor) -> Tensor:
-        x8, w8 = _fp8(x, x_factor, torch.float8_e4m3fn), _fp8(w, w_factor, torch.float8_e4m3fn)
-        ones = torch.ones((), device=x.device)
-        ctx.save_for_backward(x8, w8, ones / x_factor, ones / w_factor, grad_factor)
-        ctx.dtype = x.dtype
-        return torch._scaled_mm(x8, w8.T, ones / x_factor, ones / w_factor, out_dtype=x.dtype,
-                                use_fast_accum=x.is_cuda)
+    def __init__(self, x_NC: Tensor, weight_VC: Tensor, dtype: torch.dtype,
+                 factors: tuple[float, float, float], quantize: Callable = quantize):
+        self.dtype, self.grad_factor = dtype, factors[2]
+        self.x_NC, self.x_CN = quantize(x_NC.to(dtype), factors[0], torch.float8_e4m3fn)
+        self.w_VC, self.w_CV = quantize(weight_VC, factors[1], torch.float8_e4m3fn)
+        self.scales = [torch.full((), 1 / factor, device=x_NC.device) for factor in factors]
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x8, w8, x_scale, w_scale, grad_factor = ctx.saved_tensors
-        g8 = _fp8(grad, grad_factor, torch.float8_e5m2)
-        g_scale = grad_factor.reciprocal()
-        dx = torch._scaled_mm(g8, w8.T.contiguous().T, g_scale, w_scale, out_dtype=ctx.dtype)
-        dw = torch._scaled_mm(g8.T.contiguous(), x8.T.contiguous().T, g_scale, x_scale,
-                              out_dtype=torch.float32)
-        return dx, dw, None, None, None
+    def logits(self, rows: slice) -> Tensor:
+        x_scale, w_scale, _ = self.scales
+        return torch._scaled_mm(self.x_NC[rows], self.w_VC.T, x_scale, w_scale,
+                                out_dtype=self.dtype, use_fast_accum=self.x_NC.is_cuda)
+
+    def add_grads(self, rows: slice, g_nV: Tensor, g_Vn: Tensor, dx_NC: Tensor,
+                  dw_VC: Tensor) -> None:
+        """dx_NC[rows] = g w, and dw_VC += g^T x; the first chunk overwrites dw_VC."""
+        x_scale, w_scale, g_scale = self.scales
+        dx_NC[rows] = torch._scaled_mm(g_nV, self.w_CV.T, g_scale, w_scale, out_dtype=self.dtype)
+        dw = torch._scaled_mm(g_Vn, self.x_CN[:, rows].T, g_scale, x_scale,
+                              out_dtype=dw_VC.dtype)
+        dw_VC.add_(dw) if rows.start else dw_VC.copy_(dw)
+
+
+# --- Triton ---------------------------------------------------------------------------------------
+
+@jit
+def _transpose_kernel(x, out, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    tile = tl.load(x + r[:, None] * columns + c[None, :],
+                   mask=(r < rows)[:, None] & (c < columns)[None, :])
+    tl.store(out + c[:, None] * rows + r[None, :], tl.trans(tile),
+             mask=(c < columns)[:, None] & (r < rows)[None, :])
+
+
+@torch.library.custom_op("speedrun::transpose_fp8", mutates_args=())
+def transpose_fp8(x8: Tensor) -> Tensor:
+    """x8.T.contiguous() of a contiguous matrix, in tiles: bytes that are read along rows are
+    written along rows too, where a plain copy would scatter them one by one."""
+    rows, columns = x8.shape
+    out = x8.new_empty(columns, rows)
+    grid = (triton.cdiv(rows, 128), triton.cdiv(columns, 128))
+    _transpose_kernel[grid](x8.view(torch.uint8), out.view(torch.uint8), rows, columns, 128, 128)
+    return out
+
+
+@transpose_fp8.register_fake
+def _(x8):
+    return x8.new_empty(x8.shape[1], x8.shape[0])

@@ -83,9 +83,6 @@ def test_a_rung_trains_in_the_precision_of_its_record(record):
             losses.append(model(batch.inputs_BT, batch.targets_BT).item() / batch.inputs_BT.numel())
             model.train()
         train_gpt.train_step(model, optimizer, recipe, batch, 4, batch.inputs_BT.numel())
-        if record >= 19:
-            assert model.lm_head.grad_factor == recipe.model.fp8_factors[2] * 256 or (
-                recipe.batch_stages)
     assert losses[-1] < losses[0] and math.isfinite(losses[-1])
     assert set(stream) == {torch.bfloat16 if record >= 10 else torch.float32}
 

@@ -183,13 +183,41 @@ def test_several_targets_are_a_weighted_sum_of_losses():
 
 
 def test_fp8_head_is_exact_in_validation_and_near_in_training():
-    head = Fp8Head(32, 64, torch.float32, (2.0, 32.0, 1.0))
-    nn.init.normal_(head.weight, std=0.05)
-    x = torch.randn(2, 8, 32)
-    exact = x @ head.weight.T
-    torch.testing.assert_close(head.eval()(x), exact)
-    error = (head.train()(x) - exact).norm() / exact.norm()
-    assert 1e-3 < error < 0.06
+    config = GPTConfig(num_layers=1, num_heads=2, head_dim=16, vocab_size=320, seq_len=32,
+                       tied_head=False, compute_dtype="fp32", head="fp8",
+                       fp8_factors=(64.0, 64.0, 448.0))
+    fp8, plain = GPT(config), GPT(replace(config, head="fp32"))
+    init_weights(fp8, 3)
+    nn.init.normal_(fp8.lm_head.weight, std=0.2)
+    plain.load_state_dict(fp8.state_dict())
+    inputs, targets = row(32), row(32, seed=5)
+    assert isinstance(fp8.lm_head, Fp8Head)
+    with torch.no_grad():
+        torch.testing.assert_close(fp8.eval()(inputs, targets), plain(inputs, targets))
+    for model in (fp8.train(), plain):
+        model(inputs, targets).backward()
+    for (name, ours), exact in zip(fp8.named_parameters(), plain.parameters()):
+        error = (ours.grad - exact.grad).norm() / exact.grad.norm()
+        assert 1e-3 < error < 0.2, name  # e5m2 keeps two bits of the gradient
+
+
+def test_the_loss_in_triton_is_the_loss():
+    """Of a recipe with softcap, padded rows and three targets."""
+    pytest.importorskip("triton")
+    recipe = edit(pocket(RECORDS[62]), num_heads=2, head_dim=16, num_layers=4)
+    inputs, targets = row(32), row(32, seed=5)
+    results = []
+    for kernels in (frozenset(), frozenset({"loss"})):
+        model = GPT(recipe.model, kernels)
+        init_weights(model, 0)
+        model.set_stage(recipes.stage(0, recipe))
+        loss = model(inputs, targets)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters()
+                                         if p.grad is not None)])
+    assert len(model.target_weights) == 3
+    for ours, plain in zip(*results):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
 # --- the start ------------------------------------------------------------------------------------
