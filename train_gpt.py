@@ -47,6 +47,7 @@ from data.loader import (
 )
 from data.shards import check_disjoint, data_digest
 from kernels import peak_flops
+from kernels.attention import activate_flash_attention
 from kernels.fp8 import check_fp8
 from model import GPT, num_parameters
 from muon import Muon
@@ -348,6 +349,7 @@ class Crash(RuntimeError):
 
 
 def make_job(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World) -> Job:
+    activate_flash_attention(world.device)
     model = build_model(recipe, seed, world.device)
     if wants_compile(run, world.device)[0]:
         compile_segments(model, run.compile_layers)

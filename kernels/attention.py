@@ -3,10 +3,12 @@
 Shapes: B rows, T positions a row, H heads, D head_dim; n chunks of Q queries that see K keys.
 """
 
+import importlib.util
 import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,12 +33,22 @@ def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
         torch.cuda.get_device_capability(device) >= (8, 0))
 
 
+def activate_flash_attention(device: torch.device) -> None:
+    """On Hopper take flash attention 3, which torch then uses for both passes, where its module is
+    installed; elsewhere flash attention 2 stays, which torch brings. Call it once, before training.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and (
+            importlib.util.find_spec("flash_attn_interface")):
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+
+
 def describe_attention(device: torch.device, config) -> str:
     """Which attention a model of this GPTConfig gets on `device`, for the header of a run."""
     if not config.packed:
         return "SDPA, causal"
     if has_varlen(device, DTYPES[config.compute_dtype]):
-        return "varlen flash attention over documents and windows"
+        flash = torch.nn.attention.current_flash_attention_impl() or "FA2"
+        return f"varlen flash attention ({flash}) over documents and windows"
     return "SDPA with masks of documents and windows, in chunks"
 
 

@@ -208,6 +208,20 @@ def test_flash_attention_takes_bf16_from_ampere_on(monkeypatch):
     assert kernels.attention.describe_attention(gpu, GPTConfig()) == "SDPA, causal"
 
 
+@pytest.mark.parametrize("capability, installed, expected", [
+    ((9, 0), True, ["FA3"]), ((9, 0), False, []), ((8, 0), True, []), ((10, 0), True, [])])
+def test_flash_attention_3_is_taken_on_hopper_where_it_is_installed(capability, installed, expected,
+                                                                    monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(kernels.attention.importlib.util, "find_spec",
+                        lambda name: object() if installed else None)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", taken.append)
+    kernels.attention.activate_flash_attention(torch.device("cuda", 0))
+    kernels.attention.activate_flash_attention(torch.device("cpu"))
+    assert taken == expected
+
+
 def test_fp8_is_refused_where_it_is_emulated_with_the_option_that_replaces_it():
     with pytest.raises(ValueError, match=r"a CPU does not multiply fp8.*--head bf16"):
         kernels.fp8.check_fp8(torch.device("cpu"))
