@@ -163,19 +163,23 @@ def test_they_live_inside_compiled_code():
 
 
 def test_they_compile_for_gpus(tmp_path):
-    """For Ampere and Hopper, with tensor cores, 16-byte loads and stores (mirrored tiles too)."""
-    types = {"x_ptr": "*bf16", "out_ptr": "*bf16", "m": "i32", "stride_matrix": "i32",
-             "stride_row": "i32", "b": "fp32", "c": "fp32"}
-    jobs = [{"capability": capability, "types": types,
-             "constants": {"n": 768, "stride_col": 1, "ADD": add, "UPCAST": False, "BLOCK": 128,
+    """For Ampere and Hopper, rows or columns contiguous (tall matrices come as X.mT), with tensor
+    cores and 16-byte loads and stores, of mirrored tiles too."""
+    types = {"x_ptr": "*bf16", "out_ptr": "*bf16", "m": "i32", "stride_matrix": "i32", "b": "fp32",
+             "c": "fp32"}
+    jobs = [{"capability": capability, "types": types | {other: "i32"},
+             "constants": {"n": 768, one: 1, "ADD": add, "UPCAST": False, "BLOCK": 128,
                            "BLOCK_K": 64}, "options": {"num_warps": 8, "num_stages": 3}}
-            for capability, add in ((80, True), (90, False), (90, True))]
+            for capability, add, one, other in ((80, True, "stride_col", "stride_row"),
+                                                (90, True, "stride_col", "stride_row"),
+                                                (90, False, "stride_row", "stride_col"))]
     ampere, *hopper = compile_for_gpu("kernels.symmetric", "_symmetric_kernel", jobs, tmp_path)
     assert "mma.sync" in ampere[0]
     for ptx, shared in hopper:
         assert "wgmma.mma_async" in ptx
         assert shared <= 113 * 1024  # two programs on a multiprocessor
     for ptx, _ in (ampere, *hopper):
+        assert "cp.async.cg" in ptx and "cp.async.ca" not in ptx  # 16 bytes, not 4 or 8
         assert "st.global.v4" in ptx and "st.global.b16" not in ptx
 
 
@@ -195,6 +199,7 @@ def test_on_a_gpu_at_the_trainers_shapes(K, m, n):
     assert error <= 1.05 * (muon._polynomial(A, -4.775, 2.0315) - exact).norm()
     torch._dynamo.reset()
     compiled = torch.compile(muon.orthogonalize, fullgraph=True)
-    fast, plain = (compiled(X.float(), "jordan", mode="fast", products=products)
-                   for products in ((gram, polynomial), None))
-    assert (fast - plain).norm() < 0.1 * plain.norm()
+    for G in (X.float(), X.float().mT.contiguous()):
+        fast, plain = (compiled(G, "jordan", mode="fast", products=products)
+                       for products in ((gram, polynomial), None))
+        assert (fast - plain).norm() < 0.1 * plain.norm()
