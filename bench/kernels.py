@@ -87,12 +87,13 @@ def symmetric_cases(toy: bool, device: str) -> Iterator[Case]:
                            lambda inputs=inputs: [symmetric.gram(inputs()[0])],
                            K * m * (m + 1) * m, 2 * K * m * m * size)
     products = (symmetric.gram, symmetric.polynomial)
-    for K, m, n in shapes:
+    for K, rows, cols in [*shapes, *((K, n, m) for K, m, n in shapes[1:] if m != n)]:
+        m, n = sorted((rows, cols))
         flops = 5 * K * (m * (m + 1) * n + m * (m + 1) * m + 2 * m * m * n)
-        yield Case("orthogonalize, bf16", f"{K} x {m} x {n}",
+        yield Case("orthogonalize, bf16", f"{K} x {rows} x {cols}",
                    lambda G: muon.orthogonalize(G, "jordan", mode="fast", products=products),
                    lambda G: muon.orthogonalize(G, "jordan", mode="fast"),
-                   lambda K=K, m=m, n=n: [random(K, m, n, dtype=torch.float32, device=device)],
+                   lambda size=(K, rows, cols): [random(*size, dtype=torch.float32, device=device)],
                    flops, 8 * K * m * n)
 
 
