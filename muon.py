@@ -735,6 +735,9 @@ class Muon(torch.optim.Optimizer):
     """
 
     default_rule = "muon"
+    gate: Tensor | None = None
+    """A 0-D bool tensor on the parameters' device, alike on all ranks: where it is False, step()
+    moves no parameter and no state. The host never asks, so it may be the outcome of a check."""
 
     def __init__(
         self,
@@ -1099,6 +1102,7 @@ class Muon(torch.optim.Optimizer):
         # A sum is finite where all its terms are, and costs one pass.
         finite = run.grad[part].unsqueeze(-1).flatten(1).sum(1, dtype=wide).isfinite()
         ok = finite & (flags > 0)
+        ok = ok if self.gate is None else ok & self.gate
         self.nonfinite.index_copy_(0, run.index[part], ~finite | flags.isnan())
         grad, param = run.grad[part].to(wide), stored
         if self._share() > 1:

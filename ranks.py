@@ -349,14 +349,8 @@ class Signals:
         return look
 
     def guard(self, optimizer) -> None:
-        """Keep no update of a muon.Muon while the gate is shut. Which updates to keep it decides on
-        the device, parameter by parameter; the verdict on the whole step joins in there."""
-        apply = optimizer._apply
-
-        def gated(rule, targets, ok, *rest) -> None:
-            apply(rule, targets, ok & self.gate, *rest)
-
-        optimizer._apply = gated
+        """Let a muon.Muon move nothing while the gate is shut: it looks on the device."""
+        optimizer.gate = self.gate
 
     def arm(self) -> None:
         """The next backward pass is the last one of this step."""
@@ -377,7 +371,7 @@ class Signals:
             dist.all_reduce(x, group=self._group)
         self._blamed = torch.where(self.gate, self._norms, self._blamed)
         self._loss = torch.where(self.gate, loss, self._loss)
-        self.gate = self.gate & x[0].isfinite() & (x[1] == 0)
+        self.gate &= x[0].isfinite() & (x[1] == 0)  # in place: an optimizer looks at it
         self._said = x
 
     def send(self, step: int, ms: float) -> None:

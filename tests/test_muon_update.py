@@ -349,6 +349,23 @@ def test_a_broken_gradient_masks_its_parameter_alone(bad):
         assert not one.nonfinite.any() and not torch.equal(a[2], before)
 
 
+def test_a_shut_gate_keeps_parameters_and_state_as_they_are():
+    for rule, dtype in (("muon", torch.float32), ("adam", torch.float32), ("muon", torch.bfloat16)):
+        p = torch.nn.Parameter(h.gaussian(8, 12).to(dtype))
+        optimizer = {"muon": Muon, "adam": Adam}[rule]([p], lr=0.1)
+        gate = optimizer.gate = torch.ones((), dtype=torch.bool)
+        h.step_with(optimizer, [h.gaussian(8, 12, seed=1).to(dtype)])
+        before, state = p.detach().clone(), optimizer.state_dict()["state"]["0"]
+        gate &= False  # in place: the optimizer looks at the tensor it was given
+        h.step_with(optimizer, [h.gaussian(8, 12, seed=2).to(dtype)])
+        assert torch.equal(p, before)
+        now = optimizer.state_dict()["state"]["0"]
+        assert all(torch.equal(now[key], t) for key, t in state.items())
+        gate |= True
+        h.step_with(optimizer, [h.gaussian(8, 12, seed=2).to(dtype)])
+        assert not torch.equal(p, before)
+
+
 def test_every_kth_step_adds_gradients_up_and_frozen_groups_rest():
     a, b = pair(((8, 8), (5,)))
     one = Muon([{"params": a[:1], "lr": 0.1}, {"params": a[1:], "rule": "adam", "every": 3}])
