@@ -345,7 +345,7 @@ class Signals:
     def _hook(self, norm: Tensor) -> Callable[[Tensor], None]:
         def look(parameter: Tensor) -> None:
             if self._armed:
-                norm.copy_(torch.linalg.vector_norm(parameter.grad))
+                torch.linalg.vector_norm(parameter.grad, dtype=torch.float32, out=norm)
         return look
 
     def guard(self, optimizer) -> None:
