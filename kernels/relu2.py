@@ -84,12 +84,20 @@ def _configs() -> list:
     return [triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}, num_warps=warps,
                           num_stages=stages)
             for m, n, k, warps, stages in ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4),
-                                           (128, 128, 64, 8, 3), (128, 128, 32, 4, 4))]
+                                           (128, 128, 64, 8, 3), (128, 128, 32, 4, 4),
+                                           (64, 64, 32, 4, 3))]
+
+
+def _for_dtype(configs: list, arguments: dict, **_) -> list:
+    """The smallest tiles for fp32, which has no tensor cores to fill: the largest take 11 s to
+    compile and spill their registers."""
+    return configs[-1:] if arguments["a_ptr"].dtype == torch.float32 else configs
 
 
 if triton is not None:  # choices are kept on disk beside the compiled kernels; M hardly matters
-    _product_kernel = triton.autotune(_configs(), key=["N", "K", "BACKWARD"], cache_results=True)(
-        _product_kernel)
+    _product_kernel = triton.autotune(
+        _configs(), key=["N", "K", "BACKWARD"], cache_results=True,
+        prune_configs_by={"early_config_prune": _for_dtype})(_product_kernel)
 
 
 def _launch(a: Tensor, b: Tensor, y: Tensor | None) -> Tensor:
