@@ -112,10 +112,9 @@ def softcapped_loss_and_grad(
             g_NV = g_NV - torch.where(columns_V == y_N1, slope * w_N1, 0)
     else:
         g_NV.scatter_add_(1, at_NK, -slope * weight_NK)
-    if softcap.kind == "tanh":  # times 1 - t^2
-        g_NV.addcmul_(g_NV * squashed_NV, squashed_NV, value=-1)
-    elif softcap.kind == "sigmoid":  # times s (1 - s)
-        g_NV.mul_(squashed_NV.addcmul_(squashed_NV, squashed_NV, value=-1))
+    if softcap.kind != "none":  # times 1 - t^2, or s - s^2; g is used once, or it would be stored
+        first = squashed_NV if softcap.kind == "sigmoid" else g_NV.new_ones(())
+        g_NV = g_NV.mul_(torch.addcmul(first, squashed_NV, squashed_NV, value=-1))
 
     if fp8_factor is not None:
         return loss_N, *quantize(g_NV, fp8_factor, torch.float8_e5m2)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels_compile import compile_for_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import loss as kernels_loss
@@ -22,6 +23,7 @@ from kernels.loss import (
 )
 
 needs_triton = pytest.mark.skipif(kernels_loss.triton is None, reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels: else the interpreter
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 SOFTCAPS = {"none": Softcap(), "tanh": Softcap("tanh", 15.0, 15.0),
@@ -32,13 +34,14 @@ CURVES = {"none": lambda z: z, "tanh": lambda z: 15 * torch.tanh(z / 15),
 WEIGHTS = (1.0, 0.5, 0.2)
 
 
-def a_head(B=4, T=24, C=16, V=80, seed=0, dtype=torch.float64, scale=1.0):
-    """x (B*T, C), W (V, C) with logits of about 3 * scale, targets (B, T)."""
+def a_head(B=4, T=24, C=16, V=80, seed=0, dtype=torch.float64, device="cpu"):
+    """x (B*T, C), W (V, C) with logits of about 3, targets (B, T)."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(B * T, C, generator=generator, dtype=torch.float64)
-    w = 3 * scale * C ** -0.5 * torch.randn(V, C, generator=generator, dtype=torch.float64)
+    w = 3 * C ** -0.5 * torch.randn(V, C, generator=generator, dtype=torch.float64)
     targets = torch.randint(V, (B, T), generator=generator)
-    return x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_(), targets
+    x, w = (t.to(device, dtype).requires_grad_() for t in (x, w))
+    return x, w, targets.to(device)
 
 
 def plain_loss(x_NC, w_VC, targets_BT, weights, cap: str):
@@ -52,8 +55,8 @@ def plain_loss(x_NC, w_VC, targets_BT, weights, cap: str):
 
 def chunked(x, w, targets_BT, weights, cap: str, **how):
     how = {"dtype": x.dtype} | how
-    return head_loss(x, w, targets_ahead(targets_BT, len(weights)), torch.tensor(weights),
-                     SOFTCAPS[cap], **how)
+    return head_loss(x, w, targets_ahead(targets_BT, len(weights)),
+                     torch.tensor(weights, device=x.device), SOFTCAPS[cap], **how)
 
 
 @pytest.mark.parametrize("size", [16, 40, 96, 1000, None])  # 40 leaves a rest of 16
@@ -265,7 +268,8 @@ class Fp8Linear(torch.autograd.Function):
 def test_fp8_rounds_what_a_layer_in_fp8_would(dtype, tolerance, triton):
     """A layer gets the mean loss's gradient, and a factor that is larger by the tokens: the same
     numbers are rounded. In bf16 the layer's gradient was rounded once before that."""
-    x, w, targets = a_head(B=2, T=32, C=32, V=96, dtype=torch.float32)
+    x, w, targets = a_head(B=2, T=32, C=32, V=96, dtype=torch.float32,
+                           device=DEVICE if triton else "cpu")
     half = x.detach().to(dtype).requires_grad_()
     factors = (16.0, 32.0, 448.0)
     z = Fp8Linear.apply(half, w, *factors[:2], factors[2] * 64).float()
@@ -304,13 +308,13 @@ def test_fp8_products_get_the_layouts_that_gpus_take(monkeypatch):
 
 # --- the kernel, in Triton's interpreter where there is no GPU ------------------------------------
 
-def chunk(cap: str, V: int, dtype=torch.float32, N=5, K=3, device="cpu"):
+def chunk(cap: str, V: int, dtype=torch.float32, N=5, K=3):
     generator = torch.Generator().manual_seed(V)
     logits = (4 * torch.randn(N, V, generator=generator)).to(dtype)
     targets = torch.randint(V, (N, K), generator=generator)
     targets[0, 1:] = targets[0, 0]  # the same token more than once
     targets[-1, 1:] = -1
-    return (logits.to(device), targets.to(device), torch.tensor(WEIGHTS[:K], device=device),
+    return (logits.to(DEVICE), targets.to(DEVICE), torch.tensor(WEIGHTS[:K], device=DEVICE),
             SOFTCAPS[cap])
 
 
@@ -395,6 +399,30 @@ def test_shapes_and_dtypes_of_a_row_of_64k_tokens(bodies, fp8):
     assert (x.grad.dtype, x.grad.shape) == (x.dtype, x.shape)
     assert (w.grad.dtype, w.grad.shape) == (w.dtype, w.shape)
     assert largest.numel == 8192 * 50_304
+
+
+@needs_triton
+def test_kernels_compile_for_gpus(tmp_path):
+    """Hopper with gradients in place and in e5m2, Ampere in place."""
+    types = {"logits": "*bf16", "targets": "*i64", "weights": "*fp32", "loss": "*fp32",
+             "grad": "*bf16", "factor": "fp32", "V": "i32"}
+    constants = {"KIND": "sigmoid", "CAP": 23.0, "DIV": 7.5, "SHIFT": 5.0, "BOUNDED": True,
+                 "NUM_TARGETS": 3, "WITH_GRAD": True, "FP8": False, "BLOCK": 4096}
+    options = {"num_warps": 8}
+    jobs = [{"capability": 90, "types": types | {"grad": "*fp8e5"},
+             "constants": constants | {"FP8": True}, "options": options},
+            {"capability": 90, "types": types, "options": options,
+             "constants": constants | {"KIND": "tanh", "BOUNDED": False}},
+            {"capability": 80, "types": types, "constants": constants | {"KIND": "none"},
+             "options": options}]
+    to_fp8, *others = compile_for_gpu("kernels.loss", "_loss_kernel", jobs, tmp_path)
+    assert "cvt.rn.satfinite.e5m2x2.f32" in to_fp8[0]
+    for ptx, _ in others:
+        assert "ld.global.v4" in ptx and "st.global.v4" in ptx and "e5m2" not in ptx
+    ((ptx, _),) = compile_for_gpu("kernels.fp8", "_transpose_kernel", [
+        {"capability": 90, "types": {"x": "*u8", "out": "*u8", "rows": "i32", "columns": "i32"},
+         "constants": {"BLOCK_R": 128, "BLOCK_C": 128}, "options": options}], tmp_path)
+    assert "ld.global.v4" in ptx and "st.global.v4" in ptx  # 16 bytes at a time on both sides
 
 
 @needs_gpu

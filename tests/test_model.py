@@ -205,12 +205,13 @@ def test_the_loss_in_triton_is_the_loss():
     """Of a recipe with softcap, padded rows and three targets."""
     pytest.importorskip("triton")
     recipe = edit(pocket(RECORDS[62]), num_heads=2, head_dim=16, num_layers=4)
-    inputs, targets = row(32), row(32, seed=5)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs, targets = row(32).to(device), row(32, seed=5).to(device)
     results = []
     for kernels in (frozenset(), frozenset({"loss"})):
         model = GPT(recipe.model, kernels)
         init_weights(model, 0)
-        model.set_stage(recipes.stage(0, recipe))
+        model.to(device).set_stage(recipes.stage(0, recipe))
         loss = model(inputs, targets)
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters()
