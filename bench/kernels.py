@@ -4,13 +4,14 @@
     python bench/kernels.py --quick               toy shapes
     python bench/kernels.py --only gram --json kernels.json
 
-A row: median milliseconds of `--repeats` calls by CUDA events, caches flushed before each; what the
-kernel reaches in TFLOP/s and GB/s, counting only the work and the traffic that cannot be avoided;
-that bound's share of the time taken (dense bf16 peak and HBM bandwidth from data sheets); and the
-largest error of kernel and twin against the twin in float64, over the largest entry. Rows with
-gradients time the forward and the backward pass. Without a GPU the kernels run in Triton's
-interpreter at toy shapes, and only the errors are shown: times would mean nothing. (The interpreter
-cuts off what bf16 cannot hold, a GPU rounds to nearest: there the errors halve.)
+A row: median milliseconds of `--repeats` calls by CUDA events, caches flushed before each; memory
+that a call takes at its peak beside its inputs, in MiB; what the kernel reaches in TFLOP/s and
+GB/s, counting only the work and the traffic that cannot be avoided; that bound's share of the time
+taken (dense bf16 peak and HBM bandwidth from data sheets); and the largest error of kernel and twin
+against the twin in float64, over the largest entry. Rows with gradients time the forward and the
+backward pass. Without a GPU the kernels run in Triton's interpreter at toy shapes, and only the
+errors are shown: times would mean nothing. (The interpreter cuts off what bf16 cannot hold, a GPU
+rounds to nearest: there the errors halve.)
 
 A new kernel: a function that yields Cases, named in CASES.
 """
@@ -25,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -38,7 +40,7 @@ if not torch.cuda.is_available():  # before the kernels are defined
 
 import kernels
 import muon
-from kernels import relu2, symmetric
+from kernels import loss, relu2, symmetric
 
 # Bytes/s of one device's memory, from the vendors' data sheets.
 BANDWIDTH = {
@@ -122,7 +124,40 @@ def relu2_cases(toy: bool, device: str) -> Iterator[Case]:
                12 * N * C * F, 2 * (4 * N * C + 4 * C * F + 2 * N * F))
 
 
-CASES = (symmetric_cases, relu2_cases)
+def loss_cases(toy: bool, device: str) -> Iterator[Case]:
+    """The newest recipe's head: chunks through the kernel, and chunks through its plain twin
+    (compiled, as the trainer does it), against cross-entropy as it is written down, all logits at
+    once. 16,384 tokens, because that takes about 50 GB in float64 (calculated)."""
+    N, C, V, rows = (96, 32, 112, 2) if toy else (16_384, 768, 50_304, 8)
+    softcap = loss.Softcap("sigmoid", 23.0, 7.5, 5.0)
+    targets_BT = torch.randint(V, (rows, N // rows), device=device)
+
+    def inputs():
+        return [random(N, C, dtype=torch.bfloat16, device=device, grad=True),
+                random(V, C, dtype=torch.float32, device=device, scale=3 * C**-0.5, grad=True)]
+
+    for K in (1, 3):
+        weights_K = 0.5 ** torch.arange(K, device=device)
+        targets_NK = loss.targets_ahead(targets_BT, K)
+
+        def chunked(x, w, bodies, targets_NK=targets_NK, weights_K=weights_K):
+            return loss.head_loss(x, w, targets_NK, weights_K, softcap, x.dtype, bodies=bodies)
+
+        def plain(x, w, targets_NK=targets_NK, weights_K=weights_K):
+            z = (x @ w.to(x.dtype).T).to(torch.promote_types(x.dtype, torch.float32))
+            f = loss.softcapped(z, softcap)
+            return sum(weight * torch.nn.functional.cross_entropy(
+                           f, targets_N, ignore_index=-1, reduction="sum")
+                       for weight, targets_N in zip(weights_K, targets_NK.T))
+
+        ways = {"Triton": loss.KERNELS, "twin": loss.TWINS if toy else loss.compiled(loss.TWINS)}
+        for way, bodies in ways.items():
+            yield Case(f"head loss, {way}", f"{N} x {C} -> {V}, targets: {K}",
+                       partial(chunked, bodies=bodies), plain, inputs,
+                       6 * N * C * V, 2 * 2 * N * C + 2 * 4 * V * C)
+
+
+CASES = (symmetric_cases, relu2_cases, loss_cases)
 
 
 def call(function: Callable, inputs: list[Tensor], grad: Tensor | None) -> list[Tensor]:
@@ -155,6 +190,14 @@ def milliseconds(work: Callable, repeats: int) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
+def peak_mib(work: Callable) -> float:
+    """What `work` allocates on the GPU at its peak."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def measure(case: Case, repeats: int) -> dict:
     torch.manual_seed(0)
     inputs = case.inputs()
@@ -173,6 +216,7 @@ def measure(case: Case, repeats: int) -> dict:
     for name, function in (("kernel_ms", case.kernel), ("eager_ms", case.twin),
                            ("compiled_ms", torch.compile(case.twin, dynamic=False))):
         row[name] = milliseconds(lambda f=function: call(f, inputs, grad), repeats)
+        row[name.replace("_ms", "_mib")] = peak_mib(lambda f=function: call(f, inputs, grad))
     seconds = row["kernel_ms"] / 1e3
     row |= {"tflops": case.flops / seconds / 1e12, "gb_per_s": case.bytes / seconds / 1e9}
     name = torch.cuda.get_device_name(device)
@@ -189,6 +233,7 @@ def cells(row: dict) -> list[str]:
         ms = [row[name] for name in ("kernel_ms", "eager_ms", "compiled_ms")]
         share = f"{row['roofline']:.0%}" if "roofline" in row else "-"
         shown += [*(f"{x:.3f}" for x in ms), f"{ms[1] / ms[0]:.2f}", f"{ms[2] / ms[0]:.2f}",
+                  f"{row['kernel_mib']:.0f}", f"{row['compiled_mib']:.0f}",
                   f"{row['tflops']:.0f}", f"{row['gb_per_s']:.0f}", share]
     return [*shown, f"{row['error']:.1e}", f"{row['twin_error']:.1e}"]
 
@@ -207,8 +252,8 @@ def main(arguments: list[str] | None = None) -> None:
                "torch": torch.__version__, "triton": kernels.triton.__version__,
                "date": time.strftime("%Y-%m-%d")}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    times = ["ms", "eager ms", "compiled ms", "eager/ours", "compiled/ours", "TFLOP/s", "GB/s",
-             "of roofline"] if device == "cuda" else []
+    times = ["ms", "eager ms", "compiled ms", "eager/ours", "compiled/ours", "MiB", "compiled MiB",
+             "TFLOP/s", "GB/s", "of roofline"] if device == "cuda" else []
     head = ["kernel", "shape", "dtype", *times, "error", "twin's"]
     print(f"\n| {' | '.join(head)} |\n| {' | '.join(['---'] * 3 + ['---:'] * (len(head) - 3))} |")
     rows = []
