@@ -107,12 +107,37 @@ def coefficients(method: str, steps: int, given: tuple | None = None) -> tuple[t
 def storage_dtype(mode: str | None, device: torch.device) -> torch.dtype:
     """What the iterate is stored in. "accurate" (the default) keeps rounding noise below 2% of the
     update's energy for momentum of rank 8: fp16 on CUDA (10 bits, as fast as bf16 there), fp32
-    elsewhere. "fast" is bf16, which the records used: 33% with Polar Express at 768 x 768."""
-    if mode not in ("fast", "accurate", None):
-        raise ValueError(f'mode: expected "fast", "accurate" or None, got {mode!r}')
+    elsewhere. "fast" is bf16, which the records used: 33% with Polar Express at 768 x 768. "mixed"
+    is for CPUs, whose fp16 is slow: bf16 products on an fp32 iterate for as long as what its
+    rounding would add is still to be amplified (0.4%); elsewhere it is "accurate"."""
+    if mode not in ("fast", "mixed", "accurate", None):
+        raise ValueError(f'mode: expected "fast", "mixed", "accurate" or None, got {mode!r}')
     if mode == "fast":
         return torch.bfloat16
     return torch.float16 if device.type == "cuda" else torch.float32
+
+
+@contextlib.contextmanager
+def _precision(mode: str | None, device: torch.device):
+    """How products are formed, whatever the program chose for its own. On a CPU of fp32 as it is,
+    or rounded to bf16 for "mixed". On CUDA with sums in fp32, where cuBLAS may add up parts of an
+    fp16 product in fp16. Compiled code cannot change this: it must run inside."""
+    name, wanted, known = "", None, not torch.compiler.is_compiling()
+    if known and device.type == "cpu":
+        owner, name = torch.backends.mkldnn.matmul, "fp32_precision"
+        wanted = "bf16" if mode == "mixed" else "ieee"
+    elif known and device.type == "cuda":
+        owner, name = torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"
+        wanted = False
+    before = getattr(owner, name) if name else wanted
+    if before == wanted:
+        yield
+        return
+    setattr(owner, name, wanted)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def normalize(G: Tensor, dim: int | tuple, factor: float = 1.0, eps: float = 0.0) -> Tensor:
@@ -154,10 +179,15 @@ def orthogonalize(
     dtype = X.dtype if X.dtype == torch.float64 else storage_dtype(mode, X.device)
     X = normalize(X, (-2, -1), safety, eps).to(dtype).view(-1, *X.shape[-2:])
     gram, polynomial = products or (_gram, _polynomial)
-    if dtype.itemsize >= 4 and X.shape[-1] >= 2 * X.shape[-2] and len(polynomials) > 1:
-        X = torch.bmm(_accumulated(gram(X), polynomials, polynomial), X)
-    else:
-        for a, b, c in polynomials:
+    exact, mixed = dtype.itemsize >= 4 and mode != "mixed", dtype.itemsize == 4 and mode == "mixed"
+    with _precision(mode, X.device):
+        if exact and X.shape[-1] >= 2 * X.shape[-2] and len(polynomials) > 1:
+            X = torch.bmm(_accumulated(gram(X), polynomials, polynomial), X)
+            polynomials = ()
+        for step, (a, b, c) in enumerate(polynomials):
+            # From here on the slopes at 0 multiply what rounding adds to X by less than 64.
+            if mixed and math.prod(abs(triple[0]) for triple in polynomials[step:]) < 64:
+                X = X.to(torch.bfloat16)
             A = gram(X)
             B = polynomial(A, b, c) if c else A.mul_(b)
             X = torch.baddbmm(X, B, X, beta=a)
@@ -513,7 +543,7 @@ FIXED = ("rule", "every", "shard", "view", "split", "split_axis", "second_moment
 CHOICES = {
     "rule": tuple(RULES), "decay": ("lr", "lr2", "l2"), "cautious": (False, True, "strict"),
     "momentum_form": ("ema", "heavy_ball"), "norm": NORMS, "method": METHODS,
-    "mode": (None, "fast", "accurate"), "second_moment": (None, "row", "col"),
+    "mode": (None, "fast", "mixed", "accurate"), "second_moment": (None, "row", "col"),
     "view": (None, "matrix", "flatten", "batch"), "split_axis": (0, 1),
     "shard": (None, "whole", "rows", "copy"), "collective": ("reduce_scatter", "all_reduce"),
     "reduce": ("mean", "sum"), "adjust_lr_fn": (None, "original", "match_rms_adamw"),
@@ -679,20 +709,6 @@ class _LiveRun:
             self.state["master"].copy_(self.param)
 
 
-@contextlib.contextmanager
-def _full_accumulation(device: torch.device):
-    """cuBLAS may add up parts of an fp16 product in fp16, which "accurate" must not have."""
-    matmul = torch.backends.cuda.matmul
-    allowed = matmul.allow_fp16_reduced_precision_reduction
-    if device.type == "cuda" and allowed:
-        matmul.allow_fp16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        if device.type == "cuda" and allowed:
-            matmul.allow_fp16_reduced_precision_reduction = True
-
-
 class Muon(torch.optim.Optimizer):
     """Muon for matrices and Adam for the rest, in one optimizer, on any number of ranks.
 
@@ -706,7 +722,7 @@ class Muon(torch.optim.Optimizer):
 
     Options of "muon" groups, beside torch's
         method         "svd", "cubic", "jordan", "polar_express", with ns_steps
-        mode           "accurate" or "fast", see storage_dtype
+        mode           "accurate", "mixed" or "fast", see storage_dtype
         norm           "spectral", or "row", "col", "sign", "l2": see steepest
         scale          a key of SCALES or a number (torch: adjust_lr_fn), times `multiplier`
         momentum_form  "ema" as torch, or "heavy_ball": the same direction
@@ -1047,9 +1063,10 @@ class Muon(torch.optim.Optimizer):
                     live.works.append(work)
         for live in due:
             self._wait(live)
-            with _full_accumulation(self.device):
-                for run in live.runs:
-                    if not self.param_groups[run.plan.items[0].group]["frozen"]:
+            for run in live.runs:
+                group = self.param_groups[run.plan.items[0].group]
+                if not group["frozen"]:
+                    with _precision(group.get("mode"), self.device):
                         self._update(run)
             live.launched = False
             if self.world_size > 1 and live.plan.kind != "copy":

@@ -66,7 +66,7 @@ def test_published_faults_would_be_caught():
 SHAPES = ((96, 96), (48, 192), (192, 48), (3, 64, 64), (2, 2, 24, 60))
 
 
-@pytest.mark.parametrize("mode, slack", [("accurate", 1e-3), ("fast", 0.025)])
+@pytest.mark.parametrize("mode, slack", [("accurate", 1e-3), ("mixed", 0.025), ("fast", 0.025)])
 @pytest.mark.parametrize("method", PUBLISHED)
 def test_singular_values_end_where_the_polynomials_send_them(method, mode, slack):
     published = PUBLISHED[method]
@@ -93,7 +93,7 @@ def test_svd_is_the_polar_factor_and_methods_converge_to_it():
         assert (orthogonalize(G, "cubic", 60) - want).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("mode", ["accurate", "fast"])
+@pytest.mark.parametrize("mode", ["accurate", "mixed", "fast"])
 @pytest.mark.parametrize("method", ["svd", "jordan", "polar_express"])
 def test_the_update_always_descends(method, mode):
     inputs = [h.low_rank(r, 96, 64)[0] for r in (1, 8)]
@@ -107,7 +107,7 @@ def test_the_update_always_descends(method, mode):
 @settings(max_examples=40, deadline=None)
 @given(
     exponent=st.integers(-100, 100), seed=st.integers(0, 99), rows=st.integers(1, 40),
-    cols=st.integers(1, 40), mode=st.sampled_from(["accurate", "fast"]),
+    cols=st.integers(1, 40), mode=st.sampled_from(["accurate", "mixed", "fast"]),
 )  # fmt: skip
 def test_powers_of_two_change_no_bit_and_signs_only_the_sign(exponent, seed, rows, cols, mode):
     G = h.gaussian(rows, cols, seed=seed)
@@ -131,7 +131,7 @@ def test_gradients_of_any_scale_give_the_same_update(scale):
     assert torch.equal(orthogonalize(G, "jordan", eps=1e-7), orthogonalize(G, "jordan"))
 
 
-@pytest.mark.parametrize("mode, bound", [("accurate", 1e-5), ("fast", 0.06)])
+@pytest.mark.parametrize("mode, bound", [("accurate", 1e-5), ("mixed", 0.06), ("fast", 0.06)])
 def test_rotations_and_permutations_go_through(mode, bound):
     G = h.gaussian(64, 128)
     Q, R = torch.linalg.qr(h.gaussian(64, 64, seed=1))[0], torch.linalg.qr(h.gaussian(128, 128))[0]
@@ -146,8 +146,29 @@ def test_low_rank_momentum_does_not_become_rounding_noise():
     assert h.noise_energy(orthogonalize(G), *spaces) < 0.02
     assert h.noise_energy(orthogonalize(G, mode="accurate"), *spaces) < 0.02
     assert h.noise_energy(orthogonalize(G, mode="fast"), *spaces) > 0.1  # what bf16 does to it
+    for method in ("jordan", "polar_express"):  # the same products, the iterate in fp32 at first
+        assert h.noise_energy(orthogonalize(G, method, mode="mixed"), *spaces) < 0.01
     G, *spaces = h.low_rank(32, 256, 512)
     assert h.noise_energy(orthogonalize(G), *spaces) < 0.01
+    assert h.noise_energy(orthogonalize(G, mode="mixed"), *spaces) < 0.01
+
+
+def test_modes_mean_the_same_whatever_precision_the_program_chose():
+    """bf16 products would blow up the Gram form, which only fp32 stands: 1e4 times the norm."""
+    G, *spaces = h.low_rank(8, 64, 256)
+    matmul = torch.backends.mkldnn.matmul
+    want = {mode: orthogonalize(G, mode=mode) for mode in ("accurate", "mixed", "fast")}
+    before = matmul.fp32_precision
+    try:
+        torch.set_float32_matmul_precision("medium")
+        chosen = matmul.fp32_precision
+        for mode, X in want.items():
+            assert torch.equal(orthogonalize(G, mode=mode), X)
+            assert matmul.fp32_precision == chosen
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
+    assert h.noise_energy(want["accurate"], *spaces) < 1e-6
 
 
 def test_fp16_storage_keeps_noise_below_two_percent(monkeypatch):
@@ -170,7 +191,8 @@ def test_storage_follows_mode_and_device():
 
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert muon.storage_dtype(None, cuda) == muon.storage_dtype("accurate", cuda) == torch.float16
-    assert muon.storage_dtype(None, cpu) == torch.float32
+    assert muon.storage_dtype(None, cpu) == muon.storage_dtype("mixed", cpu) == torch.float32
+    assert muon.storage_dtype("mixed", cuda) == torch.float16
     assert muon.storage_dtype("fast", cpu) == muon.storage_dtype("fast", cuda) == torch.bfloat16
     with pytest.raises(ValueError, match="mode"):
         muon.storage_dtype("exact", cpu)
@@ -191,7 +213,7 @@ def test_zero_stays_zero_and_nan_stays_at_home(method):
         assert torch.equal(Y[[0, 1, 3]], X[[0, 1, 3]]) and not Y[2].isfinite().all()
 
 
-@pytest.mark.parametrize("mode", ["accurate", "fast"])
+@pytest.mark.parametrize("mode", ["accurate", "mixed", "fast"])
 @pytest.mark.parametrize("shape", [(48, 48), (40, 96), (130, 64)])
 def test_a_batch_is_its_matrices_and_padding_is_harmless(shape, mode):
     G = h.gaussian(6, *shape)
