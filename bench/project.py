@@ -529,7 +529,7 @@ def main(argv: list[str]) -> int:
         parser.error(f"--node_size: expected a power of two, got {args.node_size}")
     link = Link(args.node_size, args.intra * 1e9, args.intra_latency * 1e-6, args.inter * 1e9,
                 args.inter_latency * 1e-6)
-    gpu, measured, source = Gpu(), {}, "public 8xH100 traces and logs, no measurement of ours"
+    gpu, measured, source = Gpu(), {}, "public 8xH100 traces and logs, none of ours"
     try:
         if args.measured:
             measured = read_measured(args.measured, gpu)
