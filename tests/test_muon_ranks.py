@@ -208,6 +208,51 @@ def test_ranks_stay_identical_through_two_thousand_steps(tmp_path):
     h.run_ranks(2, tmp_path, stress, 2000)
 
 
+def order_of_events(rank, _):
+    """What is launched when, in a chain of matrices whose last one gets its gradient first."""
+    events = []
+    params = [torch.nn.Parameter(h.gaussian(16, 16, seed=n) / 4) for n in range(6)]
+    for n, p in enumerate(params):  # before the optimizer's own hooks
+        p.register_post_accumulate_grad_hook(lambda _, n=n: events.append(("gradient", n)))
+    optimizer = muon.Muon([{"params": params}], num_buckets=3, overlap=True)
+
+    def told(what, function):
+        def call(*arguments, **options):
+            moved = [n for n, live in enumerate(optimizer._live)
+                     if any(t is live.params or t is live.grads for t in arguments)]  # fmt: skip
+            events.append((what, *moved))
+            return function(*arguments, **options)
+        return call
+
+    muon._reduce_scatter = told("reduce", muon._reduce_scatter)
+    muon._all_gather = told("gather", muon._all_gather)
+    optimizer._apply = told("update", optimizer._apply)
+    for _ in range(2):  # the second step knows the order of the first
+        events.clear()
+        x = torch.ones(2, 16)
+        for p in params:
+            x = x @ p
+        optimizer.arm()
+        x.sum().backward()
+        events.append("backward ends")
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [e for e in events if e[0] == "gradient"] == [("gradient", n) for n in range(5, -1, -1)]
+    for n, live in enumerate(optimizer._live):
+        # each bucket leaves with its last gradient, the first ones long before backward ends
+        last = max(events.index(("gradient", index)) for _, _, index, *_ in live.entries)
+        assert events.index(("reduce", n)) == last + 1
+        assert events.index(("reduce", n)) < events.index("backward ends")
+        # and its new weights are gathered before the next bucket is updated
+        assert events[: events.index(("gather", n))].count(("update",)) == n + 1
+    assert events.index(("reduce", 0)) < events.index(("gradient", 3))
+    assert len(optimizer._live) == 3
+
+
+def test_reductions_leave_during_backward_and_gathers_between_updates(tmp_path):
+    h.run_ranks(2, tmp_path, order_of_events)
+
+
 def misuse(rank, _):
     shape = (8, 8) if rank else (8, 16)
     with pytest.raises(ValueError, match="ranks disagree"):
