@@ -273,8 +273,9 @@ TWINS, KERNELS = Bodies(), Bodies(triton_loss_and_grad)
 
 def compiled(bodies: Bodies, backend: str = "inductor") -> Bodies:
     """A graph for each shape of chunk, each number of targets, with and without gradients; never
-    one for all chunks."""
-    return Bodies(*(torch.compile(body, dynamic=False, backend=backend) for body in bodies))
+    one for all chunks. The Triton kernel is one already."""
+    return Bodies(*(body if body is triton_loss_and_grad else torch.compile(
+        body, dynamic=False, backend=backend) for body in bodies))
 
 
 class Products:
@@ -305,8 +306,9 @@ def chunk_tokens(num_tokens: int, vocab_rows: int, device: torch.device) -> int:
     """Tokens whose logits exist at once: a power of two within a budget, or less where that makes
     all chunks equal. A multiple of 16, which fp8 products need.
 
-    GPU: 4 bytes a logit (bf16 and what takes its place, or fp8 in two layouts) within 2.5 GB:
-    8,192 tokens at 50,304 rows, enough for products at full rate. CPU: what stays in cache.
+    GPU: 4 bytes a logit (bf16 and fp8 in two layouts; without fp8 half of it is spare) within
+    2.5 GB: 8,192 tokens at 50,304 rows, long enough for the products. Eager, with bodies neither
+    compiled nor in Triton, fp32 takes three times that. CPU: what stays in cache.
     """
     logits = 2.5e9 / 4 if device.type == "cuda" else 2**19
     limit = 2 ** max(4, int(math.log2(logits / vocab_rows)))
