@@ -31,22 +31,13 @@ STEP = "train step"     # the range around each profiled step, in the trace
 
 Span = tuple[float, float]  # from, to, in microseconds
 
-# Bytes of an element, by the words of traces: "float", "c10::BFloat16", "Float", "long int" ...
-ITEM_BYTES = {"float": 4, "int": 4, "long": 8, "long int": 8, "double": 8, "bfloat16": 2,
-              "half": 2, "bool": 1, "byte": 1, "unsigned char": 1, "float8_e4m3fn": 1,
-              "float8_e5m2": 1}
-
-
-def item_bytes(dtype: object) -> int:
-    return ITEM_BYTES.get(str(dtype).lower().removeprefix("c10::"), 0)
-
-
 # --- classes, by name -----------------------------------------------------------------------------
 
 COMMUNICATION = r"nccl|gloo|c10d|param_comms"
 ATTENTION = r"flash|fmha|attention|attn"
-LOSS = r"softmax|nll_loss|cross_entropy|softcap"
-PRODUCT_KERNEL = r"gemm|nvjet|cutlass|cublas|xmma|splitk|_mm\b|matmul|triton_tem"
+LOSS = r"softmax|nll_loss|cross_entropy|softcap|^_loss_kernel"
+PRODUCT_KERNEL = r"gemm|nvjet|cutlass|cublas|xmma|splitk|_mm\b|matmul|triton_tem|_product_kernel|" \
+                 r"_symmetric_kernel"
 PRODUCT_OP = r"^(aten|mkldnn)::(mm|addmm|bmm|baddbmm|_scaled_mm|mv|dot|matmul|_?linear)"
 FP8 = r"e4m3|e5m2|fp8|float8|_scaled_mm"
 COPY_OP = r"::(copy_|clone|_to_copy|to|contiguous|cat|stack|fill_|zero_|zeros|empty)"
@@ -61,7 +52,7 @@ def kernel_class(name: str, op: str, on_vocabulary: bool, phase: str) -> str:
 
     if has(r"nccl"):
         return "communication"
-    if has(r"^mem(cpy|set)"):
+    if has(r"^mem(cpy|set)|^_transpose_kernel"):
         return "copies"
     if has(ATTENTION) and not has(r"^triton_(poi|red|per)"):
         backward = has(r"bwd|backward|_dq|_dkv") or phase == "backward"
@@ -106,13 +97,13 @@ def operator_class(name: str, on_vocabulary: bool, phase: str) -> str:
 
 def product_flops(op: str, dims: list) -> float | None:
     """FLOPs of a matrix product from the shapes of its inputs; None for what is none."""
-    name = op.removeprefix("aten::").removesuffix("_out")
-    if name in ("addmm", "baddbmm", "addmm_"):
-        dims = dims[1:]
-    if name not in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "_scaled_mm") or len(dims) < 2 \
-            or not (dims[0] and dims[1]):
+    name = op.rpartition("::")[2]
+    dims = dims[1:] if name in ("addmm", "baddbmm") else dims
+    if len(dims) < 2 or not (dims[0] and dims[1]):
         return None
-    return 2.0 * math.prod(dims[0]) * dims[1][-1]
+    columns = {"mm": -1, "addmm": -1, "bmm": -1, "baddbmm": -1, "_scaled_mm": -1,
+               "linear_relu2": 0}.get(name)
+    return None if columns is None else 2.0 * math.prod(dims[0]) * dims[1][columns]
 
 
 def moved_bytes(event: dict, op: dict) -> float | None:
@@ -131,6 +122,12 @@ def moved_bytes(event: dict, op: dict) -> float | None:
         types = op["args"].get("Input type", [])
         return float(sum(math.prod(d) * item_bytes(t) for d, t in zip(_dims(op), types) if d))
     return None
+
+
+def item_bytes(dtype: object) -> int:
+    """Of traces' words: "float", "c10::BFloat16", "Half", "long int", "float8_e4m3fn" ..."""
+    sizes = {"8_|bool|byte|char": 1, "16|half": 2, "long|double": 8, "float|int": 4}
+    return next((n for words, n in sizes.items() if re.search(words, str(dtype), re.I)), 0)
 
 
 def _dims(op: dict | None) -> list[list[int]]:

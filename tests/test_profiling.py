@@ -104,6 +104,22 @@ def test_a_gpu_trace_becomes_the_table_that_its_author_computed():
     assert found.phases["backward"] == 2 * (100 + 60 + 100)
 
 
+@pytest.mark.parametrize("name, size", [
+    ("c10::BFloat16", 2), ("Half", 2), ("float", 4), ("Float", 4), ("long int", 8), ("double", 8),
+    ("c10::Float8_e4m3fn", 1), ("unsigned char", 1), ("bool", 1), ("int", 4), ("", 0), (None, 0)])
+def test_traces_words_for_types(name, size):
+    assert profiling.item_bytes(name) == size
+
+
+def test_the_kernels_of_this_repository_have_a_class():
+    """A new one says where it belongs; "other" is for what nobody knows."""
+    named = {m for path in (ROOT / "kernels").glob("*.py")
+             for m in re.findall(r"^def (_\w*kernel)\(", path.read_text(), re.M)}
+    assert named
+    for name in named:
+        assert profiling.kernel_class(name, "", False, "forward") != "other", name
+
+
 def test_what_is_covered_twice_counts_once():
     assert union([(5, 6), (0, 2), (1, 3), (3, 4)]) == [(0, 4), (5, 6)]
     assert length(union([(0, 2), (1, 3)])) == 3
@@ -136,11 +152,13 @@ def test_the_table_fits_a_narrow_terminal():
 @pytest.mark.parametrize("name, op_name, wide, phase, kind", [
     ("nvjet_sm90_hsh_128x128", "aten::mm", True, "forward", "head GEMMs"),
     ("cutlass_80_tensorop_bf16_s16816gemm", "aten::mm", False, "backward", "block GEMMs"),
-    ("_fused_linear_relu2_kernel_matmul", "", False, "forward", "block GEMMs"),
+    ("_product_kernel", "speedrun::linear_relu2", False, "forward", "block GEMMs"),
+    ("_symmetric_kernel", "speedrun::gram", False, "optimizer", "Newton-Schulz"),
+    ("_transpose_kernel", "speedrun::transpose_fp8", True, "forward", "copies"),
     ("flash_bwd_convert_dq_kernel", "", False, "backward", "attention backward"),
     ("cutlass::device_kernel<flash::FlashAttnFwdSm90>", "", False, "forward", "attention forward"),
     ("triton_red_fused__log_softmax_sigmoid_2", "", False, "forward", "softmax and loss"),
-    ("_softcapped_cross_entropy_kernel", "", False, "forward", "softmax and loss"),
+    ("_loss_kernel", "speedrun::softcapped_loss_", True, "forward", "softmax and loss"),
     ("triton_poi_fused_attention_add", "", False, "forward", "elementwise and norms"),
     ("triton_poi_fused_add", "", False, "optimizer", "optimizer elementwise"),
     ("embedding_backward_feature_kernel", "aten::embedding_dense_backward", True, "backward",
