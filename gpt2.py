@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kernels import DTYPES
 from kernels.attention import attention
 from kernels.loss import KERNELS, TWINS, Softcap
-from model import GPT, GPTConfig, Layer, Stage
+from model import GPT, GPTConfig, Layer, Stage, run_block
 from pieces import Linear, Then
 
 
@@ -74,7 +74,7 @@ class GPT2(nn.Module):
         self.ln = nn.LayerNorm(dim)
         self.lm_head = Linear(dim, config.padded_vocab_size, DTYPES[config.head])
         self.lm_head.weight = self.embed.weight
-        self.segments = [range(config.num_layers)]
+        self.segments, self.recompute = [range(config.num_layers)], False
         self.softcap, self.loss_bodies = Softcap(), KERNELS if "loss" in kernels else TWINS
         self.register_buffer("target_weights", torch.ones(1), persistent=False)
         self.set_stage(Stage())
@@ -93,7 +93,7 @@ class GPT2(nn.Module):
 
     def run_layers(self, layers: range, x_BTC: Tensor, *_) -> Tensor:
         for i in layers:
-            x_BTC = self.blocks[i](x_BTC)
+            x_BTC = run_block(self.blocks[i], self.recompute, x_BTC)
         return x_BTC
 
     def leave(self, x_BTC: Tensor, outputs: dict) -> Tensor:

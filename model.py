@@ -22,11 +22,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import pieces
 from kernels import DTYPES
 from kernels.attention import Keys, document_ids, packed_keys
 from kernels.loss import KERNELS, TWINS, Softcap, head_loss, targets_ahead
+from kernels.relu2 import mlp_relu2
 from pieces import Given, Linear, Norm, Then, norm
 
 
@@ -275,10 +277,21 @@ class MLP(nn.Module):
         return x_BTC + self.proj(self.activation(self.fc(norm(x_BTC))))
 
 
+class FusedMLP(MLP):
+    """The same with ReLU^2 inside the products, in Triton."""
+
+    def forward(self, x_BTC: Tensor, given: Given) -> Tensor:
+        dtype = self.fc.compute_dtype
+        fc_FC, proj_CF = self.fc.weight.to(dtype), self.proj.weight.to(dtype)
+        y_NC = mlp_relu2(norm(x_BTC).to(dtype).flatten(0, 1), fc_FC, proj_CF)
+        return x_BTC + y_NC.view_as(x_BTC)
+
+
 class Block(Then):
     """One layer: its pieces, in the order in which they act on x."""
 
-    def __init__(self, config: GPTConfig, index: int, layer: Layer):
+    def __init__(self, config: GPTConfig, index: int, layer: Layer,
+                 kernels: frozenset[str] = frozenset()):
         parts: dict[str, nn.Module] = {}
         if layer.skip_from is not None:
             kinds = {"weight": pieces.Skip, "gate": pieces.GatedSkip}
@@ -290,7 +303,8 @@ class Block(Then):
         if not (config.drop_attention and index == dropped_attention(config)):
             parts["attn"] = Attention(config, layer)
         if not (config.drop_mlp and index == 0):
-            parts["mlp"] = MLP(config)
+            fused = "relu2" in kernels and config.activation == "relu2"
+            parts["mlp"] = (FusedMLP if fused else MLP)(config)
         super().__init__(parts)
         self.layer = layer
 
@@ -300,6 +314,14 @@ class Block(Then):
             [f"{self.layer.keys} window"] * ("attn" in self)
             + [f"value table {table}"] * (table is not None)
             + [f"skip from layer {source}"] * (source is not None))
+
+
+def run_block(block: nn.Module, recompute: bool, x_BTC: Tensor, *given) -> Tensor:
+    """One layer. With `recompute` backward has only its input and computes the layer again: a third
+    more work, a tenth of the memory."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, x_BTC, *given, use_reentrant=False, preserve_rng_state=False)
+    return block(x_BTC, *given)
 
 
 # --- the whole ------------------------------------------------------------------------------------
@@ -314,7 +336,8 @@ def softcap_piece(config: GPTConfig) -> dict[str, nn.Module]:
 
 
 class GPT(nn.Module):
-    """tokens -> embedding -> blocks -> head -> loss. `kernels`: what runs in Triton; "loss"."""
+    """tokens -> embedding -> blocks -> head -> loss. `kernels`: what runs in Triton of "relu2" (the
+    MLPs' two matrices with ReLU^2 between) and "loss"."""
 
     def __init__(self, config: GPTConfig, kernels: frozenset[str] = frozenset()):
         super().__init__()
@@ -332,7 +355,7 @@ class GPT(nn.Module):
         self.value_embeds = nn.ModuleDict({
             str(i): nn.Embedding(rows, dim, dtype=table_dtype) for i in sorted(tables)})
         self.blocks = nn.ModuleList(
-            Block(config, i, layer) for i, layer in enumerate(self.plan))
+            Block(config, i, layer, kernels) for i, layer in enumerate(self.plan))
         self.on_end = Then({"backout": pieces.Backout(backout_layer(config))}
                            if config.backout else {})
         head_dtype = DTYPES[config.head_dtype]
@@ -356,6 +379,7 @@ class GPT(nn.Module):
             self.shared["bigram_BTC"] = self.bigrams
         self.see = self.see_documents if config.packed else self.see_row
         self.segments = [range(config.num_layers)]  # the trainer cuts it where it compiles
+        self.recompute = False  # the trainer's too: compute layers again where memory is short
 
         # Rotary tables of every position; two positions a token where heads share a stream.
         positions = (config.max_seq_len or config.seq_len) * (2 if config.paired_heads else 1)
@@ -445,7 +469,7 @@ class GPT(nn.Module):
         """Consecutive layers; each one's output is added to `outputs` for the skips behind it."""
         for i in layers:
             layer = self.plan[i]
-            x_BTC = outputs[i] = self.blocks[i](x_BTC, given._replace(
+            x_BTC = outputs[i] = run_block(self.blocks[i], self.recompute, x_BTC, given._replace(
                 keys=keys[layer.keys], value_BTHD=values[layer.value_table],
                 skip_BTC=outputs[layer.skip_from]))
         return x_BTC

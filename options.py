@@ -14,6 +14,7 @@ import typing
 from dataclasses import dataclass, field, fields
 
 import recipes
+from kernels import NAMES
 from model import GPTConfig
 from recipes import RECORDS, SCALES, Recipe
 
@@ -36,6 +37,9 @@ class Run:
         1, "layers that torch.compile takes at once, 0: all; 1 lets reductions overlap most")
     micro_batch_tokens: int | None = _option(
         None, "tokens a rank computes at once; default: what the memory allows")
+    recompute: str = _option(
+        "auto", "on or off: backward computes layers again, for less memory; auto: where a row "
+                "does not fit otherwise")
     data_dir: str | None = _option(
         None, "folder with *train*.bin and *val*.bin to use in place of the recipe's corpus")
     log_dir: str = _option("logs", "folder of the log and the trained model")
@@ -47,10 +51,16 @@ class Run:
               "start; or the path of one")
     timeout_s: float = _option(
         60.0, "how long ranks wait for each other, from the first step on; then one is lost")
+    kernels: str = _option(
+        "none", "of symmetric, relu2 and loss, as relu2,loss: what runs in Triton; or none")
     profile: int = _option(
         0, "profile so many steps, print where their time went, write a trace, stop; no record")
     wandb: bool = _option(False, "log to Weights & Biases as well (WANDB_MODE=offline works)")
     prepare: bool = _option(False, "check the options, get the data, stop before training")
+
+    @property
+    def triton_kernels(self) -> frozenset[str]:
+        return frozenset(self.kernels.split(",")) - {"none", ""}
 
 
 class OptionError(ValueError):
@@ -143,6 +153,7 @@ def _check_run(run: Run, has_cuda: bool) -> None:
     one_of("scale", ("auto", *SCALES))
     one_of("device", ("auto", "cuda", "cpu"))
     one_of("compile", ("auto", "on", "off"))
+    one_of("recompute", ("auto", "on", "off"))
     if run.device == "cuda" and not has_cuda:
         raise OptionError("--device cuda: there is no CUDA device here; --device cpu trains "
                           "(--scale pocket is its size)")
@@ -150,6 +161,9 @@ def _check_run(run: Run, has_cuda: bool) -> None:
         raise OptionError(f"--runs: expected a whole number from 1, got {run.runs}")
     if run.seed < 0:
         raise OptionError(f"--seed: expected 0 or more, got {run.seed}")
+    if unknown := run.triton_kernels - set(NAMES):
+        raise OptionError(f"--kernels: expected some of {', '.join(NAMES)} with commas between, or "
+                          f"none; got {', '.join(sorted(unknown))}")
     if run.compile_layers < 0:
         raise OptionError(f"--compile_layers: expected 0 or more, got {run.compile_layers}")
     if run.checkpoint_every < 0:

@@ -711,14 +711,14 @@ def optimizer_groups(recipe: Recipe, named_parameters) -> list[dict]:
 
 # --- the model ------------------------------------------------------------------------------------
 
-def make_model(recipe: Recipe) -> nn.Module:
-    """The recipe's model, its weights not set yet."""
-    return {"gpt": GPT, "gpt2": GPT2}[recipe.model.architecture](recipe.model)
+def make_model(recipe: Recipe, kernels: frozenset[str] = frozenset()) -> nn.Module:
+    """The recipe's model, its weights not set yet. `kernels`: what runs in Triton, see GPT."""
+    return {"gpt": GPT, "gpt2": GPT2}[recipe.model.architecture](recipe.model, kernels)
 
 
-def build_model(recipe: Recipe, seed: int) -> nn.Module:
+def build_model(recipe: Recipe, seed: int, kernels: frozenset[str] = frozenset()) -> nn.Module:
     """The recipe's model as it stands before step 0, on the CPU."""
-    model = make_model(recipe)
+    model = make_model(recipe, kernels)
     init_weights(model, seed)  # on the CPU, so that every device starts from the same numbers
     model.set_stage(stage(0, recipe))
     return model

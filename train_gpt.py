@@ -46,9 +46,10 @@ from data.loader import (
     val_batches,
 )
 from data.shards import check_disjoint, data_digest
-from kernels import peak_flops
+from kernels import check_kernels, peak_flops, symmetric
 from kernels.attention import activate_flash_attention
 from kernels.fp8 import check_fp8
+from kernels.loss import compiled
 from model import GPT, num_parameters
 from muon import Muon
 from profiling import Profile, check_profile
@@ -136,15 +137,17 @@ def check_data(recipe: Recipe, train_files: list[Path], val_files: list[Path],
 
 # --- model and optimizer --------------------------------------------------------------------------
 
-def build_model(recipe: Recipe, seed: int, device: torch.device) -> GPT:
+def build_model(recipe: Recipe, seed: int, device: torch.device,
+                kernels: frozenset[str] = frozenset()) -> GPT:
     torch.manual_seed(seed)  # whatever draws a random number from here on draws the run's own
-    return recipes.build_model(recipe, seed).to(device)
+    return recipes.build_model(recipe, seed, kernels).to(device)
 
 
-def build_optimizer(model: GPT, recipe: Recipe) -> Muon:
+def build_optimizer(model: GPT, recipe: Recipe, kernels: frozenset[str] = frozenset()) -> Muon:
     """One optimizer for all parameters, grouped by the recipe."""
+    products = (symmetric.gram, symmetric.polynomial) if "symmetric" in kernels else None
     return Muon(recipes.optimizer_groups(recipe, model.named_parameters()), reduce="sum",
-                collective=recipe.grad_collective, overlap=recipe.grad_overlap)
+                collective=recipe.grad_collective, overlap=recipe.grad_overlap, products=products)
 
 
 def wants_compile(run: options.Run, device: torch.device) -> tuple[bool, str]:
@@ -158,6 +161,15 @@ def wants_compile(run: options.Run, device: torch.device) -> tuple[bool, str]:
     layers = {0: "all layers", 1: "one layer"}.get(run.compile_layers,
                                                    f"{run.compile_layers} layers")
     return True, f"torch.compile, {layers} a graph"
+
+
+def describe_speed(run: options.Run, job: "Job") -> str:
+    """What of a run changes its speed and not what it trains, for its header."""
+    rows = f"{job.micro_rows} row{'s' * (job.micro_rows > 1)} at once"
+    return "; ".join([
+        wants_compile(run, job.world.device)[1],
+        rows + ", layers computed again in backward" * job.model.recompute,
+        f"Triton: {', '.join(sorted(run.triton_kernels)) or 'none'}"])
 
 
 def compile_segments(model: GPT, num_layers: int = 1, backend: str = "inductor") -> None:
@@ -174,22 +186,36 @@ def compile_segments(model: GPT, num_layers: int = 1, backend: str = "inductor")
     if n == 1:
         for block in model.blocks:
             block.compile(dynamic=False, backend=backend)
-    for name in ("enter", *["run_layers"] * (n > 1), "leave", "head_loss"):
+    for name in ("enter", *["run_layers"] * (n > 1), "leave"):
         setattr(model, name, torch.compile(getattr(model, name), dynamic=False, backend=backend))
+    model.loss_bodies = compiled(model.loss_bodies, backend)
 
 
 # --- one step -------------------------------------------------------------------------------------
 
-def default_micro_rows(recipe: Recipe, world: World) -> int:
-    """Rows a rank computes at once. 64 rows of 1,024 tokens, as the records did, take about 60
-    GiB: the logits dominate. Smaller cards take fewer rows at a time, which changes nothing else.
+# Bytes that backward keeps of a token, for each layer and channel: 39 to 49 measured with compiled
+# layers (bench/memory.py). A layer that is computed again keeps its input alone.
+KEPT_BYTES, INPUT_BYTES = 50, 4
+
+
+def fit_memory(recipe: Recipe, run: options.Run, device: torch.device) -> tuple[int, bool]:
+    """(rows that a rank computes at once, whether backward computes layers again).
+
+    On a GPU as many rows as its free memory holds, up to 64 of 1,024 tokens as in the records.
+    Packed recipes have rows of 48K or 64K tokens, which cannot be cut: where one does not fit,
+    layers are computed again. Both change nothing but rounding.
     """
-    if world.device.type == "cpu":
-        tokens = 8192
-    else:
-        gib = torch.cuda.get_device_properties(world.device).total_memory / 2**30
-        tokens = 1024 * 2 ** int(math.log2(max(1, 0.85 * gib)))
-    return max(1, tokens // recipe.model.seq_len)
+    recompute, seq_len = run.recompute == "on", recipe.model.seq_len
+    if run.micro_batch_tokens is not None or device.type == "cpu":
+        return max(1, (run.micro_batch_tokens or 8192) // seq_len), recompute
+    layers, channels = recipe.model.num_layers, recipe.model.model_dim
+    total = torch.cuda.get_device_properties(device).total_memory
+    free = 0.85 * total - torch.cuda.memory_allocated(device) - 3 * 2**30  # the head's chunk
+    if run.recompute == "auto":
+        recompute = free < seq_len * KEPT_BYTES * layers * channels
+    of_layers = KEPT_BYTES * 2 + INPUT_BYTES * layers if recompute else KEPT_BYTES * layers
+    tokens = min(65_536, int(free / (of_layers * channels)))
+    return max(1, 2 ** int(math.log2(max(1, tokens / seq_len)))), recompute
 
 
 def micro_batches(batch: Batch, micro_rows: int) -> list[tuple[Tensor, ...]]:
@@ -350,15 +376,13 @@ class Crash(RuntimeError):
 
 def make_job(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World) -> Job:
     activate_flash_attention(world.device)
-    model = build_model(recipe, seed, world.device)
+    model = build_model(recipe, seed, world.device, run.triton_kernels)
     if wants_compile(run, world.device)[0]:
         compile_segments(model, run.compile_layers)
     signals = Signals(world, model.named_parameters())
-    optimizer = build_optimizer(model, recipe)
+    optimizer = build_optimizer(model, recipe, run.triton_kernels)
     signals.guard(optimizer)
-    micro_rows = default_micro_rows(recipe, world)
-    if run.micro_batch_tokens is not None:
-        micro_rows = max(1, run.micro_batch_tokens // recipe.model.seq_len)
+    micro_rows, model.recompute = fit_memory(recipe, run, world.device)
     return Job(run, recipe, seed, data, world, model, optimizer, signals, micro_rows)
 
 
@@ -505,7 +529,7 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
     screen.line()
     screen.facts(header(recipe, seed, job.model, f"{recipe.corpus}, {len(data.train_files)} "
                         f"shard(s), digest {data.digest[:12]}", world,
-                        wants_compile(run, world.device)[1], where))
+                        describe_speed(run, job), where))
 
     warmup_start = time.perf_counter()
     warm_up(job.model, job.optimizer, recipe, data, world, job.micro_rows, job.signals)
@@ -600,6 +624,7 @@ def main(argv: list[str]) -> int:
         run, recipe = options.parse(argv, has_cuda=torch.cuda.is_available())
         if recipe.model.head == "fp8":
             check_fp8(device_for(run.device))
+        check_kernels(run.triton_kernels, device_for(run.device))
         if run.prepare:
             checkpoint.check_folder(Path(run.log_dir))
             find_data(recipe, run)
@@ -609,7 +634,7 @@ def main(argv: list[str]) -> int:
             world.agree(facts.pop("model") | facts
                         | {name: getattr(run, name) for name in
                            ("seed", "runs", "resume", "checkpoint_every", "timeout_s", "compile",
-                            "compile_layers", "profile")}
+                            "compile_layers", "kernels", "recompute", "profile")}
                         | {"the code": source_digest(local_sources())})
             data = world.first(lambda: find_data(recipe, run))
             world.agree({"the data": world.every(lambda: data_here(data))})

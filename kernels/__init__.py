@@ -13,6 +13,24 @@ try:
 except ImportError:  # torch's CPU build comes without
     triton = tl = None
 
+INTERPRET = triton is not None and triton.knobs.runtime.interpret
+
+# What --kernels names: the symmetric products of Newton-Schulz, linear + ReLU^2, the head's loss.
+# Off by default until a GPU has shown what each is worth.
+NAMES = ("symmetric", "relu2", "loss")
+
+
+def check_kernels(names: frozenset[str], device: torch.device) -> None:
+    """Raises ValueError where these Triton kernels cannot run on `device`."""
+    if names and triton is None:
+        raise ValueError("--kernels: Triton is not installed (torch's builds for GPUs bring it); "
+                         "--kernels none trains without")
+    if names and device.type != "cuda" and not INTERPRET:
+        raise ValueError(f"--kernels {','.join(sorted(names))}: Triton kernels need a GPU, got a "
+                         "CPU; --kernels none trains without (TRITON_INTERPRET=1 runs them here, "
+                         "to look at them: a step takes minutes)")
+
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets; MFU is stated against it.

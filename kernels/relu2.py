@@ -21,9 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import jit, tl, triton
-
-INTERPRET = triton is not None and triton.knobs.runtime.interpret
+from kernels import INTERPRET, jit, tl, triton
 
 
 class ReLUSquared(torch.autograd.Function):

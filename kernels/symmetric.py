@@ -16,9 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import jit, tl, triton
-
-INTERPRET = triton is not None and triton.knobs.runtime.interpret
+from kernels import INTERPRET, jit, tl, triton
 
 
 @jit

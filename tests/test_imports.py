@@ -36,7 +36,7 @@ def third_party(path) -> set[str]:
     ("recipes.py", {"model", "gpt2"}),
     ("checkpoint.py", set()),
     ("ranks.py", set()),
-    ("options.py", {"model", "recipes"}),
+    ("options.py", {"kernels", "model", "recipes"}),
     ("sample.py", {"checkpoint", "data", "model", "recipes", "gpt2"}),
 ])
 def test_a_file_imports_only_what_stands_below_it(name, allowed):

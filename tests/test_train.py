@@ -107,6 +107,48 @@ def test_wandb_offline_never_stops_a_run(train, tmp_path):
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 
+def test_recomputed_layers_are_the_same_layers(train, tmp_path):
+    """Less memory, more time, not one bit of difference."""
+    for record in ("1", "62"):
+        few = ("--record", record, "--num_iterations", "3", "--val_every", "3")
+        few += ("--batch_stages", "384,384,384") * (record == "62")
+        kept, again = (train(*few, *extra, log_dir=tmp_path / f"{record}{len(extra)}")
+                       for extra in ((), ("--recompute", "on")))
+        assert "computed again" in again[0].stdout and "computed again" not in kept[0].stdout
+        assert losses(kept[1][0]) == losses(again[1][0])
+
+
+def test_triton_kernels_train_the_same_model(train, tmp_path):
+    """All of them at once, in Triton's interpreter; nothing falls back without saying so."""
+    pytest.importorskip("triton")
+    few = ("--num_iterations", "1", "--val_every", "1", "--batch_tokens", "96")
+    plain = train(*few, log_dir=tmp_path / "plain")
+    fused = train(*few, "--kernels", "symmetric,relu2,loss", log_dir=tmp_path / "fused",
+                  TRITON_INTERPRET="1")
+    assert fused[0].returncode == 0, fused[0].stderr
+    assert "Triton: loss, relu2, symmetric" in fused[0].stdout
+    for step, loss in losses(plain[1][0]).items():
+        assert losses(fused[1][0])[step] == pytest.approx(loss, abs=2e-4)
+    refused = start(*tiny_options("--kernels", "loss"), TRITON_INTERPRET="0")
+    assert refused.returncode == 2 and "need a GPU" in refused.stderr
+
+
+@pytest.mark.parametrize("gib, seq_len, expected", [
+    (24, 1024, (32, False)), (80, 1024, (64, False)), (24, 65_536, (1, True)),
+    (80, 65_536, (1, False)), (141, 1024, (64, False)), (10, 65_536, (1, True))])
+def test_as_many_rows_as_the_memory_holds(gib, seq_len, expected, monkeypatch):
+    """A row of 64K tokens trains on a card of 24 GB: its layers are computed again."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda _: SimpleNamespace(total_memory=gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * 2**30)
+    recipe = SimpleNamespace(model=SimpleNamespace(seq_len=seq_len, num_layers=12, model_dim=768))
+    gpu = torch.device("cuda", 0)
+    assert train_gpt.fit_memory(recipe, options.Run(), gpu) == expected
+    rows, recompute = train_gpt.fit_memory(
+        recipe, options.Run(recompute="on", micro_batch_tokens=2048), gpu)
+    assert (rows, recompute) == (max(1, 2048 // seq_len), True)
+
+
 def test_without_a_compiler_it_runs_eager_and_says_so(monkeypatch):
     on = options.Run(compile="on")
     monkeypatch.setattr(train_gpt.shutil, "which", lambda name: None)
