@@ -92,6 +92,8 @@ def operator_class(name: str, on_vocabulary: bool, phase: str) -> str:
         return "softmax and loss"
     if has(COPY_OP):
         return "copies"
+    if has("^CompiledFunction|CompiledFxGraph"):  # its C++ kernels are not recorded one by one
+        return "fused by compiling"
     return "elementwise and norms" if has(MINE) else "other"
 
 

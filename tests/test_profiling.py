@@ -104,6 +104,25 @@ def test_a_gpu_trace_becomes_the_table_that_its_author_computed():
     assert found.phases["backward"] == 2 * (100 + 60 + 100)
 
 
+@pytest.mark.parametrize("name, wide, phase, kind", [
+    ("aten::addmm", False, "forward", "products, blocks"),
+    ("aten::mm", True, "backward", "products, head"),
+    ("aten::linear", False, "forward", "products, blocks"),
+    ("aten::linalg_vector_norm", False, "backward", "elementwise and norms"),
+    ("aten::baddbmm", False, "optimizer", "optimizer"),
+    ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", False, "backward", "attention"),
+    ("aten::mul_", True, "forward", "softmax and loss"),
+    ("aten::mul_", False, "forward", "elementwise and norms"),
+    ("aten::copy_", False, "forward", "copies"),
+    ("aten::embedding_dense_backward", True, "backward", "embedding"),
+    ("c10d::allreduce_", False, "optimizer", "communication"),
+    ("CompiledFunctionBackward", False, "backward", "fused by compiling"),
+    ("TorchDynamo Cache Lookup", False, "forward", "other"),
+])
+def test_operators_are_classed_by_name_and_phase(name, wide, phase, kind):
+    assert profiling.operator_class(name, wide, phase) == kind
+
+
 @pytest.mark.parametrize("name, size", [
     ("c10::BFloat16", 2), ("Half", 2), ("float", 4), ("Float", 4), ("long int", 8), ("double", 8),
     ("c10::Float8_e4m3fn", 1), ("unsigned char", 1), ("bool", 1), ("int", 4), ("", 0), (None, 0)])
