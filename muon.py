@@ -119,20 +119,19 @@ def storage_dtype(mode: str | None, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def _precision(mode: str | None, device: torch.device):
-    """How products are formed, whatever the program chose for its own. On a CPU of fp32 as it is,
-    or rounded to bf16 for "mixed". On CUDA with sums in fp32, where cuBLAS may add up parts of an
-    fp16 product in fp16. Compiled code cannot change this: it must run inside."""
-    name, wanted, known = "", None, not torch.compiler.is_compiling()
-    if known and device.type == "cpu":
-        owner, name = torch.backends.mkldnn.matmul, "fp32_precision"
-        wanted = "bf16" if mode == "mixed" else "ieee"
-    elif known and device.type == "cuda":
-        owner, name = torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"
-        wanted = False
-    before = getattr(owner, name) if name else wanted
-    if before == wanted:
+    """How products are formed, whatever the program chose for its own: on a CPU of fp32 as it is,
+    or rounded to bf16 for "mixed"; on CUDA with all sums in fp32, where cuBLAS may add up parts of
+    an fp16 product in fp16. Compiled code cannot change this: it must run inside."""
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    known = {
+        "cpu": (cpu, "fp32_precision", "bf16" if mode == "mixed" else "ieee"),
+        "cuda": (cuda, "allow_fp16_reduced_precision_reduction", False),
+    }
+    if torch.compiler.is_compiling() or device.type not in known:
         yield
         return
+    owner, name, wanted = known[device.type]
+    before = getattr(owner, name)
     setattr(owner, name, wanted)
     try:
         yield
@@ -140,12 +139,31 @@ def _precision(mode: str | None, device: torch.device):
         setattr(owner, name, before)
 
 
+def _norm(G: Tensor, dim: int | tuple) -> Tensor:
+    """2-norms over `dim`, kept as dimensions, in fp64, where the squares of all fp32 numbers fit.
+    That takes a CPU four times as long as fp32 does, in which it adds up the rows; where squares
+    would leave its range, after a division by a power of two, which changes no bit."""
+    if G.device.type != "cpu" or G.dtype != torch.float32 or torch.compiler.is_compiling():
+        wide = torch.float32 if G.device.type == "mps" else torch.float64
+        return torch.linalg.vector_norm(G, dim=dim, keepdim=True, dtype=wide)
+    *others, last = dim if isinstance(dim, tuple) else (dim,)
+
+    def norm_of(G: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(G, dim=last, keepdim=True).double()
+        return torch.linalg.vector_norm(norm, dim=others, keepdim=True) if others else norm
+
+    norm = norm_of(G)
+    if ((norm > 1e-9) & (norm < 1e9)).all():
+        return norm
+    exponent = torch.frexp(G.abs().amax(dim, keepdim=True)).exponent.clamp(-126, 126)
+    return norm_of(G * torch.exp2(-exponent)) * torch.exp2(exponent.double())
+
+
 def normalize(G: Tensor, dim: int | tuple, factor: float = 1.0, eps: float = 0.0) -> Tensor:
-    """A new G / (factor * its 2-norm over `dim`). Squares add up in fp64, where those of any fp32
-    number fit: any scale gives the same result. Zeros stay zeros; `eps` bounds the norm below."""
-    wide = torch.float32 if G.device.type == "mps" else torch.float64
-    norm = torch.linalg.vector_norm(G, dim=dim, keepdim=True, dtype=wide)
-    return G * (norm.clamp(min=max(eps, 2.0**-126)) * factor).reciprocal().to(G.dtype)
+    """A new G / (factor * its 2-norm over `dim`), the same for G at any scale: see _norm. Zeros
+    stay zeros; `eps` bounds the norm below."""
+    norm = _norm(G, dim).clamp(min=max(eps, 2.0**-126))
+    return G * (norm * factor).reciprocal().to(G.dtype)
 
 
 def orthogonalize(

@@ -314,6 +314,14 @@ def test_each_direction_maximises_the_inner_product_over_its_unit_ball(rows, col
 
 
 def test_normalize_divides_by_the_norm():
+    G = torch.stack([h.gaussian(300, 700) * 10.0**n for n in (-38, -20, -9, 0, 9, 20, 35)])
+    G[3, 5] = 0.0  # zero rows and tiny ones are not rare
+    G[3, 6] *= 1e-30
+    for matrices in (G, G[3:4]):
+        norms = matrices.double().square().sum((-2, -1), keepdim=True).sqrt()
+        X = normalize(matrices, (-2, -1))
+        assert (X.double() - matrices.double() / norms).norm() < 3e-7
+        assert torch.equal(X[-1], normalize(matrices[-1:], (-2, -1))[0])
     G = h.gaussian(3, 5, 7).double()
     assert torch.allclose(normalize(G, (-2, -1)).square().sum((-2, -1)), torch.ones(3).double())
     assert torch.allclose(normalize(G, -1, 2.0).square().sum(-1), torch.full((3, 5), 0.25).double())
