@@ -61,7 +61,7 @@ class Made(TorchFunctionMode):
 
 
 class Watch(TorchDispatchMode):
-    """Counts what happens on `device`: `syncs` (function, operator, line) make the host wait,
+    """Counts what happens on `device`: `syncs` (function, operator, place) make the host wait,
     `launches` are calls by operator. On the meta device, numbers that are read are zeros."""
 
     def __init__(self, device: torch.device = META):
@@ -106,7 +106,7 @@ class Watch(TorchDispatchMode):
         own = ("_note", "__torch_dispatch__", "__torch_function__")
         last = [f for f in traceback.extract_stack()
                 if "/torch/" not in f.filename and f.name not in own][-1]
-        self.syncs.append((last.name, what, last.lineno))
+        self.syncs.append((last.name, what, f"{last.filename.rpartition('/')[2]}:{last.lineno}"))
 
     def __enter__(self):
         self._made.__enter__()
@@ -171,8 +171,8 @@ def interesting_steps(recipe: recipes.Recipe) -> list[int]:
     """Changes of stage with the steps behind them, and a pair in the middle of nowhere."""
     firsts = recipes.stage_steps(recipe)
     if len(firsts) > 6:  # windows that grow block by block: all changes are alike
-        firsts = [*firsts[:2], firsts[-1]]
-    steps = {0, 1, 100, 101} | {s for first in firsts for s in (first, first + 1)}
+        firsts = [firsts[1], firsts[-1]]
+    steps = {0, 1, 101} | {s for first in firsts for s in (first, first + 1)}
     return sorted(s for s in steps if s < recipe.num_iterations)
 
 
@@ -294,16 +294,17 @@ def test_the_host_hears_of_a_step_through_pinned_memory_and_an_event(monkeypatch
     assert signals.receive() is None
 
 
-def test_only_validation_reads_numbers_in_a_whole_run(tiny_data, tmp_path):
+def test_only_validation_reads_numbers_in_a_whole_run(tiny_data, tmp_path, monkeypatch):
     """The real loop on a CPU: every place that asks a tensor for its value, by function."""
+    monkeypatch.setattr(train_gpt, "show_end", lambda *_: None)  # it writes text, token by token
     with Watch(torch.device("cpu")) as watch:
         status = train_gpt.main(tiny_options(
             "--data_dir", tiny_data, "--log_dir", tmp_path, "--num_iterations", "4"))
     assert status == 0
     assert Counter(f[0] for f in watch.syncs)["evaluate"] == 3 + 1  # steps 0, 3, 4; the warm-up's
-    # Before and after the training; apply_update looks at its mask on CPUs only.
-    around = {"warm_up", "<listcomp>", "generate", "_load"}
-    assert {f[0] for f in watch.syncs} <= {"evaluate", "apply_update", *around}
+    # The optimizer looks at its numbers on CPUs only, as the tests above show.
+    read = {name for name, _, place in watch.syncs if not place.startswith("muon.py")}
+    assert read <= {"evaluate", "warm_up", "<listcomp>"}  # warm_up compares, before the clock
 
 
 # --- launches -------------------------------------------------------------------------------------
@@ -318,26 +319,23 @@ def launches(record: int, num_layers: int) -> dict[str, int]:
     """
     recipe, batch = recipe_of(record, num_layers), small_batch()
     model, optimizer, _ = make(recipe)
-    counts = {}
-    for step in (1, 3):  # every group is due in both, and the second finds all state in place
-        recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
-        optimizer.calls = step
-        with Watch() as forward_backward:
-            model(batch.inputs_BT, batch.targets_BT, batch.docs_B2).backward()
-        with Watch() as update:
-            optimizer.step()
-            optimizer.zero_grad()
-        counts = {"forward and backward": sum(forward_backward.launches.values()),
-                  "optimizer": sum(update.launches.values())}
-    return counts
+    recipes.enter_stage(model, optimizer, recipes.stage(1, recipe))
+    optimizer.calls = 1  # so that groups of every second step are due
+    with Watch() as forward_backward:
+        model(batch.inputs_BT, batch.targets_BT, batch.docs_B2).backward()
+    with Watch() as update:
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"forward and backward": sum(forward_backward.launches.values()),
+            "optimizer": sum(update.launches.values())}
 
 
-@pytest.mark.parametrize("record", [6, 38, 62])
+@pytest.mark.parametrize("record", [6, 62])
 def test_the_optimizer_launches_no_more_for_more_layers(record):
-    """Matrices of one shape are updated in one batch, scalars too: 12 layers take the launches of
-    6. A loop over parameters would take twice as many."""
-    few, many = (launches(record, num_layers)["optimizer"] for num_layers in (6, 12))
-    assert many <= 1.15 * few, f"6 layers: {few} launches, 12 layers: {many}"
+    """Matrices of one shape are updated in one batch, scalars too: 8 layers take the launches of
+    4. A loop over parameters would take twice as many."""
+    few, many = (launches(record, num_layers)["optimizer"] for num_layers in (4, 8))
+    assert many <= 1.15 * few, f"4 layers: {few} launches, 8 layers: {many}"
 
 
 @pytest.mark.gpu
