@@ -41,7 +41,7 @@ PRODUCT_KERNEL = r"gemm|nvjet|cutlass|cublas|xmma|splitk|_mm\b|matmul|triton_tem
 PRODUCT_OP = r"^(aten|mkldnn)::(mm|addmm|bmm|baddbmm|_scaled_mm|mv|dot|matmul|_?linear)"
 FP8 = r"e4m3|e5m2|fp8|float8|_scaled_mm"
 COPY_OP = r"::(copy_|clone|_to_copy|to|contiguous|cat|stack|fill_|zero_|zeros|empty)"
-MINE = r"^(aten|mkldnn)::|cpp_fused"
+NATIVE = r"^(aten|mkldnn)::|cpp_fused"
 
 
 def kernel_class(name: str, op: str, on_vocabulary: bool, phase: str) -> str:
@@ -88,13 +88,13 @@ def operator_class(name: str, on_vocabulary: bool, phase: str) -> str:
         return "attention"
     if has("embedding"):
         return "embedding"
-    if has(LOSS) or (on_vocabulary and has(MINE)):
+    if has(LOSS) or (on_vocabulary and has(NATIVE)):
         return "softmax and loss"
     if has(COPY_OP):
         return "copies"
     if has("^CompiledFunction|CompiledFxGraph"):  # its C++ kernels are not recorded one by one
         return "fused by compiling"
-    return "elementwise and norms" if has(MINE) else "other"
+    return "elementwise and norms" if has(NATIVE) else "other"
 
 
 def product_flops(op: str, dims: list) -> float | None:

