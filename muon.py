@@ -577,6 +577,7 @@ CHOICES = {
     "view": (None, "matrix", "flatten", "batch"), "split_axis": (0, 1),
     "shard": (None, "whole", "rows", "copy"), "collective": ("reduce_scatter", "all_reduce"),
     "reduce": ("mean", "sum"), "adjust_lr_fn": (None, "original", "match_rms_adamw"),
+    "wire_dtype": (None, torch.bfloat16),
 }  # fmt: skip
 
 
@@ -698,7 +699,7 @@ class _LiveBucket:
     """A bucket with this rank's tensors. They live as long as the optimizer, so nothing that a
     collective reads or writes is freed or reused while it is under way."""
 
-    def __init__(self, plan: Bucket, rank: int, world_size: int, device, separate: bool):
+    def __init__(self, plan: Bucket, rank: int, world_size: int, device, separate: bool, wire):
         self.plan, S, flags = plan, plan.segment, plan.num_flags
         ranks = 1 if plan.kind == "copy" else world_size
         self.params = torch.zeros(ranks * S, dtype=plan.dtype, device=device)
@@ -707,6 +708,13 @@ class _LiveBucket:
         self.param_shard, self.grad_shard = self.params[mine], self.grads[mine]
         if separate and ranks > 1:
             self.grad_shard = torch.empty_like(self.param_shard)
+        # What the ranks add up: the gradients where they lie, or a copy in the type of the wire.
+        self.sent, self.sent_shard = self.grads, self.grad_shard
+        if wire is not None and wire.itemsize < plan.dtype.itemsize:
+            self.sent = self.grads.to(wire)
+            self.sent_shard = self.sent[mine]
+            if separate and ranks > 1:
+                self.sent_shard = self.sent_shard.clone()
         self.flags, self.my_flags = (
             grads.view(-1, S)[:, S - flags :] for grads in (self.grads, self.grad_shard)
         )
@@ -774,6 +782,7 @@ class Muon(torch.optim.Optimizer):
                        across such nodes; None is torchrun's LOCAL_WORLD_SIZE
         collective     "reduce_scatter", or "all_reduce" as in records 6 to 23
         reduce         "mean" or "sum" over ranks
+        wire_dtype     torch.bfloat16: fp32 gradients are rounded and added up in it, half the bytes
         overlap        False: arm() does nothing
         num_buckets    None: the plan weighs overlap against padding
         products       faster symmetric products, see orthogonalize
@@ -808,8 +817,8 @@ class Muon(torch.optim.Optimizer):
     def _setup(self, params, given: dict) -> None:
         settings = {
             "process_group": None, "node_size": None, "collective": "reduce_scatter",
-            "reduce": "mean", "overlap": True, "num_buckets": None, "products": None,
-            "compile": False,
+            "wire_dtype": None, "reduce": "mean", "overlap": True, "num_buckets": None,
+            "products": None, "compile": False,
         }  # fmt: skip
         self.settings = {key: given.pop(key, value) for key, value in settings.items()}
         _check_options(self.settings)
@@ -897,7 +906,8 @@ class Muon(torch.optim.Optimizer):
         self._versions = [-1] * len(self._params)
         for bucket in self.plan.buckets:
             separate = self.settings["collective"] == "reduce_scatter"
-            live = _LiveBucket(bucket, self.rank, self.world_size, device, separate)
+            wire = self.settings["wire_dtype"] if self._everyone is not None else None
+            live = _LiveBucket(bucket, self.rank, self.world_size, device, separate, wire)
             self._live.append(live)
             for owner, runs in enumerate(bucket.runs):
                 for run in runs:
@@ -943,7 +953,8 @@ class Muon(torch.optim.Optimizer):
         if self._everyone is None:
             return
         told = [(i.name, i.shape, str(i.dtype), i.group, i.kind, i.every) for i in items]
-        told.append((self.world_size, self.settings["collective"], self.settings["num_buckets"]))
+        told += [str(self.settings[key]) for key in ("collective", "num_buckets", "wire_dtype")]
+        told.append(self.world_size)
         digest = zlib.crc32(repr(told).encode())
         extremes = torch.tensor([digest, -digest], device=self.device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self._everyone)
@@ -1061,10 +1072,12 @@ class Muon(torch.optim.Optimizer):
         live.launched = True
         if self._everyone is None:
             return
+        if live.sent is not live.grads:
+            live.sent.copy_(live.grads)
         if live.plan.kind == "copy" or self.settings["collective"] == "all_reduce":
-            work = dist.all_reduce(live.grads, group=self._everyone, async_op=True)
+            work = dist.all_reduce(live.sent, group=self._everyone, async_op=True)
         else:
-            work = _reduce_scatter(live.grad_shard, live.grads, group=self._node, async_op=True)
+            work = _reduce_scatter(live.sent_shard, live.sent, group=self._node, async_op=True)
         live.works.append(work)
         if live.plan.kind == "rows":
             live.works.append(dist.all_reduce(live.flags, group=self._everyone, async_op=True))
@@ -1089,10 +1102,12 @@ class Muon(torch.optim.Optimizer):
             for live in due:
                 if live.plan.kind != "copy":
                     self._wait(live)
-                    work = dist.all_reduce(live.grad_shard, group=self._across, async_op=True)
+                    work = dist.all_reduce(live.sent_shard, group=self._across, async_op=True)
                     live.works.append(work)
         for live in due:
             self._wait(live)
+            if live.sent is not live.grads:
+                live.grad_shard.copy_(live.sent_shard)
             for run in live.runs:
                 group = self.param_groups[run.plan.items[0].group]
                 if not group["frozen"]:
@@ -1311,7 +1326,9 @@ class Muon(torch.optim.Optimizer):
         plan, W = self.plan, self.world_size
         nodes = f" in each of {self.num_ranks // W} nodes" if self.num_ranks > W else ""
         count = f"{len(self._params)} parameters on {W} rank{'s' * (W > 1)}"
-        lines = [f"{count}{nodes}; this is rank {self.rank}"]
+        wire = self.settings["wire_dtype"]  # the predictions leave it out
+        wire = f"; gradients travel in {str(wire)[6:]}, weights as they are" if wire else ""
+        lines = [f"{count}{nodes}; this is rank {self.rank}{wire}"]
         for number, bucket in enumerate(plan.buckets):
             real = sum(math.prod(item.shape) for item in bucket.items) * bucket.dtype.itemsize
             held, wire = bucket.num_bytes(W), bucket.wire_bytes(W)

@@ -253,6 +253,45 @@ def test_reductions_leave_during_backward_and_gathers_between_updates(tmp_path):
     h.run_ranks(2, tmp_path, order_of_events)
 
 
+def narrow_wire(rank, world_size):
+    """Gradients added up in bf16: the same bits where the sums are exact, half the bytes."""
+    shrink()
+    own = dist.new_group([rank], use_local_synchronization=True)
+    reference = h.mixed_params()
+    h.mixed_train(h.mixed_optimizer(muon, reference, process_group=own), reference, range(3))
+    sent = []
+
+    def told(function):
+        def call(out, *inputs, **options):
+            sent.append(out.dtype)
+            return function(out, *inputs, **options)
+        return call
+
+    muon._reduce_scatter = told(muon._reduce_scatter)
+    for settings in ({}, {"collective": "all_reduce"}, {"node_size": 1}):
+        params = h.mixed_params()
+        optimizer = h.mixed_optimizer(muon, params, wire_dtype=torch.bfloat16, **settings)
+        h.mixed_train(optimizer, params, range(3), rank, world_size)
+        assert h.same(h.values(params), h.values(reference)), settings
+    assert sent and set(sent) == {torch.bfloat16}
+    assert "travel in bfloat16" in optimizer.explain()
+    # 1.001 is 1 in bf16; a NaN on one rank still masks its parameter on both
+    p = torch.nn.Parameter(torch.zeros(8, 8))
+    optimizer = muon.Muon([p], reduce="sum", wire_dtype=torch.bfloat16)
+    for value in (1.001, float("nan")):
+        before = p.detach().clone()
+        h.step_with(optimizer, [torch.full((8, 8), value if rank else 1.001)])
+        if rank == 0:
+            owned = optimizer._live[0].runs[0]
+            assert owned.grad.eq(2.0).all() or (value != value and owned.grad.isnan().all())
+        assert torch.equal(p, before) == (value != value)
+    assert h.same_on_all_ranks({"p": p})
+
+
+def test_gradients_may_travel_in_bf16(tmp_path):
+    h.run_ranks(2, tmp_path, narrow_wire)
+
+
 def misuse(rank, _):
     shape = (8, 8) if rank else (8, 16)
     with pytest.raises(ValueError, match="ranks disagree"):
