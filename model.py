@@ -134,7 +134,6 @@ class Stage(NamedTuple):
     yarn_windows: tuple[int, ...] = ()  # the windows so far, for the rotary frequencies
     target_weights: tuple[float, ...] = (1.0,)  # of the next token, the one after it, ...
     tied: bool = False                  # the embedding is the head's table for now (#51)
-    batch_tokens: int = 1               # what the loss is divided by after the model
 
 
 # --- which layer has what: lists derived from num_layers ------------------------------------------
@@ -409,7 +408,7 @@ class GPT(nn.Module):
         that no kernel sees a new number."""
         freqs, sharper = yarn(rotary_frequencies(self.config), windows)
         positions = torch.arange(len(self.cos), dtype=torch.float64, device=self.cos.device)
-        angle = torch.outer(positions, freqs.to(self.cos.device))
+        angle = torch.outer(positions, freqs.to(self.cos.device, non_blocking=True))
         self.cos.copy_(angle.cos() * math.sqrt(sharper))
         self.sin.copy_(angle.sin() * math.sqrt(sharper))
 

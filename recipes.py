@@ -616,8 +616,7 @@ def _stage(step: int, recipe: Recipe, last: bool, weights: tuple[float, ...]) ->
     return Stage(
         window=long and seen_keys(long, recipe), short_window=short and seen_keys(short, recipe),
         yarn_windows=_yarn_windows(step, recipe, last), target_weights=weights,
-        tied=recipe.tie_first and step < untie_step(recipe),
-        batch_tokens=batch_tokens(step, recipe))
+        tied=recipe.tie_first and step < untie_step(recipe))
 
 
 def stage(step: int, recipe: Recipe) -> Stage:

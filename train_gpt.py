@@ -165,7 +165,8 @@ def wants_compile(run: options.Run, device: torch.device) -> tuple[bool, str]:
 
 def describe_speed(run: options.Run, job: "Job") -> str:
     """What of a run changes its speed and not what it trains, for its header."""
-    rows = f"{job.micro_rows} row{'s' * (job.micro_rows > 1)} at once"
+    at_once = min(job.micro_rows, job.recipe.num_rows)
+    rows = f"{at_once} row{'s' * (at_once > 1)} at once"
     return "; ".join([
         wants_compile(run, job.world.device)[1],
         rows + ", layers computed again in backward" * job.model.recompute,

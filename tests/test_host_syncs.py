@@ -179,7 +179,6 @@ def interesting_steps(recipe: recipes.Recipe) -> list[int]:
 # Waits that are known and not mended yet, by the function they are in: small copies from ordinary
 # memory that lack non_blocking=True, which the driver would take without waiting (up to 64 KB).
 KNOWN = {
-    "set_rotary": "YaRN's frequencies, when windows change: two or three times a run",
     "_collect": "flags of parameters without a gradient: each Adam step while the head is tied",
 }
 

@@ -36,6 +36,7 @@ def third_party(path) -> set[str]:
     ("recipes.py", {"model", "gpt2"}),
     ("checkpoint.py", set()),
     ("ranks.py", set()),
+    ("profiling.py", {"ranks"}),
     ("options.py", {"kernels", "model", "recipes"}),
     ("sample.py", {"checkpoint", "data", "model", "recipes", "gpt2"}),
 ])
