@@ -376,9 +376,9 @@ RANK_MUTATIONS = [
     ("the gather is never waited for", ("                live.gather.wait()\n", "")),
     ("the reduction is never waited for", ("            work.wait()\n", "            pass\n")),
     ("every rank keeps its own gradient",
-     ("        if self._everyone is None:\n            return\n        if live.plan.kind",
+     ("        if self._everyone is None:\n            return\n        if live.sent",
       "        live.grad_shard.copy_(live.grads[: len(live.grad_shard)])\n        return\n"
-      "        if live.plan.kind")),
+      "        if live.sent")),
     ("NorMuon's norm per shard",
      ("    before, after = (x.sum((-2, -1), keepdim=True) for x in (squares, squares * weight))",
       "    part = slice(0, X.shape[-2] // dist.get_world_size())\n"
