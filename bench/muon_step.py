@@ -1,6 +1,6 @@
 """One optimizer step against torch.optim.Muon, in one run: milliseconds and error against the SVD.
 
-    python bench/muon_step.py            pocket shapes and GPT-2 124M's, about five minutes
+    python bench/muon_step.py            pocket shapes and GPT-2 124M's, two minutes
     python bench/muon_step.py --quick    pocket shapes, 30 seconds
 
 torch's optimizer and the modes of ours take turns on the same shapes, so that a busy machine slows
@@ -103,7 +103,7 @@ def main() -> None:
               ("pocket 128 x 4 layers", layer_shapes(128, 4), 40),
               ("pocket 192 x 6 layers", layer_shapes(192, 6), 25)]  # fmt: skip
     if not options.quick:
-        shapes.append(("GPT-2 124M, 768 x 12 layers", layer_shapes(768, 12), 2))
+        shapes.append(("GPT-2 124M's, 768 x 4 layers", layer_shapes(768, 4), 2))
     columns = " | ".join(f"{mode} ms | times torch" for mode in MODES)
     print(f"| shapes | torch ms | {columns} |")
     print("| --- " * (2 + 2 * len(MODES)) + "|")
