@@ -1,12 +1,13 @@
 """The ladder at pocket scale: every rung trained on this machine, beside the published ladder.
 
     python -m records ladder --seeds 3          run what is missing, write table and plot
+    python -m records ladder --times 2          time all rungs in turns, on a quiet machine
     python -m records ladder --report           only write table and plot of what was run
 
 Runs go seed by seed, within a seed rung by rung: the same seed gives every rung the same start and
-the same order of data, so gains are differences between pairs of runs, and what the machine does
-meanwhile falls on all rungs alike. Results are kept in one line a run; an interrupted ladder goes
-on where it stopped.
+the same order of data, so gains are differences between pairs of runs. Results are kept in one line
+a run; an interrupted ladder goes on where it stopped. Losses do not depend on what else the machine
+does, times do: they come from short runs of all rungs in turns, one at a time.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ from records import facts
 from records.add import write
 from records.check import recipe_sha256
 from records.log import parse
+from records.rules import TRACKS
 
 ROOT = Path(__file__).resolve().parent.parent
+TIMED_STEPS = 24
 BASELINE = 2    # the AdamW baseline: the loss that the others are to reach sooner
+TARGET = TRACKS["pocket"].target
 PERMUTATIONS = 9999
 ALPHA = 0.05    # a gain counts where chance would give one as large less often than this
 
@@ -108,6 +112,21 @@ def run_missing(kept: Path, rungs: dict[int, str], records: Sequence[int], seeds
             bar.update()
 
 
+def time_rungs(kept: Path, rungs: dict[int, str], records: Sequence[int], rounds: int,
+               threads: int) -> None:
+    """Append one line to `kept` for each timed run: `rounds` times all records, in turns."""
+    from tqdm import tqdm
+
+    few = ["--num_iterations", str(TIMED_STEPS), "--val_every", str(TIMED_STEPS),
+           "--val_tokens", "65536"]
+    for record in tqdm([*records] * rounds, unit="run", dynamic_ncols=True, desc="times"):
+        run = run_once(record, 0, few, threads)
+        line = {"record": record, "ms_per_token": run["train_time_ms"] / run["tokens"],
+                "threads": threads, "fingerprint": rungs[record], "commit": run["commit"]}
+        with open(kept, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 def read(kept: Path) -> list[dict]:
     """The runs kept so far. Raises ValueError for a line that is not one."""
     runs = []
@@ -127,7 +146,7 @@ def current(runs: Sequence[dict], rungs: dict[int, str]) -> list[dict]:
 
 # --- what the runs say ----------------------------------------------------------------------------
 
-def rungs(runs: Sequence[dict]) -> list[dict]:
+def rungs(runs: Sequence[dict], times: Sequence[dict] = ()) -> list[dict]:
     """A row for each record: losses, and the gain over the rung before as paired differences.
 
     One standard deviation for all gains, pooled over the rungs, because few seeds say little about
@@ -144,12 +163,16 @@ def rungs(runs: Sequence[dict]) -> list[dict]:
     for record, of_seed in sorted(by_record.items()):
         losses = [run["val_loss"] for run in of_seed.values()]
         first = next(iter(of_seed.values()))
+        seconds_per_token = statistics.median(
+            [t["ms_per_token"] for t in times if t["record"] == record] or [math.nan]) / 1000
         row = {
             "record": record, "n": len(losses), "loss": statistics.fmean(losses),
             "sd": statistics.stdev(losses) if len(losses) > 1 else math.nan,
             "losses": losses, "parameters": first["parameters"],
             "num_iterations": first["num_iterations"], "tokens": first["tokens"],
-            "seconds": statistics.median(r["train_time_ms"] for r in of_seed.values()) / 1000,
+            "seconds": seconds_per_token * first["tokens"],
+            "seconds_to_target": seconds_per_token * statistics.fmean(
+                tokens_to(r, TARGET) for r in of_seed.values()),
             "tokens_to_bar": statistics.fmean(tokens_to(r, bar) for r in of_seed.values()),
             "gains": [before[s]["val_loss"] - run["val_loss"] for s, run in of_seed.items()
                       if before and s in before],
@@ -223,9 +246,9 @@ def rank_correlation(rows: Sequence[dict]) -> tuple[float, float, int]:
 
 # --- the page -------------------------------------------------------------------------------------
 
-def page(runs: Sequence[dict], there: Sequence[int] = ()) -> str:
+def page(runs: Sequence[dict], there: Sequence[int] = (), times: Sequence[dict] = ()) -> str:
     """records/LADDER.md: every number in it comes from the runs. `there`: all rungs there are."""
-    rows = rungs(runs)
+    rows = rungs(runs, times)
     gains = [row["gains"] for row in rows if len(row["gains"]) > 1]
     freedom = sum(len(g) - 1 for g in gains)
     spread = pooled_sd(gains)
@@ -245,12 +268,13 @@ def page(runs: Sequence[dict], there: Sequence[int] = ()) -> str:
             f"; its error is one standard deviation pooled over all rungs ({spread:.4f} a pair) "
             f"over the root of n. A gain counts where a two-sided t-test gives p < {ALPHA}"
             if freedom else "") + ". Tokens to the baseline: "
-        f"when the loss that #{BASELINE} ends with was reached. Seconds are medians of runs taken "
-        "in turns, on a machine that did other work as well.", "",
+        f"when the loss that #{BASELINE} ends with was reached. Seconds: for all tokens, and for "
+        f"those up to the track's target of {TARGET} where all seeds reach it, at the median speed "
+        "of short runs of all rungs in turns.", "",
         "![published and pocket ladder](ladder.svg)", "",
         "| # | published | minutes | tokens | pocket loss | n | gain over the rung before | | "
-        "tokens to the baseline | s | parameters | steps |",
-        "|-:|-|-:|-:|-:|-:|-:|-|-:|-:|-:|-:|",
+        f"tokens to the baseline | s | s to {TARGET} | parameters | steps |",
+        "|-:|-|-:|-:|-:|-:|-:|-|-:|-:|-:|-:|-:|",
     ]
     for row in rows:
         known = row["published"] or {}
@@ -260,7 +284,8 @@ def page(runs: Sequence[dict], there: Sequence[int] = ()) -> str:
             f"| {row['record']} | {known.get('title', '')} | {known.get('minutes', '')} | "
             f"{facts.count(known.get('tokens'))} | {row['loss']:.4f} | {row['n']} | {gain} | "
             f"{words[row['record']]} | {number(row['tokens_to_bar'], ',.0f')} | "
-            f"{row['seconds']:.0f} | {row['parameters']:,} | {row['num_iterations']} |")
+            f"{number(row['seconds'], '.1f')} | {number(row['seconds_to_target'], '.1f')} | "
+            f"{row['parameters']:,} | {row['num_iterations']} |")
     same = [f"#{r['record']}" for r in rows if r["same_recipe"]]
     lines += ["", f"Nothing in the mathematics changed with {', '.join(same)}. " * bool(same)
               + "Pocket scale is fp32 throughout, so what #10 and #19 did to precision is not in "
@@ -332,25 +357,32 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     sub.add_argument("--threads", type=int, default=1, help="threads of each run (default 1)")
     sub.add_argument("--options", default="", help="options for all runs, in quotes")
+    sub.add_argument("--times", type=int, default=0, metavar="ROUNDS",
+                     help="time the steps of all rungs so many times, train nothing else")
     sub.add_argument("--report", action="store_true", help="only report what has been run so far")
 
 
 def ladder(args: argparse.Namespace) -> int:
-    kept = args.root / "data" / "ladder.jsonl"
-    if args.seeds < 1 or args.jobs < 1 or args.threads < 1:
-        raise ValueError("--seeds, --jobs and --threads: expected whole numbers from 1")
+    kept, timed = (args.root / "data" / name for name in ("ladder.jsonl", "ladder_times.jsonl"))
+    if args.seeds < 1 or args.jobs < 1 or args.threads < 1 or args.times < 0:
+        raise ValueError("--seeds, --jobs and --threads: expected whole numbers from 1; --times "
+                         "from 0")
     there = known_rungs(args.options.split())
     if not args.report:
         chosen = [int(n) for n in args.records.split(",")] if args.records else list(there)
         if unknown := sorted(set(chosen) - set(there)):
             raise ValueError(f"--records: expected some of {', '.join(map(str, there))}; got "
                              f"{', '.join(map(str, unknown))}")
-        run_missing(kept, there, chosen, args.seeds, args.options.split(), args.jobs, args.threads)
-    runs = current(read(kept), there)
+        if args.times:
+            time_rungs(timed, there, chosen, args.times, args.threads)
+        else:
+            run_missing(kept, there, chosen, args.seeds, args.options.split(), args.jobs,
+                        args.threads)
+    runs, times = current(read(kept), there), current(read(timed), there)
     if not runs:
         raise FileNotFoundError(f"{kept}: expected runs of the present recipes, found none; leave "
                                 "out --report")
-    write(args.root / "LADDER.md", page(runs, list(there)).encode())
+    write(args.root / "LADDER.md", page(runs, list(there), times).encode())
     for path in (args.root / "LADDER.md", *draw(runs, args.root / "ladder")):
         print(path)
     return 0

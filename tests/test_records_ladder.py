@@ -108,6 +108,34 @@ def test_a_ladder_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert asked[-1] == (4, 1) and len(ladder.read(kept)) == 6
 
 
+def test_times_come_from_short_runs_in_turns(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def run_once(record, seed, options, threads):
+        asked.append(record)
+        return made_run(record, seed, 2.0) | {"tokens": 1000, "train_time_ms": record * 100.0
+                                              + len(asked)}
+
+    monkeypatch.setattr(ladder, "run_once", run_once)
+    monkeypatch.setattr(ladder, "known_rungs", lambda options: RUNGS)
+    monkeypatch.setattr(ladder, "TARGET", 2.1)
+    (tmp_path / "data").mkdir()
+    kept = "".join(json.dumps(run) + "\n" for run in made_runs())
+    (tmp_path / "data" / "ladder.jsonl").write_text(kept)
+    assert command.main(["--root", str(tmp_path), "ladder", "--times", "3",
+                         "--records", "2,8"]) == 0
+    capsys.readouterr()
+    assert asked == [2, 8] * 3 and (tmp_path / "data" / "ladder.jsonl").read_text() == kept
+    rows = {row["record"]: row for row in ladder.rungs(
+        made_runs(), ladder.read(tmp_path / "data" / "ladder_times.jsonl"))}
+    assert rows[2]["seconds"] == pytest.approx(200_000 * 0.203 / 1000)
+    assert rows[8]["seconds"] == pytest.approx(200_000 * 0.804 / 1000)
+    to_target = [ladder.tokens_to(run, 2.1) for run in made_runs() if run["record"] == 8]
+    assert rows[8]["seconds_to_target"] == pytest.approx(sum(to_target) / 3 * 0.804 / 1000)
+    assert math.isnan(rows[2]["seconds_to_target"]) and math.isnan(rows[3]["seconds"])
+    assert f" {200 * 0.203:.1f} |  | " in (tmp_path / "LADDER.md").read_text()
+
+
 def test_a_changed_recipe_is_run_again(tmp_path, monkeypatch):
     """A number of the recipe as it was must not stand in the table of what it is."""
     asked = []
