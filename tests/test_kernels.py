@@ -153,6 +153,60 @@ def test_varlen_operator_has_shapes_for_the_compiler_and_a_backward():
         assert [x.grad.shape for x in (q, k, v)] == [q.shape] * 3
 
 
+def relative(got, exact):
+    return ((got.double().cpu() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_varlen_attention_on_a_gpu_is_the_oracles(compiled):
+    """Both passes in bf16 against float64 on the host, windows in turns, in one graph."""
+    gpu, graphs = torch.device("cuda"), []
+
+    def body(q, k, v, keys):
+        return attention(q, k, v, 0.12, keys)
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    if compiled:
+        body = torch.compile(body, dynamic=False, backend=counting)
+    for window, every in ((1, 30), (33, 30), (128, 100), (1000, 3000)):
+        rows = tokens(2, 512, every, seed=window)
+        q, k, v = (x.detach().bfloat16() for x in qkv(2, 512, H=6, D=128, seed=window))
+        exact = [x.double().requires_grad_() for x in (q, k, v)]
+        expected = oracle(*exact, 0.12, seen(document_ids(rows, 256), window))
+        grad = torch.randn_like(expected).bfloat16()
+        expected_grads = torch.autograd.grad(expected, exact, grad.double())
+        ours = [x.to(gpu).requires_grad_() for x in (q, k, v)]
+        keys = packed_keys(document_ids(rows.to(gpu), 256), window, torch.bfloat16,
+                           row_documents(rows.numpy(), 256))
+        assert keys.cu_seqlens is not None
+        got = body(*ours, keys)
+        assert relative(got.detach(), expected.detach()) < 1e-2
+        for mine, theirs in zip(torch.autograd.grad(got, ours, grad.to(gpu)), expected_grads):
+            assert relative(mine, theirs) < 2e-2
+    assert len(graphs) == compiled
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("packed", [False, True])
+def test_sdpa_on_a_gpu_is_the_oracles(packed):
+    """Plainly causal in bf16, and with masks in fp32, as pocket scale has it on a GPU."""
+    dtype, bound = (torch.float32, 1e-5) if packed else (torch.bfloat16, 1e-2)
+    rows = tokens(2, 256, 60)
+    doc_BT = document_ids(rows, 256)
+    q, k, v = (x.detach().to(dtype) for x in qkv(2, 256, H=2, D=64))
+    window = 40 if packed else 256
+    keys = packed_keys(doc_BT.cuda(), window, dtype) if packed else None
+    mask = seen(doc_BT if packed else torch.zeros_like(doc_BT), window)
+    expected = oracle(q.double(), k.double(), v.double(), 0.12, mask)
+    assert relative(attention(q.cuda(), k.cuda(), v.cuda(), 0.12, keys), expected) < bound
+
+
 def test_keys_carry_tensors_only():
     """An int in here would make torch.compile build a graph for each window."""
     keys = packed_keys(torch.zeros(1, 64, dtype=torch.long), 9, torch.float32)
