@@ -706,16 +706,14 @@ class _LiveBucket:
         self.params = torch.zeros(ranks * S, dtype=plan.dtype, device=device)
         self.grads = torch.zeros(ranks * S, dtype=plan.dtype, device=device)
         mine = slice(rank * S, (rank + 1) * S) if ranks > 1 else slice(None)
-        self.param_shard, self.grad_shard = self.params[mine], self.grads[mine]
-        if separate and ranks > 1:
-            self.grad_shard = torch.empty_like(self.param_shard)
+        apart = separate and ranks > 1
+        self.param_shard = self.params[mine]
+        self.grad_shard = self.grads[mine].clone() if apart else self.grads[mine]
         # What the ranks add up: the gradients where they lie, or a copy in the type of the wire.
         self.sent, self.sent_shard = self.grads, self.grad_shard
         if wire is not None and wire.itemsize < plan.dtype.itemsize:
             self.sent = self.grads.to(wire)
-            self.sent_shard = self.sent[mine]
-            if separate and ranks > 1:
-                self.sent_shard = self.sent_shard.clone()
+            self.sent_shard = self.sent[mine].clone() if apart else self.sent[mine]
         self.flags, self.my_flags = (
             grads.view(-1, S)[:, S - flags :] for grads in (self.grads, self.grad_shard)
         )
