@@ -11,6 +11,7 @@ import kernels.fp8
 from data.loader import row_documents
 from kernels.attention import Keys, attention, document_ids, packed_keys
 from kernels.fp8 import Fp8Products, quantize
+from kernels.norm import RMSNorm
 from kernels.relu2 import ReLUSquared
 from model import GPTConfig
 
@@ -240,6 +241,26 @@ def test_fp8_never_overflows_to_nan():
     huge = torch.full((16, 16), 1e6)
     for result in fp8_products(huge, huge, huge, (2.0, 2.0, 1e9)):
         assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (2, 3, 1, 64), (1, 1)])
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_rms_norm_and_its_gradient_are_torchs(shape, size):
+    """In fp64 to rounding, for rows of zeros and tiny ones too, where eps decides; in bf16 y is
+    kept in place of x, which rounds the gradient once more."""
+    generator = torch.Generator().manual_seed(len(shape))
+    x = size * torch.randn(shape, dtype=torch.float64, generator=generator)
+    x[0] = 0
+    grad = torch.randn(shape, dtype=torch.float64, generator=generator)
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        mine, theirs = (x.detach().to(dtype).requires_grad_() for _ in range(2))
+        y = RMSNorm.apply(mine)
+        expected = torch.nn.functional.rms_norm(theirs, shape[-1:], eps=2.0**-23)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y, expected, rtol=bound, atol=bound)
+        got, want = (torch.autograd.grad(out, at, grad.to(dtype))[0]
+                     for out, at in ((y, mine), (expected, theirs)))
+        assert (got - want).double().norm() <= bound * want.double().norm()
 
 
 def test_peak_is_unknown_on_a_cpu():
