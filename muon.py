@@ -90,6 +90,7 @@ def polar_express(
     return tuple(schedule)
 
 
+@torch.compiler.assume_constant_result  # else a compiler traces the Remez exchange, in pieces
 def coefficients(method: str, steps: int, given: tuple | None = None) -> tuple[tuple, float]:
     """(polynomials, factor on the norm) of a method; `given` is one triple or one a step."""
     if given is not None:
@@ -1056,7 +1057,7 @@ class Muon(torch.optim.Optimizer):
         if missing:
             flags = torch.ones(live.flags.shape)
             flags[tuple(zip(*missing))] = 0.0
-            live.flags.copy_(flags)
+            live.flags.copy_(flags, non_blocking=True)  # else a GPU's host waits for it
         else:
             live.flags.fill_(1.0)
         if live.plan.kind == "rows" and self.num_ranks > 1:

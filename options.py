@@ -35,6 +35,7 @@ class Run:
     compile: str = _option("auto", "on or off: torch.compile; auto: on for GPUs, off on CPU")
     compile_layers: int = _option(
         1, "layers that torch.compile takes at once, 0: all; 1 lets reductions overlap most")
+    compile_optimizer: bool = _option(False, "fuse the optimizer's update rules, on GPUs")
     micro_batch_tokens: int | None = _option(
         None, "tokens a rank computes at once; default: what the memory allows")
     recompute: str = _option(

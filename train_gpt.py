@@ -143,11 +143,13 @@ def build_model(recipe: Recipe, seed: int, device: torch.device,
     return recipes.build_model(recipe, seed, kernels).to(device)
 
 
-def build_optimizer(model: GPT, recipe: Recipe, kernels: frozenset[str] = frozenset()) -> Muon:
+def build_optimizer(model: GPT, recipe: Recipe, kernels: frozenset[str] = frozenset(),
+                    compiled: bool = False) -> Muon:
     """One optimizer for all parameters, grouped by the recipe."""
     products = (symmetric.gram, symmetric.polynomial) if "symmetric" in kernels else None
     return Muon(recipes.optimizer_groups(recipe, model.named_parameters()), reduce="sum",
-                collective=recipe.grad_collective, overlap=recipe.grad_overlap, products=products)
+                collective=recipe.grad_collective, overlap=recipe.grad_overlap, products=products,
+                compile=compiled)
 
 
 def wants_compile(run: options.Run, device: torch.device) -> tuple[bool, str]:
@@ -381,7 +383,7 @@ def make_job(run: options.Run, recipe: Recipe, seed: int, data: Data, world: Wor
     if wants_compile(run, world.device)[0]:
         compile_segments(model, run.compile_layers)
     signals = Signals(world, model.named_parameters())
-    optimizer = build_optimizer(model, recipe, run.triton_kernels)
+    optimizer = build_optimizer(model, recipe, run.triton_kernels, run.compile_optimizer)
     signals.guard(optimizer)
     micro_rows, model.recompute = fit_memory(recipe, run, world.device)
     return Job(run, recipe, seed, data, world, model, optimizer, signals, micro_rows)
@@ -635,7 +637,8 @@ def main(argv: list[str]) -> int:
             world.agree(facts.pop("model") | facts
                         | {name: getattr(run, name) for name in
                            ("seed", "runs", "resume", "checkpoint_every", "timeout_s", "compile",
-                            "compile_layers", "kernels", "recompute", "profile")}
+                            "compile_layers", "compile_optimizer", "kernels", "recompute",
+                            "profile")}
                         | {"the code": source_digest(local_sources())})
             data = world.first(lambda: find_data(recipe, run))
             world.agree({"the data": world.every(lambda: data_here(data))})

@@ -635,10 +635,12 @@ def test_a_quadratic_falls_to_half_and_then_to_nothing():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own compiler
-@pytest.mark.parametrize("rule", ["muon", "adam"])
-def test_compiled_rules_never_recompile_when_schedules_move(rule):
+@pytest.mark.parametrize("rule, options", [
+    ("muon", {"method": "jordan"}), ("muon", {"method": "polar_express"}), ("adam", {})])
+def test_compiled_rules_never_recompile_when_schedules_move(rule, options):
     a, b = pair(((16, 16), (16, 16)))
-    groups = [{"params": x, "rule": rule, "weight_decay": 0.1, "cautious": True} for x in (a, b)]
+    groups = [{"params": x, "rule": rule, "weight_decay": 0.1, "cautious": True, **options}
+              for x in (a, b)]
     one, two = Muon([groups[0]], compile=True), Muon([groups[1]])
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
