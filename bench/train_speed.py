@@ -31,7 +31,8 @@ def run_once(arguments: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([*launch, "train_gpt.py", *arguments, "--log_dir", folder], cwd=ROOT,
                               capture_output=True, text=True,
-                              env=os.environ | {"OMP_WAIT_POLICY": "passive"})
+                              env={"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000",
+                                   **os.environ})
         logs = list(Path(folder).glob("*.txt"))
         if done.returncode or not logs:
             raise RuntimeError(f"{' '.join(arguments)}: {done.stderr.strip()[-500:]}")

@@ -67,7 +67,8 @@ def fingerprint(recipe: dict) -> str:
 
 def run_once(record: int, seed: int, options: Sequence[str], threads: int) -> dict:
     """Train one rung; what is kept of its log. Raises ValueError where it does not end well."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive",
+                   "GOMP_SPINCOUNT": "20000"}  # as env.sh has it
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train_gpt.py", "--record", str(record), "--scale", "pocket",
                    "--seed", str(seed), "--log_dir", folder, *options]

@@ -204,7 +204,8 @@ def execute(
     log: Path | None = None
     output.parent.mkdir(parents=True, exist_ok=True)
     # a thread that waits by spinning slows everybody on a busy machine down
-    environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000",  # as env.sh has it
+                   **os.environ, "PYTHONUNBUFFERED": "1"}
     with _terminating(), open(output, "w", buffering=1) as file:
         process = subprocess.Popen(
             command, cwd=program.folder, env=environment, stdout=subprocess.PIPE, text=True,
