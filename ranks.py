@@ -352,6 +352,13 @@ class Signals:
         """Let a muon.Muon move nothing while the gate is shut: it looks on the device."""
         optimizer.gate = self.gate
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget all steps so far and open the gate: what a warm-up did is not the run's."""
+        self.gate.fill_(True)  # in place: an optimizer looks at it
+        for tensor in (self._norms, self._blamed, self._loss):
+            tensor.zero_()
+
     def arm(self) -> None:
         """The next backward pass is the last one of this step."""
         self._armed = True

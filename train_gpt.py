@@ -323,6 +323,9 @@ def warm_up(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: Worl
             tensor.copy_(before[f"model.{name}"])
     optimizer.load_state_dict(optimizer_before)
     optimizer.zero_grad()  # after the state: groups that collect over steps are at their start now
+    optimizer.nonfinite.zero_()
+    if signals is not None:
+        signals.reset()
     torch.set_rng_state(before["rng"])
     leaks = [k for k, v in state().items() if k in before and not torch.equal(v, before[k])]
     assert not leaks, f"the warm-up changed {leaks}"

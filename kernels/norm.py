@@ -1,5 +1,7 @@
 """RMSNorm without parameters (Zhang and Sennrich 2019), of the last dimension."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,9 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        r = (norm.square() / x.size(-1) + EPS).rsqrt()
+        square = norm.square() / x.size(-1) + EPS
+        # A row whose squares overflow must not pass as one of zeros: nobody would hear of it.
+        r = square.rsqrt().where(square.isfinite(), math.nan)
         y = (x * r).to(x.dtype)
         ctx.save_for_backward(y, r)
         return y

@@ -263,6 +263,15 @@ def test_rms_norm_and_its_gradient_are_torchs(shape, size):
         assert (got - want).double().norm() <= bound * want.double().norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_hides_no_overflow(dtype):
+    """Rows of zeros in place of what overflowed would train on, and the run would call it good."""
+    x = torch.full((2, 8), 1e25, dtype=dtype)
+    x[1] = 1.0
+    y = RMSNorm.apply(x)
+    assert y[0].isnan().all() and (y[1] == 1).all()
+
+
 def test_peak_is_unknown_on_a_cpu():
     assert kernels.peak_flops(torch.device("cpu")) is None
     assert not kernels.attention.has_varlen(torch.device("cpu"), torch.bfloat16)

@@ -123,6 +123,31 @@ def test_the_gate_does_not_change_a_good_step(tiny_data):
     assert same(*models)
 
 
+def test_a_bad_step_in_the_warm_up_leaves_the_gate_open(tiny_data):
+    """Else every step of the run would be void, and nobody would say so."""
+    import options
+    from conftest import tiny_options
+
+    _, recipe = options.parse(tiny_options("--record", "6", "--matrix_lr", "1e30"), has_cuda=False)
+    files = {part: sorted(tiny_data.glob(f"*{part}*.bin")) for part in ("train", "val")}
+    data = train_gpt.Data(files["train"], files["val"], 256, "digest")
+    world = train_gpt.World(0, 0, 1, torch.device("cpu"))
+    model = train_gpt.build_model(recipe, 0, world.device)
+    signals = train_gpt.Signals(world, model.named_parameters())
+    optimizer = train_gpt.build_optimizer(model, recipe)
+    signals.guard(optimizer)
+    shut = []
+    original = signals.reset
+    signals.reset = lambda: (shut.append(not signals.gate.item()), original())
+    train_gpt.warm_up(model, optimizer, recipe, data, world, 100, signals)
+    assert shut == [True] and optimizer.gate.item() is True
+    tokens = torch.randint(257, (12, 33), generator=torch.Generator().manual_seed(1))
+    batch = train_gpt.Batch(tokens[:, :-1].int(), tokens[:, 1:])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    train_gpt.train_step(model, optimizer, recipe, batch, 100, 384, signals)
+    assert not same(before, model.state_dict())
+
+
 def test_nothing_reads_the_device_between_two_steps(tiny_data, monkeypatch):
     """agree() must not wait for the device: no .item(), .tolist(), bool() of a tensor."""
     world = train_gpt.World(0, 0, 1, torch.device("cpu"))
