@@ -122,6 +122,7 @@ def test_triton_kernels_train_the_same_model(train, tmp_path):
     """All of them at once, in Triton's interpreter; nothing falls back without saying so."""
     pytest.importorskip("triton")
     few = ("--num_iterations", "1", "--val_every", "1", "--batch_tokens", "96")
+    few += ("--val_tokens", "96")  # the interpreter takes seconds for a thousand tokens
     plain = train(*few, log_dir=tmp_path / "plain")
     fused = train(*few, "--kernels", "symmetric,relu2,loss", log_dir=tmp_path / "fused",
                   TRITON_INTERPRET="1")
