@@ -105,28 +105,43 @@ def coefficients(method: str, steps: int, given: tuple | None = None) -> tuple[t
     return (CUBIC if method == "cubic" else JORDAN,) * steps, 1.0
 
 
+@torch.compiler.assume_constant_result
+def bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16, AMX). Elsewhere it is emulated:
+    against fp32 5 times as slow with AVX-512, 50 times with AVX2 (16 of 128 x 128)."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+
+
 def storage_dtype(mode: str | None, device: torch.device) -> torch.dtype:
     """What the iterate is stored in. "accurate" keeps rounding noise below 2% of the energy of an
-    update of rank 8: fp16 on CUDA (10 bits, as fast as bf16 there), fp32 elsewhere. "fast" is bf16,
-    which the records used: 33% with Polar Express at 768 x 768. "mixed" is for CPUs, whose fp16 is
-    slow: bf16 products on an fp32 iterate for as long as its rounding would still be amplified
-    (0.4%); elsewhere it is "accurate". Training to 524K tokens at pocket scale cannot tell the
-    three apart (bench/MUON.md), so the default is what adds no noise: "accurate"."""
-    if mode not in ("fast", "mixed", "accurate", None):
-        raise ValueError(f'mode: expected "fast", "mixed", "accurate" or None, got {mode!r}')
-    if mode == "fast":
+    update of rank 8: fp16 on CUDA (10 bits, as fast as bf16 there), fp32 elsewhere, which a CPU
+    with bf16 units multiplies rounded to bf16 and gives up for bf16 once little would amplify its
+    rounding (0.4%). "fast" is bf16, which the records used: 33% with Polar Express at 768 x 768.
+    It means speed, not rounding: a CPU without bf16 units computes both modes in plain fp32.
+    Training to 524K tokens at pocket scale cannot tell the modes apart (bench/MUON.md), so the
+    default is what adds no noise: "accurate"."""
+    if mode not in ("fast", "accurate", None):
+        raise ValueError(f'mode: expected "fast", "accurate" or None, got {mode!r}')
+    if mode == "fast" and (device.type != "cpu" or bf16_units()):
         return torch.bfloat16
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
+def _rounds(X: Tensor, dtype: torch.dtype) -> bool:
+    """Whether fp32 products of X are rounded to bf16: not of small matrices, where torch would go
+    by how many there are, which differs between ranks."""
+    units = X.device.type == "cpu" and bf16_units()
+    return units and dtype == torch.float32 and min(X.shape[-2:]) > 16
+
+
 @contextlib.contextmanager
-def _precision(mode: str | None, device: torch.device):
+def _precision(rounded: bool, device: torch.device):
     """How products are formed, whatever the program chose for its own: on a CPU of fp32 as it is,
-    or rounded to bf16 for "mixed"; on CUDA with all sums in fp32, where cuBLAS may add up parts of
-    an fp16 product in fp16. Compiled code cannot change this: it must run inside."""
+    or `rounded` to bf16; on CUDA with all sums in fp32, where cuBLAS may add up parts of an fp16
+    product in fp16. Compiled code cannot change this: it must run inside."""
     cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     known = {
-        "cpu": (cpu, "fp32_precision", "bf16" if mode == "mixed" else "ieee"),
+        "cpu": (cpu, "fp32_precision", "bf16" if rounded else "ieee"),
         "cuda": (cuda, "allow_fp16_reduced_precision_reduction", False),
     }
     if torch.compiler.is_compiling() or device.type not in known:
@@ -193,20 +208,22 @@ def orthogonalize(
     if method == "svd" and ns_coefficients is None:
         U, S, Vh = torch.linalg.svd(normalize(X, (-2, -1)), full_matrices=False)
         kept = S.gt(torch.finfo(X.dtype).eps * X.shape[-1] * S[..., :1])
-        X = (U * kept.to(U.dtype).unsqueeze(-2)) @ Vh
+        with _precision(False, X.device):
+            X = (U * kept.to(U.dtype).unsqueeze(-2)) @ Vh
         return (X.mT if tall else X).to(G.dtype)
     polynomials, safety = coefficients(method, steps, ns_coefficients)
     dtype = X.dtype if X.dtype == torch.float64 else storage_dtype(mode, X.device)
     X = normalize(X, (-2, -1), safety, eps).to(dtype).view(-1, *X.shape[-2:])
     gram, polynomial = products or (_gram, _polynomial)
-    exact, mixed = dtype.itemsize >= 4 and mode != "mixed", dtype.itemsize == 4 and mode == "mixed"
-    with _precision(mode, X.device):
+    rounded = _rounds(X, dtype)
+    exact = dtype.itemsize >= 4 and not rounded
+    with _precision(rounded, X.device):
         if exact and X.shape[-1] >= 2 * X.shape[-2] and len(polynomials) > 1:
             X = torch.bmm(_accumulated(gram(X), polynomials, polynomial), X)
             polynomials = ()
         for step, (a, b, c) in enumerate(polynomials):
             # From here on the slopes at 0 multiply what rounding adds to X by less than 64.
-            if mixed and math.prod(abs(triple[0]) for triple in polynomials[step:]) < 64:
+            if rounded and math.prod(abs(triple[0]) for triple in polynomials[step:]) < 64:
                 X = X.to(torch.bfloat16)
             A = gram(X)
             B = polynomial(A, b, c) if c else A.mul_(b)
@@ -575,7 +592,7 @@ FIXED = ("rule", "every", "shard", "view", "split", "split_axis", "second_moment
 CHOICES = {
     "rule": tuple(RULES), "decay": ("lr", "lr2", "l2"), "cautious": (False, True, "strict"),
     "momentum_form": ("ema", "heavy_ball"), "norm": NORMS, "method": METHODS,
-    "mode": (None, "fast", "mixed", "accurate"), "second_moment": (None, "row", "col"),
+    "mode": (None, "fast", "accurate"), "second_moment": (None, "row", "col"),
     "view": (None, "matrix", "flatten", "batch"), "split_axis": (0, 1),
     "shard": (None, "whole", "rows", "copy"), "collective": ("reduce_scatter", "all_reduce"),
     "reduce": ("mean", "sum"), "adjust_lr_fn": (None, "original", "match_rms_adamw"),
@@ -760,7 +777,7 @@ class Muon(torch.optim.Optimizer):
 
     Options of "muon" groups, beside torch's
         method         "svd", "cubic", "jordan", "polar_express", with ns_steps
-        mode           "accurate", "mixed" or "fast", see storage_dtype
+        mode           "accurate" or "fast", see storage_dtype
         norm           "spectral", or "row", "col", "sign", "l2": see steepest
         scale          a key of SCALES or a number (torch: adjust_lr_fn), times `multiplier`
         momentum_form  "ema" as torch, or "heavy_ball": the same direction
@@ -1111,8 +1128,7 @@ class Muon(torch.optim.Optimizer):
             for run in live.runs:
                 group = self.param_groups[run.plan.items[0].group]
                 if not group["frozen"]:
-                    with _precision(group.get("mode"), self.device):
-                        self._update(run)
+                    self._update(run)
             live.launched = False
             if self.world_size > 1 and live.plan.kind != "copy":
                 live.gather = _all_gather(
@@ -1189,7 +1205,9 @@ class Muon(torch.optim.Optimizer):
                 second = seconds[number : number + 1]
                 inputs, mask = [p, g, B.to(wide), *second], ok.view((-1,) + (1,) * (p.ndim - 1))
                 extra = {"scale": scale * group["multiplier"]}
-                self._apply(muon_update, [p, B, *second], mask, inputs, {**options, **extra})
+                rounded = _rounds(p, storage_dtype(group["mode"], p.device))
+                with _precision(rounded and group["method"] != "svd", p.device):
+                    self._apply(muon_update, [p, B, *second], mask, inputs, {**options, **extra})
         if param is not stored:
             stored.copy_(param)
 

@@ -61,7 +61,7 @@ class Recipe:
     split_qkv: bool = True          # Q, K and V orthogonalised each by itself (#4)
     normuon: dict[str, str] = field(default_factory=dict)   # role -> row or col (#41)
     matrix_weight_decay: float = 0.0
-    muon_mode: str = "fast"         # fast: bf16 products, what the records used; accurate
+    muon_mode: str = "fast"         # fast: bf16, what the records used; accurate
 
     # embedding, head, scalars (and matrices, where matrix_rule is adam)
     embed_lr: float = 0.0018        # of the shared table where the head is tied

@@ -46,7 +46,7 @@ def make(kind: str, shapes: list, device: str):
     return optimizer
 
 
-MODES = ("fast", "mixed", "accurate")
+MODES = ("fast", "accurate")
 
 
 def best_steps(shapes: list, repeats: int, device: str) -> dict[str, float]:

@@ -1,9 +1,11 @@
 """What the tests of muon.py share: published coefficients, test matrices, a mixed model, ranks."""
 
+import contextlib
 import math
 import os
 import traceback
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -91,6 +93,19 @@ def noise_energy(X, U, Vh):
 def exact(G):
     U, _, Vh = torch.linalg.svd(G.double(), full_matrices=False)
     return U @ Vh
+
+
+# The ways through the products, which every machine can be made to go: name, mode, bf16 units
+PATHS = {"fp32": ("accurate", False), "rounded": ("accurate", True), "bf16": ("fast", True)}
+
+
+@contextlib.contextmanager
+def on(path, module):
+    """The mode to ask of this muon module, whose CPU has bf16 units or not for so long."""
+    mode, units = PATHS[path]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "bf16_units", lambda: units)
+        yield mode
 
 
 def step_with(optimizer, gradients):

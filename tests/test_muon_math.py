@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import muon
 from muon import (
     CUBIC,
     JORDAN,
@@ -19,6 +20,14 @@ from muon import (
     polar_express,
     steepest,
 )
+
+IN_FP32 = pytest.mark.usefixtures("plain_fp32")  # exact to the last bits, on every machine
+
+
+@pytest.fixture
+def plain_fp32():
+    with h.on("fp32", muon):
+        yield
 
 # What each method makes of singular values in [0.01, 1] of the norm (see the scalar maps), computed
 # from the published coefficients here, not from the code under test.
@@ -66,13 +75,14 @@ def test_published_faults_would_be_caught():
 SHAPES = ((96, 96), (48, 192), (192, 48), (3, 64, 64), (2, 2, 24, 60))
 
 
-@pytest.mark.parametrize("mode, slack", [("accurate", 1e-3), ("mixed", 0.025), ("fast", 0.025)])
+@pytest.mark.parametrize("path, slack", [("fp32", 1e-3), ("rounded", 0.025), ("bf16", 0.025)])
 @pytest.mark.parametrize("method", PUBLISHED)
-def test_singular_values_end_where_the_polynomials_send_them(method, mode, slack):
+def test_singular_values_end_where_the_polynomials_send_them(method, path, slack):
     published = PUBLISHED[method]
     for seed, shape in enumerate(SHAPES):
         G = h.gaussian(*shape, seed=seed)
-        X = orthogonalize(G, method, len(published), mode=mode)
+        with h.on(path, muon) as mode:
+            X = orthogonalize(G, method, len(published), mode=mode)
         U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
         norm = S.square().sum(-1, keepdim=True).sqrt() * SAFETY[method]
         want = h.scalar_map(published, S / norm)
@@ -80,7 +90,7 @@ def test_singular_values_end_where_the_polynomials_send_them(method, mode, slack
         large = (S / norm).gt(1e-2)
         low, high = h.scalar_map(published, GRID).aminmax()
         assert got[large].min() > low - slack and got[large].max() < high + slack
-        if mode == "accurate":
+        if path == "fp32":
             assert (got - want)[large].abs().max() < 2e-3
 
 
@@ -93,13 +103,14 @@ def test_svd_is_the_polar_factor_and_methods_converge_to_it():
         assert (orthogonalize(G, "cubic", 60) - want).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("mode", ["accurate", "mixed", "fast"])
+@pytest.mark.parametrize("path", h.PATHS)
 @pytest.mark.parametrize("method", ["svd", "jordan", "polar_express"])
-def test_the_update_always_descends(method, mode):
+def test_the_update_always_descends(method, path):
     inputs = [h.low_rank(r, 96, 64)[0] for r in (1, 8)]
     inputs += [h.gaussian(80, 80), h.spectrum([1 / n for n in range(1, 65)], 64, 128).float()]
     for G in inputs:
-        X = orthogonalize(G, method, mode=mode)
+        with h.on(path, muon) as mode:
+            X = orthogonalize(G, method, mode=mode)
         dual = (G * X).sum() / torch.linalg.matrix_norm(G, "nuc")
         assert 0.65 <= dual <= 1.21
 
@@ -107,18 +118,20 @@ def test_the_update_always_descends(method, mode):
 @settings(max_examples=40, deadline=None)
 @given(
     exponent=st.integers(-100, 100), seed=st.integers(0, 99), rows=st.integers(1, 40),
-    cols=st.integers(1, 40), mode=st.sampled_from(["accurate", "mixed", "fast"]),
+    cols=st.integers(1, 40), path=st.sampled_from(list(h.PATHS)),
 )  # fmt: skip
-def test_powers_of_two_change_no_bit_and_signs_only_the_sign(exponent, seed, rows, cols, mode):
+def test_powers_of_two_change_no_bit_and_signs_only_the_sign(exponent, seed, rows, cols, path):
     G = h.gaussian(rows, cols, seed=seed)
-    X = orthogonalize(G, mode=mode)
-    assert torch.equal(orthogonalize(G * 2.0**exponent, mode=mode), X)
-    assert torch.equal(orthogonalize(-G, mode=mode), -X)
-    if rows != cols:  # a square has no short side to tell which way to iterate
-        assert torch.equal(orthogonalize(G.mT.contiguous(), mode=mode), X.mT)
-        assert torch.equal(orthogonalize(G.mT, mode=mode), X.mT)
+    with h.on(path, muon) as mode:
+        X = orthogonalize(G, mode=mode)
+        assert torch.equal(orthogonalize(G * 2.0**exponent, mode=mode), X)
+        assert torch.equal(orthogonalize(-G, mode=mode), -X)
+        if rows != cols:  # a square has no short side to tell which way to iterate
+            assert torch.equal(orthogonalize(G.mT.contiguous(), mode=mode), X.mT)
+            assert torch.equal(orthogonalize(G.mT, mode=mode), X.mT)
 
 
+@IN_FP32
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-12, 1e12, 1e20, 1e30])
 def test_gradients_of_any_scale_give_the_same_update(scale):
     G = h.gaussian(64, 96)
@@ -131,50 +144,61 @@ def test_gradients_of_any_scale_give_the_same_update(scale):
     assert torch.equal(orthogonalize(G, "jordan", eps=1e-7), orthogonalize(G, "jordan"))
 
 
-@pytest.mark.parametrize("mode, bound", [("accurate", 1e-5), ("mixed", 0.06), ("fast", 0.06)])
-def test_rotations_and_permutations_go_through(mode, bound):
+@pytest.mark.parametrize("path, bound", [("fp32", 1e-5), ("rounded", 0.06), ("bf16", 0.06)])
+def test_rotations_and_permutations_go_through(path, bound):
     G = h.gaussian(64, 128)
     Q, R = torch.linalg.qr(h.gaussian(64, 64, seed=1))[0], torch.linalg.qr(h.gaussian(128, 128))[0]
-    X = orthogonalize(G, mode=mode)
-    assert (orthogonalize(Q @ G @ R, mode=mode) - Q @ X @ R).norm() < bound * 8
     order = torch.randperm(64, generator=h.generator())
-    assert (orthogonalize(G[order], mode=mode) - X[order]).norm() < bound * 8
+    with h.on(path, muon) as mode:
+        X = orthogonalize(G, mode=mode)
+        assert (orthogonalize(Q @ G @ R, mode=mode) - Q @ X @ R).norm() < bound * 8
+        assert (orthogonalize(G[order], mode=mode) - X[order]).norm() < bound * 8
 
 
-def test_low_rank_momentum_does_not_become_rounding_noise():
-    G, *spaces = h.low_rank(8, 256, 256)
-    assert h.noise_energy(orthogonalize(G), *spaces) < 0.02
-    assert h.noise_energy(orthogonalize(G, mode="accurate"), *spaces) < 0.02
-    assert h.noise_energy(orthogonalize(G, mode="fast"), *spaces) > 0.1  # what bf16 does to it
-    for method in ("jordan", "polar_express"):  # the same products, the iterate in fp32 at first
-        assert h.noise_energy(orthogonalize(G, method, mode="mixed"), *spaces) < 0.01
-    G, *spaces = h.low_rank(32, 256, 512)
-    assert h.noise_energy(orthogonalize(G), *spaces) < 0.01
-    assert h.noise_energy(orthogonalize(G, mode="mixed"), *spaces) < 0.01
+@pytest.mark.parametrize("path, bound", [("fp32", 1e-6), ("rounded", 0.01)])
+def test_low_rank_momentum_does_not_become_rounding_noise(path, bound):
+    for rank, rows, cols in ((8, 256, 256), (8, 192, 768), (32, 256, 512)):
+        G, *spaces = h.low_rank(rank, rows, cols)
+        with h.on(path, muon) as mode:
+            for method in ("jordan", "polar_express"):
+                X = orthogonalize(G, method, mode=mode)
+                assert h.noise_energy(X, *spaces) < bound
+            assert torch.equal(orthogonalize(G), orthogonalize(G, mode=mode))  # the default
+    with h.on("bf16", muon) as mode:  # what bf16 throughout makes of it
+        assert h.noise_energy(orthogonalize(G, mode=mode), *spaces) > 0.1
 
 
-def test_modes_mean_the_same_whatever_precision_the_program_chose():
-    """bf16 products would blow up the Gram form, which only fp32 stands: 1e4 times the norm."""
+def test_small_matrices_never_round_by_how_many_they_are():
+    """Torch rounds a product from 17^3 on, over the whole batch: ranks batch differently."""
+    for shape in ((16, 16), (16, 40), (8, 16), (17, 17)):
+        G = h.gaussian(5, *shape)
+        with h.on("rounded", muon) as mode:
+            X = orthogonalize(G, mode=mode)
+            assert all(torch.equal(orthogonalize(g, mode=mode), x) for g, x in zip(G, X))
+
+
+@pytest.mark.parametrize("path", h.PATHS)
+def test_modes_mean_the_same_whatever_precision_the_program_chose(path):
+    """Rounded products would blow up the Gram form, which only fp32 stands: 1e4 times the norm."""
     G, *spaces = h.low_rank(8, 64, 256)
     matmul = torch.backends.mkldnn.matmul
-    want = {mode: orthogonalize(G, mode=mode) for mode in ("accurate", "mixed", "fast")}
     before = matmul.fp32_precision
-    try:
-        torch.set_float32_matmul_precision("medium")
-        chosen = matmul.fp32_precision
-        for mode, X in want.items():
-            assert torch.equal(orthogonalize(G, mode=mode), X)
-            assert matmul.fp32_precision == chosen
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        matmul.fp32_precision = before
-    assert h.noise_energy(want["accurate"], *spaces) < 1e-6
+    with h.on(path, muon) as mode:
+        want = {method: orthogonalize(G, method, mode=mode) for method in ("svd", "jordan")}
+        try:
+            torch.set_float32_matmul_precision("medium")
+            chosen = matmul.fp32_precision
+            for method, X in want.items():
+                assert torch.equal(orthogonalize(G, method, mode=mode), X)
+                assert matmul.fp32_precision == chosen
+        finally:
+            torch.set_float32_matmul_precision("highest")
+            matmul.fp32_precision = before
+    assert h.noise_energy(want["svd"], *spaces) < 1e-6
 
 
 def test_fp16_storage_keeps_noise_below_two_percent(monkeypatch):
     """The mode that GPUs use by default, by a CPU: fp16 storage, fp32 norm and accumulation."""
-    import muon
-
     monkeypatch.setattr(muon, "storage_dtype", lambda mode, device: torch.float16)
     for rows, cols in ((256, 256), (192, 768)):
         G, *spaces = h.low_rank(8, rows, cols)
@@ -186,14 +210,20 @@ def test_fp16_storage_keeps_noise_below_two_percent(monkeypatch):
     assert muon.orthogonalize(torch.zeros(8, 8)).eq(0).all()
 
 
-def test_storage_follows_mode_and_device():
-    import muon
-
+@pytest.mark.parametrize("units", [True, False])
+def test_storage_follows_mode_and_device(monkeypatch, units):
+    monkeypatch.setattr(muon, "bf16_units", lambda: units)
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert muon.storage_dtype(None, cuda) == muon.storage_dtype("accurate", cuda) == torch.float16
-    assert muon.storage_dtype(None, cpu) == muon.storage_dtype("mixed", cpu) == torch.float32
-    assert muon.storage_dtype("mixed", cuda) == torch.float16
-    assert muon.storage_dtype("fast", cpu) == muon.storage_dtype("fast", cuda) == torch.bfloat16
+    assert muon.storage_dtype(None, cpu) == muon.storage_dtype("accurate", cpu) == torch.float32
+    assert muon.storage_dtype("fast", cuda) == torch.bfloat16
+    # products that no hardware has are no faster: plain fp32, to the bit
+    assert muon.storage_dtype("fast", cpu) == (torch.bfloat16 if units else torch.float32)
+    G = h.gaussian(40, 24)
+    alike = torch.equal(orthogonalize(G, mode="fast"), orthogonalize(G, mode="accurate"))
+    assert alike != units
+    wide = G.double()  # fp64 stays fp64
+    assert torch.equal(orthogonalize(wide, mode="fast"), orthogonalize(wide, mode="accurate"))
     with pytest.raises(ValueError, match="mode"):
         muon.storage_dtype("exact", cpu)
 
@@ -213,21 +243,22 @@ def test_zero_stays_zero_and_nan_stays_at_home(method):
         assert torch.equal(Y[[0, 1, 3]], X[[0, 1, 3]]) and not Y[2].isfinite().all()
 
 
-@pytest.mark.parametrize("mode", ["accurate", "mixed", "fast"])
+@pytest.mark.parametrize("path", h.PATHS)
 @pytest.mark.parametrize("shape", [(48, 48), (40, 96), (130, 64)])
-def test_a_batch_is_its_matrices_and_padding_is_harmless(shape, mode):
+def test_a_batch_is_its_matrices_and_padding_is_harmless(shape, path):
     G = h.gaussian(6, *shape)
-    X = orthogonalize(G, mode=mode)
-    for k in range(6):
-        assert torch.equal(orthogonalize(G[k], mode=mode), X[k])
-    assert torch.equal(orthogonalize(G.view(2, 3, *shape), mode=mode).view(6, *shape), X)
     padded = torch.nn.functional.pad(G, (0, 16, 0, 8))
-    Y = orthogonalize(padded, mode=mode)
+    with h.on(path, muon) as mode:
+        X, Y = orthogonalize(G, mode=mode), orthogonalize(padded, mode=mode)
+        for k in range(6):
+            assert torch.equal(orthogonalize(G[k], mode=mode), X[k])
+        assert torch.equal(orthogonalize(G.view(2, 3, *shape), mode=mode).view(6, *shape), X)
     assert Y[:, shape[0] :].eq(0).all() and Y[..., shape[1] :].eq(0).all()
-    slack = 1e-5 if mode == "accurate" else 2e-2
+    slack = 1e-5 if path == "fp32" else 2e-2
     assert (Y[:, : shape[0], : shape[1]] - X).abs().max() < slack
 
 
+@IN_FP32
 def test_wide_matrices_by_their_gram_matrix_alone_agree_with_the_plain_iteration():
     """fp32 takes the cheaper form from 2:1 on; power laws and low rank are its hard inputs."""
     power = h.spectrum([1 / n for n in range(1, 65)], 64, 256)
@@ -254,10 +285,11 @@ def test_products_handed_in_are_used_and_change_nothing():
         return torch.baddbmm(A, A, A, beta=b, alpha=c)
 
     G = h.gaussian(3, 32, 40)
-    for mode in ("fast", "accurate"):
+    for path in h.PATHS:
         calls.clear()
-        X = orthogonalize(G, mode=mode, products=(gram, polynomial))
-        assert torch.equal(X, orthogonalize(G, mode=mode))
+        with h.on(path, muon) as mode:
+            X = orthogonalize(G, mode=mode, products=(gram, polynomial))
+            assert torch.equal(X, orthogonalize(G, mode=mode))
         assert calls == ["gram", "polynomial"] * 5
 
 

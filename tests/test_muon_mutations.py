@@ -18,7 +18,8 @@ SOURCE = (Path(__file__).parent.parent / "muon.py").read_text()
 
 
 def load(name="muon_true", *edits):
-    """muon.py as a fresh module, with (old, new) pairs of its text replaced."""
+    """muon.py as a fresh module, with (old, new) pairs of its text replaced, on a CPU without bf16
+    units: exact to the last bits."""
     text = SOURCE
     for old, new in edits:
         assert old in text, f"mutation {name}: the text it changes is gone"
@@ -26,6 +27,7 @@ def load(name="muon_true", *edits):
     module = types.ModuleType(name)
     sys.modules[name] = module  # dataclasses look their module up
     exec(compile(text, name, "exec"), module.__dict__)
+    module.bf16_units = lambda: False
     return module
 
 
@@ -79,20 +81,36 @@ def maps_positive_and_bounded(m):
 
 
 def noise_at_rank_8(m):
-    G, *spaces = h.low_rank(8, 192, 192)
-    assert h.noise_energy(m.orthogonalize(G), *spaces) < 0.02
+    for rows, cols in ((192, 192), (64, 256)):
+        G, *spaces = h.low_rank(8, rows, cols)
+        for path in ("fp32", "rounded"):
+            with h.on(path, m):
+                X = m.orthogonalize(G)
+            assert h.noise_energy(X, *spaces) < 0.02 and X.norm() < 1.2 * 8**0.5
+
+
+def emulation_avoided(m):
+    """Without bf16 units nothing is ever stored in bf16, whatever the mode."""
+    G = h.gaussian(48, 40)
+    for mode in ("accurate", "fast"):
+        X = m.orthogonalize(G, mode=mode)
+        assert (X - m.orthogonalize(G.double())).norm() < 1e-4 * X.norm()
 
 
 def short_side(m):
     G = h.gaussian(96, 24)
-    assert torch.equal(m.orthogonalize(G, mode="fast").mT, m.orthogonalize(G.mT, mode="fast"))
+    for path in h.PATHS:
+        with h.on(path, m) as mode:
+            assert torch.equal(m.orthogonalize(G, mode=mode).mT, m.orthogonalize(G.mT, mode=mode))
     assert (m.orthogonalize(G, "polar_express", 12) - h.exact(G)).abs().max() < 1e-3
 
 
 def one_matrix_one_norm(m):
     G = h.gaussian(3, 16, 24)
-    X = m.orthogonalize(G)
-    assert all(torch.equal(m.orthogonalize(g), x) for g, x in zip(G, X))
+    for path in h.PATHS:
+        with h.on(path, m) as mode:
+            X = m.orthogonalize(G, mode=mode)
+            assert all(torch.equal(m.orthogonalize(g, mode=mode), x) for g, x in zip(G, X))
 
 
 def buffers_unaliased(m):
@@ -123,6 +141,7 @@ def forms_agree(m):
 
 
 def drop_in(m):
+    m.bf16_units = lambda: True
     for nesterov in (True, False):
         a, b = (torch.nn.Parameter(h.gaussian(24, 16)) for _ in range(2))
         ours = m.Muon([a], lr=0.02, nesterov=nesterov, mode="fast")
@@ -271,6 +290,14 @@ MUTATIONS = [
      ("return polar_express(steps), 1.02", "return polar_express(steps), 0.99")),
     ("bf16 by default", noise_at_rank_8,
      ("return torch.float16 if device.type == \"cuda\" else", "return torch.bfloat16 if 1 else")),
+    ("rounded in bf16 from the start", noise_at_rank_8,
+     ("for triple in polynomials[step:]) < 64", "for triple in polynomials[step:]) < 1e9")),
+    ("bf16 products that nothing computes", emulation_avoided,
+     ("if mode == \"fast\" and (device.type != \"cpu\" or bf16_units())", "if mode == \"fast\"")),
+    ("fp32 products without the units to round them", emulation_avoided,
+     ("units = X.device.type == \"cpu\" and bf16_units()", "units = True")),
+    ("small matrices rounded by their number", one_matrix_one_norm,
+     ("min(X.shape[-2:]) > 16", "True")),
     ("the long side iterated", short_side,
      ("tall = G.shape[-2] > G.shape[-1]", "tall = False")),
     ("one norm for the whole batch", one_matrix_one_norm,

@@ -41,7 +41,8 @@ def distance(a, b):
     {"adjust_lr_fn": "original", "momentum": 0.8}, {"ns_coefficients": (2.0, -1.5, 0.5)},
     {"ns_steps": 3, "eps": 1e-5}, {"lr": torch.tensor(0.01)},
 ])  # fmt: skip
-def test_a_drop_in_for_torch_optim_muon(options):
+def test_a_drop_in_for_torch_optim_muon(options, monkeypatch):
+    monkeypatch.setattr(muon, "bf16_units", lambda: True)  # its products, also where they are slow
     ours, theirs = pair()
     mine, other = Muon(ours, **options, mode="fast"), torch.optim.Muon(theirs, **options)
     for step in range(4):
@@ -106,7 +107,8 @@ def test_adam_is_torchs(theirs, ours, betas, eps, weight_decay):
 # ------------------------------------------------------------------------------------ by hand
 
 
-def test_ema_and_heavy_ball_are_the_same_update():
+def test_ema_and_heavy_ball_are_the_same_update(monkeypatch):
+    monkeypatch.setattr(muon, "bf16_units", lambda: False)  # which round what differs by an ulp
     for nesterov in (True, False):
         a, b = pair()
         ema = Muon(a, lr=0.02, nesterov=nesterov)
@@ -656,3 +658,29 @@ def test_compiled_rules_never_recompile_when_schedules_move(rule, options):
         assert frames in (None, now)
         frames = now
     assert frames == 1 and distance(a, b) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own
+@pytest.mark.parametrize("path", h.PATHS)
+def test_compiled_updates_are_the_eager_ones_whatever_precision_the_program_chose(path):
+    """Compiled code takes its precision from the step around it: rounded products would blow up
+    the Gram form, by which plain fp32 iterates 4:1 matrices."""
+    G, *spaces = h.low_rank(8, 64, 256)
+    steps = {}
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch._dynamo.reset()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with h.on(path, muon) as mode:
+            for compiled in (False, True):
+                p = torch.nn.Parameter(torch.zeros(64, 256))
+                h.step_with(Muon([p], lr=1.0, mode=mode, compile=compiled), [G])
+                steps[compiled] = p.detach()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.mkldnn.matmul.fp32_precision = before
+        torch._dynamo.reset()
+    error = (steps[True] - steps[False]).norm() / steps[False].norm()
+    noise = h.noise_energy(steps[True], *spaces)  # an ulp before the first rounding changes it
+    limits = {"fp32": (1e-3, 1e-6), "rounded": (0.06, 0.01), "bf16": (0.1, 0.3)}
+    assert error < limits[path][0] and noise < limits[path][1]
