@@ -1170,6 +1170,8 @@ class Muon(torch.optim.Optimizer):
                 options[name] = group[name]
         options |= {**numbers, "eps": group["eps"]}
         part = max(1, CHUNK // run.plan.stride) if self.device.type == "cpu" else count
+        if part > 1:  # two threads take as long for 3 matrices as for 4
+            part += -part % torch.get_num_threads()
         for k in range(0, count, part):
             self._update_part(run, slice(k, k + part), group, options)
 
