@@ -555,15 +555,13 @@ def make_plan(
         else:
             least, best = sum(item.numel for item in members), {}
             for count in [num_buckets] if num_buckets else range(1, min(8, len(members)) + 1):
-                for carry in (False, True):  # balance each bucket by itself, or the sum so far
-                    loads, trial = [0.0] * world_size, []
-                    for part in _cut(members, count):
-                        loads = loads if carry else [0.0] * world_size
-                        trial.append(_make_bucket(kind, part, _assign(part, loads)))
-                    padded = sum(bucket.segment - bucket.num_flags for bucket in trial) * world_size
-                    option = (exposed_seconds(trial, world_size, device), padded / least)
-                    if option < best.get(len(trial), ((math.inf,),))[0]:
-                        best[len(trial)] = (option, trial)
+                loads, trial = [0.0] * world_size, []
+                for part in _cut(members, count):  # balanced in sum, not each by itself
+                    trial.append(_make_bucket(kind, part, _assign(part, loads)))
+                padded = sum(bucket.segment - bucket.num_flags for bucket in trial) * world_size
+                option = (exposed_seconds(trial, world_size, device), padded / least)
+                if option < best.get(len(trial), ((math.inf,),))[0]:
+                    best[len(trial)] = (option, trial)
             # A prediction within 5% of the best is as good: the fewest buckets win.
             limit = 1.05 * min(option[0] for option, _ in best.values())
             chosen = min(count for count, (option, _) in best.items() if option[0] <= limit)
