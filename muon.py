@@ -374,16 +374,16 @@ def apply_update(rule, targets: list[Tensor], ok: Tensor, inputs: list, options:
     """Write rule(*inputs) to `targets` where `ok`: decided on the device, unknown to the host."""
     eager = not torch.compiler.is_compiling()
     everything = eager and ok.device.type == "cpu" and bool(ok.all())  # a CPU may ask: it is free
-    out = [t if everything and t.dtype == inputs[0].dtype else None for t in targets]
+    out = targets if everything else [None] * len(targets)
     for target, new in zip(targets, rule(*inputs, **options, out=out)):
         if new is target:
             continue
         if everything:
             target.copy_(new)
-        elif eager and new.dtype == target.dtype:
+        elif eager:
             torch.where(ok, new, target, out=target)
         else:
-            target.copy_(torch.where(ok, new.to(target.dtype), target))
+            target.copy_(torch.where(ok, new, target))
 
 
 # ------------------------------------------------------------------------------------ the plan
@@ -575,7 +575,7 @@ def make_plan(
 
 _BOTH = {
     "lr": 1e-3, "weight_decay": 0.0, "decay": "lr", "cautious": False,
-    "every": 1, "frozen": False, "shard": None, "state_dtype": None,
+    "every": 1, "frozen": False, "shard": None,
 }  # fmt: skip
 RULES = {  # options of a group and their defaults
     "muon": {
@@ -586,7 +586,7 @@ RULES = {  # options of a group and their defaults
     },
     "adam": {**_BOTH, "betas": (0.9, 0.999), "eps": 1e-8},
 }  # fmt: skip
-FIXED = ("rule", "every", "shard", "view", "split", "split_axis", "second_moment", "state_dtype")
+FIXED = ("rule", "every", "shard", "view", "split", "split_axis", "second_moment")
 CHOICES = {
     "rule": tuple(RULES), "decay": ("lr", "lr2", "l2"), "cautious": (False, True, "strict"),
     "momentum_form": ("ema", "heavy_ball"), "norm": NORMS, "method": METHODS,
@@ -694,12 +694,11 @@ def state_spec(run: Run, group: dict) -> dict[str, tuple[tuple[int, ...], torch.
     """Shape and dtype of each state tensor of a run; the first dimension counts its parameters."""
     size, dtype = (len(run.items), *run.items[0].local_shape), run.items[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
-    kept = group["state_dtype"] or wide
     spec = {"master": (size, wide)} if dtype != wide else {}  # bf16 parameters, exact fp32 updates
     if group["rule"] == "adam":
-        step = (size[:1], torch.float32)
-        return {**spec, "step": step, "exp_avg": (size, kept), "exp_avg_sq": (size, kept)}
-    spec["momentum_buffer"] = (size, kept)
+        averages = {name: (size, wide) for name in ("exp_avg", "exp_avg_sq")}
+        return {**spec, **averages, "step": (size[:1], wide)}
+    spec["momentum_buffer"] = (size, wide)
     views = matrix_views(torch.empty(size, device="meta"), group)
     for number, view in enumerate(views if group["second_moment"] else ()):
         kept_sizes = (*view.shape[:-1], 1)
@@ -789,7 +788,6 @@ class Muon(torch.optim.Optimizer):
         every          act on every k-th step only; gradients add up in between
         frozen         True: no update for now
         shard          None (choose), "whole", "rows" or "copy"
-        state_dtype    of momentum and Adam's averages, None is fp32
     Options of the whole
         process_group  the ranks that train together, None is all; with collectives of your own
                        between arm() and step() on NCCL, a group of its own
@@ -1192,9 +1190,8 @@ class Muon(torch.optim.Optimizer):
         if group["rule"] == "adam":
             column = (-1,) + (1,) * (param.ndim - 1)
             state["step"] = state["step"].view(column)
-            kept = [param, *(state[name] for name in ("exp_avg", "exp_avg_sq", "step"))]
-            inputs = [param, grad, *(t.to(wide) for t in kept[1:])]
-            self._apply(adam_update, kept, ok.view(column), inputs, options)
+            kept = list(state.values())
+            self._apply(adam_update, [param, *kept], ok.view(column), [param, grad, *kept], options)
         else:
             momentum = state.pop("momentum_buffer")
             seconds = list(state.values())  # one per view
@@ -1203,7 +1200,7 @@ class Muon(torch.optim.Optimizer):
                 scale = group["scale"]
                 scale = SCALES[scale](*p.shape[-2:]) if isinstance(scale, str) else scale
                 second = seconds[number : number + 1]
-                inputs, mask = [p, g, B.to(wide), *second], ok.view((-1,) + (1,) * (p.ndim - 1))
+                inputs, mask = [p, g, B, *second], ok.view((-1,) + (1,) * (p.ndim - 1))
                 extra = {"scale": scale * group["multiplier"]}
                 rounded = _rounds(p, storage_dtype(group["mode"], p.device))
                 with _precision(rounded and group["method"] != "svd", p.device):
