@@ -575,7 +575,7 @@ def make_plan(
 
 _BOTH = {
     "lr": 1e-3, "weight_decay": 0.0, "decay": "lr", "cautious": False,
-    "every": 1, "frozen": False, "shard": None,
+    "every": 1, "frozen": False,
 }  # fmt: skip
 RULES = {  # options of a group and their defaults
     "muon": {
@@ -586,15 +586,14 @@ RULES = {  # options of a group and their defaults
     },
     "adam": {**_BOTH, "betas": (0.9, 0.999), "eps": 1e-8},
 }  # fmt: skip
-FIXED = ("rule", "every", "shard", "view", "split", "split_axis", "second_moment")
+FIXED = ("rule", "every", "view", "split", "split_axis", "second_moment")
 CHOICES = {
     "rule": tuple(RULES), "decay": ("lr", "lr2", "l2"), "cautious": (False, True, "strict"),
     "momentum_form": ("ema", "heavy_ball"), "norm": NORMS, "method": METHODS,
     "mode": (None, "fast", "accurate"), "second_moment": (None, "row", "col"),
     "view": (None, "matrix", "flatten", "batch"), "split_axis": (0, 1),
-    "shard": (None, "whole", "rows", "copy"), "collective": ("reduce_scatter", "all_reduce"),
-    "reduce": ("mean", "sum"), "adjust_lr_fn": (None, "original", "match_rms_adamw"),
-    "wire_dtype": (None, torch.bfloat16),
+    "collective": ("reduce_scatter", "all_reduce"), "reduce": ("mean", "sum"),
+    "adjust_lr_fn": (None, "original", "match_rms_adamw"), "wire_dtype": (None, torch.bfloat16),
 }  # fmt: skip
 
 
@@ -787,7 +786,6 @@ class Muon(torch.optim.Optimizer):
         cautious       True or "strict": decay only what the update shrinks as well
         every          act on every k-th step only; gradients add up in between
         frozen         True: no update for now
-        shard          None (choose), "whole", "rows" or "copy"
     Options of the whole
         process_group  the ranks that train together, None is all; with collectives of your own
                        between arm() and step() on NCCL, a group of its own
@@ -944,17 +942,7 @@ class Muon(torch.optim.Optimizer):
 
     def _kind(self, item: Item, fair: float) -> str:
         group, several = self.param_groups[item.group], self.world_size > 1
-        by_rows = group["rule"] == "adam" or group["norm"] in ("row", "sign")
-        if group["shard"] == "rows":
-            if not by_rows and group["view"] != "batch":
-                raise ValueError(
-                    f'parameter {item.name!r}: shard="rows" would cut a matrix that is updated as '
-                    'a whole; use shard=None or, for a stack of matrices, view="batch"'
-                )
-            return "rows" if several else "whole"
-        if group["shard"]:
-            return group["shard"]
-        if by_rows:
+        if group["rule"] == "adam" or group["norm"] in ("row", "sign"):
             large = math.prod(item.shape) >= ROWS_FROM and len(item.shape) > 1
             return "copy" if not large else "rows" if several else "whole"
         # A stack of matrices that is more than one rank's share is cut between its matrices.

@@ -559,7 +559,6 @@ def test_errors_name_the_parameter_and_the_way_out():
     bad("every", every=0)
     bad("rule: expected one of", [{"params": named("w", 8, 8), "rule": "sgd"}])
     bad("collective", collective="broadcast")
-    bad("cut a matrix", shard="rows")
     bad("ns_coefficients", ns_coefficients=((1.0, 2.0),))
     bad("floating point", [("w", torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.int32), False))])
     bad("got twice", named("w", 4, 4) + named("w", 4, 4))
