@@ -1040,11 +1040,11 @@ class Muon(torch.optim.Optimizer):
 
     def _collect(self, live: _LiveBucket) -> None:
         """Bring stray gradients into the flat buffer, and flag those that exist."""
-        missing = []
+        live.flags.fill_(1.0)
         for p, grad, index, owner, flag in live.entries:
             if p.grad is None:
                 grad.zero_()
-                missing.append((owner, flag))
+                live.flags[owner, flag].zero_()
             elif p.grad is not grad:
                 if p.grad.is_sparse:
                     raise ValueError(
@@ -1053,14 +1053,8 @@ class Muon(torch.optim.Optimizer):
                     )
                 grad.copy_(p.grad)
             elif grad._version == self._versions[index]:
-                missing.append((owner, flag))
+                live.flags[owner, flag].zero_()
             p.grad = grad
-        if missing:
-            flags = torch.ones(live.flags.shape)
-            flags[tuple(zip(*missing))] = 0.0
-            live.flags.copy_(flags, non_blocking=True)  # else a GPU's host waits for it
-        else:
-            live.flags.fill_(1.0)
         if live.plan.kind == "rows" and self.num_ranks > 1:
             # One shard's NaN must mask them all, so the flag carries it (inf * 0 is NaN), also
             # where only the sum over the ranks would overflow.

@@ -326,7 +326,7 @@ MUTATIONS = [
     ("eps inside the root", adam_like_torch,
      ("(exp_avg_sq / correct2).sqrt_() + eps", "(exp_avg_sq / correct2 + eps).sqrt_()")),
     ("a missing gradient counted as zeros", none_is_inert,
-     ("missing.append((owner, flag))", "pass")),
+     ("live.flags[owner, flag].zero_()", "pass")),
     ("no mask", nan_is_masked, ("ok = finite & (flags > 0)", "ok = flags > 0")),
     ("no master copy", small_steps_survive_bf16,
      ("spec = {\"master\": (size, wide)} if dtype != wide else {}", "spec = {}")),
