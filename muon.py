@@ -358,16 +358,11 @@ def adam_update(
     exp_avg = _mix(grad, exp_avg, beta1, out[1])
     exp_avg_sq = _mix(grad.square(), exp_avg_sq, beta2, out[2])
     # 1 - beta^t by expm1: the plain form loses 5e-5 of 1 - 0.999 in fp32
-    correct1, correct2 = (-torch.expm1(step * _log(beta)) for beta in (beta1, beta2))
+    logs = (torch.as_tensor(beta, dtype=torch.float64).log() for beta in (beta1, beta2))
+    correct1, correct2 = (-torch.expm1(step * log) for log in logs)
     update = exp_avg / correct1 / ((exp_avg_sq / correct2).sqrt_() + eps)
     new = _stepped(param, update, decay, cautious, lr, weight_decay, out=out[0])
     return new, exp_avg, exp_avg_sq, step
-
-
-def _log(beta: float | Tensor) -> float | Tensor:
-    if isinstance(beta, Tensor):
-        return beta.log()
-    return math.log(beta) if beta > 0 else -math.inf
 
 
 def apply_update(rule, targets: list[Tensor], ok: Tensor, inputs: list, options: dict) -> None:
@@ -931,8 +926,7 @@ class Muon(torch.optim.Optimizer):
                 group = self.param_groups[run.items[0].group]
                 live.runs.append(_LiveRun(run, live, group, device))
         self.nonfinite = torch.zeros(len(self._params), dtype=torch.bool, device=device)
-        for p in self._params:
-            self.state[p] = {}
+        self.state.clear()
         for live in self._live:  # a rank sees the state that it owns
             for run in live.runs:
                 for k, item in enumerate(run.plan.items):
