@@ -2,6 +2,8 @@
 
     python bench/muon_step.py            pocket shapes and GPT-2 124M's, two minutes
     python bench/muon_step.py --quick    pocket shapes, 30 seconds
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python bench/muon_step.py --quick --no_units
+                                         as on a CPU without bf16 units: both modes in plain fp32
 
 torch's optimizer and the modes of ours take turns on the same shapes, so that a busy machine slows
 all of them; the table gives each one's best step and how many times as fast as torch's it is.
@@ -98,7 +100,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="pocket shapes only")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no_units", action="store_true", help="as if the CPU had none")
     options = parser.parse_args()
+    if options.no_units:
+        muon.bf16_units = lambda: False
     shapes = [("pocket 64 x 4 layers", layer_shapes(64, 4), 40),
               ("pocket 128 x 4 layers", layer_shapes(128, 4), 40),
               ("pocket 192 x 6 layers", layer_shapes(192, 6), 25)]  # fmt: skip
