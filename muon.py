@@ -115,8 +115,8 @@ def bf16_units() -> bool:
 def storage_dtype(mode: str | None, device: torch.device) -> torch.dtype:
     """What the iterate is stored in. "accurate" keeps rounding noise below 2% of the energy of an
     update of rank 8: fp16 on CUDA (10 bits, as fast as bf16 there), fp32 elsewhere, which a CPU
-    with bf16 units multiplies rounded to bf16 and gives up for bf16 once little would amplify its
-    rounding (0.4%). "fast" is bf16, which the records used: 33% with Polar Express at 768 x 768.
+    with bf16 units multiplies rounded to bf16 (_rounds) and gives up for bf16 once little would
+    amplify its rounding (0.4%). "fast" is bf16, which the records used: 33% with Polar Express at 768 x 768.
     It means speed, not rounding: a CPU without bf16 units computes both modes in plain fp32.
     Training to 524K tokens at pocket scale cannot tell the modes apart (bench/MUON.md), so the
     default is what adds no noise: "accurate"."""
@@ -128,10 +128,11 @@ def storage_dtype(mode: str | None, device: torch.device) -> torch.dtype:
 
 
 def _rounds(X: Tensor, dtype: torch.dtype) -> bool:
-    """Whether fp32 products of X are rounded to bf16: not of small matrices, where torch would go
-    by how many there are, which differs between ranks."""
+    """Whether fp32 products of X are rounded to bf16: from a short side of 65 on. Below, plain fp32
+    is as fast on squares and faster on 4:1, by its cheaper form; and up to 16 torch would round or
+    not by the number of matrices, which differs between ranks."""
     units = X.device.type == "cpu" and bf16_units()
-    return units and dtype == torch.float32 and min(X.shape[-2:]) > 16
+    return units and dtype == torch.float32 and min(X.shape[-2:]) > 64
 
 
 @contextlib.contextmanager

@@ -123,7 +123,7 @@ MIXED = (
     ("table", (301, 48), torch.float32, "adam"),
     ("late.table", (70, 64), torch.bfloat16, "adam"),
     ("gain", (), torch.float32, "adam"),
-    *((f"{n}.q", (48, 48), torch.float32, "muon") for n in range(3)),
+    *((f"{n}.q", (72, 72), torch.float32, "muon") for n in range(3)),  # rounded to bf16
     *((f"{n}.k", (48, 48), torch.bfloat16, "muon") for n in range(3)),
     *((f"{n}.up", (96, 48), torch.float32, "muon") for n in range(3)),
     *((f"{n}.down", (48, 96), torch.float32, "normuon") for n in range(3)),

@@ -662,7 +662,7 @@ def test_compiled_rules_never_recompile_when_schedules_move(rule, options):
 def test_compiled_updates_are_the_eager_ones_whatever_precision_the_program_chose(path):
     """Compiled code takes its precision from the step around it: rounded products would blow up
     the Gram form, by which plain fp32 iterates 4:1 matrices."""
-    G, *spaces = h.low_rank(8, 64, 256)
+    G, *spaces = h.low_rank(8, 80, 256)
     steps = {}
     before = torch.backends.mkldnn.matmul.fp32_precision
     torch._dynamo.reset()
@@ -670,7 +670,7 @@ def test_compiled_updates_are_the_eager_ones_whatever_precision_the_program_chos
         torch.set_float32_matmul_precision("medium")
         with h.on(path, muon) as mode:
             for compiled in (False, True):
-                p = torch.nn.Parameter(torch.zeros(64, 256))
+                p = torch.nn.Parameter(torch.zeros(80, 256))
                 h.step_with(Muon([p], lr=1.0, mode=mode, compile=compiled), [G])
                 steps[compiled] = p.detach()
     finally:
