@@ -116,10 +116,10 @@ def storage_dtype(mode: str | None, device: torch.device) -> torch.dtype:
     """What the iterate is stored in. "accurate" keeps rounding noise below 2% of the energy of an
     update of rank 8: fp16 on CUDA (10 bits, as fast as bf16 there), fp32 elsewhere, which a CPU
     with bf16 units multiplies rounded to bf16 (_rounds) and gives up for bf16 once little would
-    amplify its rounding (0.4%). "fast" is bf16, which the records used: 33% with Polar Express at 768 x 768.
-    It means speed, not rounding: a CPU without bf16 units computes both modes in plain fp32.
-    Training to 524K tokens at pocket scale cannot tell the modes apart (bench/MUON.md), so the
-    default is what adds no noise: "accurate"."""
+    amplify its rounding (0.4%). "fast" is bf16, which the records used: 33% with Polar Express at
+    768 x 768. It means speed, not rounding: a CPU without bf16 units computes both modes in plain
+    fp32. Training to 524K tokens at pocket scale cannot tell the modes apart (bench/MUON.md), so
+    the default is what adds no noise: "accurate"."""
     if mode not in ("fast", "accurate", None):
         raise ValueError(f'mode: expected "fast", "accurate" or None, got {mode!r}')
     if mode == "fast" and (device.type != "cpu" or bf16_units()):
