@@ -70,6 +70,22 @@ def test_alike_layers_share_a_graph():
     assert counters["stats"]["unique_graphs"] == 4  # start, a layer, end, head
 
 
+@pytest.mark.parametrize("record", [6, 12, 62])
+def test_graphs_are_such_as_the_compilers_cache_keeps(record):
+    """It keeps none with an autograd.Function inside: then each start would compile again."""
+    targets = []
+
+    def backend(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    model = recipes.build_model(recipe_of(record), seed=0)
+    train_gpt.compile_segments(model, backend=backend)
+    loss_and_gradients(model, rows(recipe_of(record)))
+    assert any("linear" in target for target in targets)
+    assert not [target for target in targets if "autograd_function" in target]
+
+
 @pytest.mark.parametrize("record", [24, 62])
 def test_a_schedule_that_moves_builds_no_graph_that_the_warm_up_did_not(record):
     """Windows, rotary tables, targets and tying change while training; what a layer is given is a
