@@ -254,7 +254,7 @@ def random_state() -> dict:
 def capture(model: torch.nn.Module, optimizer_state: dict) -> dict:
     """Everything that training changes; optimizer_state: optimizer.state_dict(), which is a
     collective call and so is made on all ranks."""
-    return {"model": on_cpu(model.state_dict()), "optimizer": _to_cpu(optimizer_state),
+    return {"model": on_cpu(model.state_dict()), "optimizer": to_cpu(optimizer_state),
             "random": random_state()}
 
 
@@ -267,9 +267,10 @@ def restore(state: dict, model: torch.nn.Module, optimizer: torch.optim.Optimize
         torch.cuda.set_rng_state(state["random"]["cuda"])
 
 
-def _to_cpu(tree):
+def to_cpu(tree):
+    """A tree of dicts and lists with its tensors on the CPU; what is there already as it is."""
     if isinstance(tree, torch.Tensor):
         return tree.cpu()
     if isinstance(tree, dict):
-        return {key: _to_cpu(value) for key, value in tree.items()}
-    return [_to_cpu(v) for v in tree] if isinstance(tree, list) else tree
+        return {key: to_cpu(value) for key, value in tree.items()}
+    return [to_cpu(v) for v in tree] if isinstance(tree, list) else tree
