@@ -139,7 +139,7 @@ def _squash(z, KIND: tl.constexpr, DIV: tl.constexpr, SHIFT: tl.constexpr, BOUND
 
 
 @jit
-def _loss_kernel(logits, targets, weights, loss, grad, factor, V,
+def _loss_kernel(logits, targets, weights, loss, grad, factor, V: tl.constexpr,
                  KIND: tl.constexpr, CAP: tl.constexpr, DIV: tl.constexpr, SHIFT: tl.constexpr,
                  BOUNDED: tl.constexpr, NUM_TARGETS: tl.constexpr, WITH_GRAD: tl.constexpr,
                  FP8: tl.constexpr, BLOCK: tl.constexpr):

@@ -160,6 +160,8 @@ class Largest(TorchDispatchMode):
     numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.addmm.dtype_out:  # torch 2.11 has no meta kernel
+            return kwargs["out"]
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, torch.Tensor):
@@ -411,9 +413,9 @@ def test_shapes_and_dtypes_of_a_row_of_64k_tokens(bodies, fp8):
 def test_kernels_compile_for_gpus(tmp_path):
     """Hopper with gradients in place and in e5m2, Ampere in place."""
     types = {"logits": "*bf16", "targets": "*i64", "weights": "*fp32", "loss": "*fp32",
-             "grad": "*bf16", "factor": "fp32", "V": "i32"}
-    constants = {"KIND": "sigmoid", "CAP": 23.0, "DIV": 7.5, "SHIFT": 5.0, "BOUNDED": True,
-                 "NUM_TARGETS": 3, "WITH_GRAD": True, "FP8": False, "BLOCK": 4096}
+             "grad": "*bf16", "factor": "fp32"}
+    constants = {"V": 50_304, "KIND": "sigmoid", "CAP": 23.0, "DIV": 7.5, "SHIFT": 5.0,
+                 "BOUNDED": True, "NUM_TARGETS": 3, "WITH_GRAD": True, "FP8": False, "BLOCK": 4096}
     options = {"num_warps": 8}
     jobs = [{"capability": 90, "types": types | {"grad": "*fp8e5"},
              "constants": constants | {"FP8": True}, "options": options},
