@@ -77,7 +77,9 @@ def softcapped_loss_and_grad(
     Eager, the operations work in place on a chunk that fits in cache. Compiled they fuse into one
     sweep that reduces and one that writes.
     """
-    compiling = torch.compiler.is_compiling()  # a copy costs nothing then, a mutation would
+    # A copy costs nothing then. A mutation would, and torch 2.11 orders it wrong: with one target
+    # its C++ read the targets' logits where the gradients lay already.
+    compiling = torch.compiler.is_compiling()
     dtype = torch.promote_types(logits_NV.dtype, torch.float32)
     at_NK = targets_NK.clamp(min=0)
     weight_NK = torch.where(targets_NK >= 0, weights_K.to(dtype), 0)
@@ -118,6 +120,8 @@ def softcapped_loss_and_grad(
 
     if fp8_factor is not None:
         return loss_N, *quantize(g_NV, fp8_factor, torch.float8_e5m2)
+    if compiling:
+        return loss_N, g_NV.to(logits_NV.dtype), None
     return loss_N, g_NV if z_NV is logits_NV else logits_NV.copy_(g_NV), None
 
 
@@ -306,7 +310,7 @@ def chunk_tokens(num_tokens: int, vocab_rows: int, device: torch.device) -> int:
     """Tokens whose logits exist at once: a power of two within a budget, or less where that makes
     all chunks equal. A multiple of 16, which fp8 products need.
 
-    GPU: 4 bytes a logit (bf16 and fp8 in two layouts; without fp8 half of it is spare) within
+    GPU: 4 bytes a logit (bf16, and its gradient in bf16 or in fp8 in two layouts) within
     2.5 GB: 8,192 tokens at 50,304 rows, long enough for the products. Eager, with bodies neither
     compiled nor in Triton, fp32 takes three times that. CPU: what stays in cache.
     """
