@@ -306,8 +306,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("parts", nargs="*", help=f"{', '.join(PARTS)}, report; default: all")
     parser.add_argument("--out", type=Path, default=ROOT / "logs" / "gpu", help="for the results")
     parser.add_argument("--data_dir", type=Path, help="real tokens, for the part loss")
-    parser.add_argument("--page", type=Path, default=ROOT / "bench" / "RESULTS.md",
-                        help="what report writes")
+    parser.add_argument("--page", type=Path, help="what report writes; default: bench/RESULTS.md, "
+                        "with --toy RESULTS.md in OUT")
     parser.add_argument("--toy", action="store_true", help="toy sizes on a CPU")
     args = parser.parse_args(arguments)
     parts = args.parts or [*PARTS, "report"]
@@ -316,6 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not (args.toy or torch.cuda.is_available() or parts == ["report"]):
         parser.error("there is no GPU here; --toy runs the script at toy sizes on a CPU")
     args.out.mkdir(parents=True, exist_ok=True)
+    args.page = args.page or (args.out if args.toy else ROOT / "bench") / "RESULTS.md"
     failed = []
     for name in parts:
         if name == "report":
