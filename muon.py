@@ -226,9 +226,10 @@ def orthogonalize(
             # From here on the slopes at 0 multiply what rounding adds to X by less than 64.
             if rounded and math.prod(abs(triple[0]) for triple in polynomials[step:]) < 64:
                 X = X.to(torch.bfloat16)
-            A = gram(X)
+            # Wherever it happens, rounding what B is made of leaves the rank of B X alone.
+            A = gram(X.to(torch.bfloat16) if rounded else X)
             B = polynomial(A, b, c) if c else A.mul_(b)
-            X = torch.baddbmm(X, B, X, beta=a)
+            X = torch.baddbmm(X, B.to(X.dtype), X, beta=a)
     return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
 
