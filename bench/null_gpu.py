@@ -4,7 +4,7 @@
     python bench/null_gpu.py --records 12 62 --gib 24 as on a card with 24 GiB
     python bench/null_gpu.py --records 62 --ranks 8   the first of eight ranks
     python bench/null_gpu.py --records 62 -- --kernels loss --compile_layers 0
-    python bench/null_gpu.py --exec python train_gpt.py --scale full ...
+    python bench/null_gpu.py --exec python bench/gpu.py kernels optimizer speed --out results
 
 null_gpu.c answers the calls that a CUDA build of torch makes to CUDA, cuBLAS and NCCL: memory is
 counted but not there, kernels are launched but do nothing. So losses mean nothing here, and neither
@@ -13,7 +13,7 @@ for compute capability 9.0, torch's caching allocator with its peaks (and out of
 of launches, waits for the device, the host's time to launch a step. Other ranks are torch's `fake`
 process group.
 
-Needs a CUDA build of torch, which runs without a GPU, and gcc. cuDNN is left out.
+Needs a CUDA build of torch, which starts without a GPU, and gcc.
 """
 
 import argparse
@@ -42,6 +42,16 @@ HEAD = ("record", "ranks", "GiB", "tokens at once", "peak GiB, step", "peak GiB,
         "collectives", "waits", "host ms a step", "kernels of the optimizer", "its host ms")
 
 
+# What a kernel would have to answer, in every process on the null GPU; and no cuDNN, which talks to
+# the driver in ways of its own.
+START = """
+import torch
+equal = torch.equal
+torch.equal = lambda a, b: a.is_cuda or equal(a, b)
+torch.backends.cuda.enable_cudnn_sdp(False)
+"""
+
+
 # --- the library ----------------------------------------------------------------------------------
 
 def header_folders() -> list[Path]:
@@ -62,12 +72,14 @@ def build(folder: Path) -> Path:
     subprocess.run(["gcc", "-shared", "-fPIC", "-O2", "-fvisibility=hidden", "-Wno-attributes",
                     *includes, "-Wl,-soname,libcuda.so.1", str(ROOT / "bench" / "null_gpu.c"),
                     "-o", str(library), "-ldl", "-lpthread"], check=True)
+    (folder / "sitecustomize.py").write_text(START)
     return library
 
 
 def environment(library: Path, gib: float) -> dict[str, str]:
-    return os.environ | {"LD_PRELOAD": str(library), "TRITON_LIBCUDA_PATH": str(library.parent),
-                         "NULL_GPU_GIB": str(gib)}
+    folder = str(library.parent)
+    return os.environ | {"LD_PRELOAD": str(library), "TRITON_LIBCUDA_PATH": folder,
+                         "PYTHONPATH": folder, "NULL_GPU_GIB": str(gib)}
 
 
 # --- one training, in a process of its own --------------------------------------------------------
@@ -153,9 +165,6 @@ def child(arguments: Sequence[str], ranks: int, out: Path) -> int:
     train_gpt.evaluate = lambda *given, **named: peak_of("validation", evaluate, *given, **named)
     if ranks > 1:
         train_gpt.join_world = join_world
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    equal = torch.equal  # what a kernel would have to say
-    torch.equal = lambda a, b: a.is_cuda or equal(a, b)
     status = train_gpt.main(list(arguments))
     out.write_text(json.dumps({
         **said, "status": status, "seconds": time.perf_counter() - began,
