@@ -36,10 +36,10 @@ from bench.gpu import table, write_documents
 
 RECORDS = (6, 12, 23, 62)
 STEPS = 8
-COUNTS = ("launches", "products", "copies", "collectives", "waits")
+COUNTS = ("launches", "products", "copies", "waits")
 HEAD = ("record", "ranks", "GiB", "tokens at once", "peak GiB, step", "peak GiB, validation",
         "graphs", "compile and warm-up s, cold", "warm", "kernels a step", "products", "copies",
-        "collectives", "waits", "host ms a step", "kernels of the optimizer", "its host ms")
+        "waits", "host ms a step", "kernels of the optimizer", "its host ms")
 
 
 # What a kernel would have to answer, in every process on the null GPU; and no cuDNN, which talks to
