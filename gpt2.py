@@ -74,7 +74,7 @@ class GPT2(nn.Module):
         self.ln = nn.LayerNorm(dim)
         self.lm_head = Linear(dim, config.padded_vocab_size, DTYPES[config.head])
         self.lm_head.weight = self.embed.weight
-        self.segments, self.recompute = [range(config.num_layers)], False
+        self.segments, self.recomputed = [range(config.num_layers)], 0
         self.softcap, self.loss_bodies = Softcap(), KERNELS if "loss" in kernels else TWINS
         self.register_buffer("target_weights", torch.ones(1), persistent=False)
         self.set_stage(Stage())
@@ -93,7 +93,7 @@ class GPT2(nn.Module):
 
     def run_layers(self, layers: range, x_BTC: Tensor, *_) -> Tensor:
         for i in layers:
-            x_BTC = run_block(self.blocks[i], self.recompute, x_BTC)
+            x_BTC = run_block(self.blocks[i], i < self.recomputed, x_BTC)
         return x_BTC
 
     def leave(self, x_BTC: Tensor, outputs: dict) -> Tensor:

@@ -378,7 +378,7 @@ class GPT(nn.Module):
             self.shared["bigram_BTC"] = self.bigrams
         self.see = self.see_documents if config.packed else self.see_row
         self.segments = [range(config.num_layers)]  # the trainer cuts it where it compiles
-        self.recompute = False  # the trainer's too: compute layers again where memory is short
+        self.recomputed = 0  # the trainer's too: backward computes the first so many layers again
 
         # Rotary tables of every position; two positions a token where heads share a stream.
         positions = (config.max_seq_len or config.seq_len) * (2 if config.paired_heads else 1)
@@ -468,9 +468,9 @@ class GPT(nn.Module):
         """Consecutive layers; each one's output is added to `outputs` for the skips behind it."""
         for i in layers:
             layer = self.plan[i]
-            x_BTC = outputs[i] = run_block(self.blocks[i], self.recompute, x_BTC, given._replace(
-                keys=keys[layer.keys], value_BTHD=values[layer.value_table],
-                skip_BTC=outputs[layer.skip_from]))
+            own = given._replace(keys=keys[layer.keys], value_BTHD=values[layer.value_table],
+                                 skip_BTC=outputs[layer.skip_from])
+            x_BTC = outputs[i] = run_block(self.blocks[i], i < self.recomputed, x_BTC, own)
         return x_BTC
 
     def leave(self, x_BTC: Tensor, outputs: dict) -> Tensor:

@@ -39,8 +39,8 @@ class Run:
     micro_batch_tokens: int | None = _option(
         None, "tokens a rank computes at once; default: what the memory allows")
     recompute: str = _option(
-        "auto", "on or off: backward computes layers again, for less memory; auto: where a row "
-                "does not fit otherwise")
+        "auto", "on or off: backward computes layers again, for less memory; auto: as many as "
+                "must, for a row to fit")
     data_dir: str | None = _option(
         None, "folder with *train*.bin and *val*.bin to use in place of the recipe's corpus")
     log_dir: str = _option("logs", "folder of the log and the trained model")

@@ -169,9 +169,11 @@ def describe_speed(run: options.Run, job: "Job") -> str:
     """What of a run changes its speed and not what it trains, for its header."""
     at_once = min(job.micro_rows, job.recipe.num_rows)
     rows = f"{at_once} row{'s' * (at_once > 1)} at once"
+    again = job.model.recomputed
     return "; ".join([
         wants_compile(run, job.world.device)[1],
-        rows + ", layers computed again in backward" * job.model.recompute,
+        rows + (f", {again} of {len(job.model.blocks)} layers computed again in backward"
+                if again else ""),
         f"Triton: {', '.join(sorted(run.triton_kernels)) or 'none'}"])
 
 
@@ -201,24 +203,32 @@ def compile_segments(model: GPT, num_layers: int = 1, backend: str = "inductor")
 KEPT_BYTES, INPUT_BYTES = 50, 4
 
 
-def fit_memory(recipe: Recipe, run: options.Run, device: torch.device) -> tuple[int, bool]:
-    """(rows that a rank computes at once, whether backward computes layers again).
+def fit_memory(recipe: Recipe, run: options.Run, device: torch.device) -> tuple[int, int]:
+    """(rows that a rank computes at once, layers that backward computes again).
 
     On a GPU as many rows as its free memory holds, up to 64 of 1,024 tokens as in the records.
-    Packed recipes have rows of 48K or 64K tokens, which cannot be cut: where one does not fit,
-    layers are computed again. Both change nothing but rounding.
+    Packed recipes have rows of 48K or 64K tokens, which cannot be cut: where one does not fit, as
+    many layers are computed again as must. Both change nothing but rounding.
+
+    Those are the first layers: backward comes to them last, when all that the others kept is free.
     """
-    recompute, seq_len = run.recompute == "on", recipe.model.seq_len
-    if run.micro_batch_tokens is not None or device.type == "cpu":
-        return max(1, (run.micro_batch_tokens or 8192) // seq_len), recompute
     layers, channels = recipe.model.num_layers, recipe.model.model_dim
+    recomputed, seq_len = layers if run.recompute == "on" else 0, recipe.model.seq_len
+    if run.micro_batch_tokens is not None or device.type == "cpu":
+        return max(1, (run.micro_batch_tokens or 8192) // seq_len), recomputed
     total = torch.cuda.get_device_properties(device).total_memory
     free = 0.85 * total - torch.cuda.memory_allocated(device) - 3 * 2**30  # the head's chunk
+
+    def kept(recomputed: int) -> int:
+        """Bytes of a token and channel, at the end of forward or in the first layers' backward."""
+        inputs = INPUT_BYTES * recomputed
+        return inputs + KEPT_BYTES * max(layers - recomputed, 2 * (recomputed > 0))
+
     if run.recompute == "auto":
-        recompute = free < seq_len * KEPT_BYTES * layers * channels
-    of_layers = KEPT_BYTES * 2 + INPUT_BYTES * layers if recompute else KEPT_BYTES * layers
-    tokens = min(65_536, int(free / (of_layers * channels)))
-    return max(1, 2 ** int(math.log2(max(1, tokens / seq_len)))), recompute
+        recomputed = next((n for n in range(layers) if seq_len * channels * kept(n) <= free),
+                          layers)
+    tokens = min(65_536, int(free / (kept(recomputed) * channels)))
+    return max(1, 2 ** int(math.log2(max(1, tokens / seq_len)))), recomputed
 
 
 def micro_batches(batch: Batch, micro_rows: int) -> list[tuple[Tensor, ...]]:
@@ -399,7 +409,7 @@ def make_job(run: options.Run, recipe: Recipe, seed: int, data: Data, world: Wor
     signals = Signals(world, model.named_parameters())
     optimizer = build_optimizer(model, recipe, run.triton_kernels, run.compile_optimizer)
     signals.guard(optimizer)
-    micro_rows, model.recompute = fit_memory(recipe, run, world.device)
+    micro_rows, model.recomputed = fit_memory(recipe, run, world.device)
     return Job(run, recipe, seed, data, world, model, optimizer, signals, micro_rows)
 
 

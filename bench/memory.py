@@ -51,7 +51,7 @@ def measure(recipe: Recipe, way: str) -> float:
     stage = model.stage
     model.set_stage(stage._replace(**{name: WINDOW for name in ("window", "short_window")
                                       if getattr(stage, name)}))
-    model.recompute = way == "recomputed"
+    model.recomputed = LAYERS if way == "recomputed" else 0
     if way == "compiled":
         train_gpt.compile_segments(model)
     short, long = (kept_bytes(model, seq_len) for seq_len in LENGTHS)

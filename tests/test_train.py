@@ -118,6 +118,27 @@ def test_recomputed_layers_are_the_same_layers(train, tmp_path):
         assert losses(kept[1][0]) == losses(again[1][0])
 
 
+@pytest.mark.parametrize("record", [1, 12, 62])
+@pytest.mark.parametrize("recomputed", [1, 3])
+def test_some_layers_may_be_computed_again_and_others_not(record, recomputed):
+    words = tiny_options("--record", record, "--num_layers", 4)
+    words += ["--batch_stages", "192,384,384"] * (record == 62)
+    recipe = options.parse(words, has_cuda=False)[1]
+    tokens = torch.randint(257, (2, 2, recipe.model.seq_len),
+                           generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for count in (0, recomputed):
+        model = recipes.build_model(recipe, seed=0)
+        model.set_stage(recipes.stage(0, recipe))
+        model.recomputed, calls = count, []
+        for i, block in enumerate(model.blocks):
+            block.register_forward_pre_hook(lambda *_, i=i, calls=calls: calls.append(i))
+        model(tokens[0].int(), tokens[1]).backward()
+        assert sorted(calls) == sorted([*range(4), *range(count)])
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
 def test_triton_kernels_train_the_same_model(train, tmp_path):
     """All of them at once, in Triton's interpreter; nothing falls back without saying so."""
     pytest.importorskip("triton")
@@ -135,19 +156,19 @@ def test_triton_kernels_train_the_same_model(train, tmp_path):
 
 
 @pytest.mark.parametrize("gib, seq_len, expected", [
-    (24, 1024, (32, False)), (80, 1024, (64, False)), (24, 65_536, (1, True)),
-    (80, 65_536, (1, False)), (141, 1024, (64, False)), (10, 65_536, (1, True))])
+    (24, 1024, (32, 0)), (80, 1024, (64, 0)), (24, 65_536, (1, 6)), (36, 65_536, (1, 2)),
+    (80, 65_536, (1, 0)), (141, 1024, (64, 0)), (16, 65_536, (1, 10)), (10, 65_536, (1, 12))])
 def test_as_many_rows_as_the_memory_holds(gib, seq_len, expected, monkeypatch):
-    """A row of 64K tokens trains on a card of 24 GB: its layers are computed again."""
+    """A row of 64K tokens trains on a card of 24 GB: half of its layers are computed again."""
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda _: SimpleNamespace(total_memory=gib * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * 2**30)
     recipe = SimpleNamespace(model=SimpleNamespace(seq_len=seq_len, num_layers=12, model_dim=768))
     gpu = torch.device("cuda", 0)
     assert train_gpt.fit_memory(recipe, options.Run(), gpu) == expected
-    rows, recompute = train_gpt.fit_memory(
+    rows, recomputed = train_gpt.fit_memory(
         recipe, options.Run(recompute="on", micro_batch_tokens=2048), gpu)
-    assert (rows, recompute) == (max(1, 2048 // seq_len), True)
+    assert (rows, recomputed) == (max(1, 2048 // seq_len), 12)
 
 
 def test_without_a_compiler_it_runs_eager_and_says_so(monkeypatch):
