@@ -331,6 +331,7 @@ def test_the_optimizer_launches_no_more_for_more_layers(record):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("record", [6, 24, 62])
 def test_cuda_itself_sees_no_wait(record, monkeypatch):
     monkeypatch.undo()  # the GPU's own choice of attention
