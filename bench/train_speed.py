@@ -35,7 +35,9 @@ def run_once(arguments: list[str]) -> dict:
                                    **os.environ})
         logs = list(Path(folder).glob("*.txt"))
         if done.returncode or not logs:
-            raise RuntimeError(f"{' '.join(arguments)}: {done.stderr.strip()[-500:]}")
+            why = done.stderr.strip()[-500:] or next(  # a run that stopped itself says so there
+                (line for line in done.stdout.splitlines() if line.startswith("result")), "")
+            raise RuntimeError(f"{' '.join(arguments)}: status {done.returncode}: {why}")
         (run,) = parse(logs[0])
         return run.result
 
