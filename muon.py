@@ -367,12 +367,25 @@ def adam_update(
     return new, exp_avg, exp_avg_sq, step
 
 
-def apply_update(rule, targets: list[Tensor], ok: Tensor, inputs: list, options: dict) -> None:
-    """Write rule(*inputs) to `targets` where `ok`: decided on the device, unknown to the host."""
-    eager = not torch.compiler.is_compiling()
+def apply_update(
+    rule, param: Tensor, grad: Tensor, state: list[Tensor], master: Tensor | None, ok: Tensor,
+    options: dict, share: int = 1,
+) -> None:  # fmt: skip
+    """One step of `rule` for a batch, in place where `ok`: decided on the device, unknown to the
+    host. Gradients are divided by `share`. `master`: the fp32 weights that `param` rounds; a weight
+    that was changed from outside wins over its master copy."""
+    wide = torch.promote_types(param.dtype, torch.float32)
+    grad = grad.to(wide)
+    if share > 1:
+        grad = grad / share
+    if master is not None:
+        same = master.to(param.dtype) == param
+        master.copy_(torch.where(same, master, param.to(wide)))
+    weight = param if master is None else master
+    eager, targets = not torch.compiler.is_compiling(), [weight, *state]
     everything = eager and ok.device.type == "cpu" and bool(ok.all())  # a CPU may ask: it is free
     out = targets if everything else [None] * len(targets)
-    for target, new in zip(targets, rule(*inputs, **options, out=out)):
+    for target, new in zip(targets, rule(weight, grad, *state, **options, out=out)):
         if new is target:
             continue
         if everything:
@@ -381,6 +394,8 @@ def apply_update(rule, targets: list[Tensor], ok: Tensor, inputs: list, options:
             torch.where(ok, new, target, out=target)
         else:
             target.copy_(torch.where(ok, new, target))
+    if master is not None:
+        param.copy_(master)
 
 
 # ------------------------------------------------------------------------------------ the plan
@@ -707,6 +722,11 @@ def state_spec(run: Run, group: dict) -> dict[str, tuple[tuple[int, ...], torch.
 # ---------------------------------------------------------------------------------- the driver
 
 
+def _vectors(t: Tensor) -> Tensor:
+    """(K, ...) as (K, n)."""
+    return t.unsqueeze(-1).flatten(1)
+
+
 class _LiveBucket:
     """A bucket with this rank's tensors. They live as long as the optimizer, so nothing that a
     collective reads or writes is freed or reused while it is under way."""
@@ -731,6 +751,12 @@ class _LiveBucket:
         if plan.kind == "rows":
             self.flags = self.my_flags = torch.zeros(1, 1, device=device)
         self.entries: list[tuple] = []  # parameter, its gradient's view, index, owner, flag
+        # Of the items that this rank updates: their numbers, and the sums of their gradients.
+        owner = rank if len(plan.runs) > 1 else 0
+        mine = [item.index for run in plan.runs[owner] for item in run.items]
+        wide = torch.promote_types(plan.dtype, torch.float32)
+        self.index = torch.tensor(mine, dtype=torch.long, device=device)
+        self.sums = torch.zeros(len(mine), dtype=wide, device=device)
         self.runs: list[_LiveRun] = []
         self.works: list = []  # reductions under way
         self.gather = None
@@ -743,12 +769,11 @@ class _LiveRun:
     def __init__(self, plan: Run, live: _LiveBucket, group: dict, device):
         size = (len(plan.items), *plan.items[0].local_shape)
         strides = (plan.stride, *torch.empty(size[1:], device="meta").stride())
-        self.plan, self.flags = plan, live.my_flags[0, plan.flag : plan.flag + size[0]]
+        self.plan, self.place = plan, slice(plan.flag, plan.flag + size[0])
         self.param, self.grad = (
             flat.as_strided(size, strides, flat.storage_offset() + plan.offset)
             for flat in (live.param_shard, live.grad_shard)
         )
-        self.index = torch.tensor([item.index for item in plan.items], device=device)
         self.state = {
             name: torch.zeros(shape, dtype=dtype, device=device)
             for name, (shape, dtype) in state_spec(plan, group).items()
@@ -1099,10 +1124,10 @@ class Muon(torch.optim.Optimizer):
             self._wait(live)
             if live.sent is not live.grads:
                 live.grad_shard.copy_(live.sent_shard)
+            ok = self._sound(live)
             for run in live.runs:
-                group = self.param_groups[run.plan.items[0].group]
-                if not group["frozen"]:
-                    self._update(run)
+                if not self._group(run)["frozen"]:
+                    self._update(run, ok[run.place])
             live.launched = False
             if self.world_size > 1 and live.plan.kind != "copy":
                 live.gather = _all_gather(
@@ -1123,9 +1148,26 @@ class Muon(torch.optim.Optimizer):
             work.wait()
         live.works.clear()
 
-    def _update(self, run: _LiveRun) -> None:
+    def _group(self, run: _LiveRun) -> dict:
+        return self.param_groups[run.plan.items[0].group]
+
+    def _sound(self, live: _LiveBucket) -> Tensor:
+        """Which of this rank's items of a bucket have a gradient, and a finite one; notes what is
+        not finite. For all items at once: on a GPU the small kernels of a step add up."""
+        for run in live.runs:
+            total = live.sums[run.place]
+            if self._group(run)["frozen"]:
+                total.zero_()
+            else:  # a sum is finite where all its terms are, and costs one pass
+                torch.sum(_vectors(run.grad), 1, dtype=total.dtype, out=total)
+        marks = live.my_flags[0, : len(live.sums)] + 0 * live.sums  # inf * 0 is NaN
+        self.nonfinite.index_copy_(0, live.index, marks.isnan())
+        ok = marks > 0
+        return ok if self.gate is None else ok & self.gate
+
+    def _update(self, run: _LiveRun, ok: Tensor) -> None:
         """Apply the group's rule to a batch, on a CPU in parts that its caches hold."""
-        group, count = self.param_groups[run.plan.items[0].group], len(run.plan.items)
+        group, count = self._group(run), len(run.plan.items)
         names = ("lr", "weight_decay", "momentum", "beta2")
         numbers = {name: group[name] for name in names if name in group}
         if group["rule"] == "adam":
@@ -1147,44 +1189,33 @@ class Muon(torch.optim.Optimizer):
         if part > 1:  # two threads take as long for 3 matrices as for 4
             part += -part % torch.get_num_threads()
         for k in range(0, count, part):
-            self._update_part(run, slice(k, k + part), group, options)
+            here = slice(k, k + part)
+            self._update_part(run, here, ok[here], options)
 
-    def _update_part(self, run: _LiveRun, part: slice, group: dict, options: dict) -> None:
+    def _update_part(self, run: _LiveRun, part: slice, ok: Tensor, options: dict) -> None:
+        group, share = self._group(run), self._share()
         state = {name: t[part] for name, t in run.state.items()}
-        stored, flags = run.param[part], run.flags[part]
-        wide = torch.promote_types(stored.dtype, torch.float32)
-        # A sum is finite where all its terms are, and costs one pass.
-        finite = run.grad[part].unsqueeze(-1).flatten(1).sum(1, dtype=wide).isfinite()
-        ok = finite & (flags > 0)
-        ok = ok if self.gate is None else ok & self.gate
-        self.nonfinite.index_copy_(0, run.index[part], ~finite | flags.isnan())
-        grad, param = run.grad[part].to(wide), stored
-        if self._share() > 1:
-            grad = grad / self._share()
-        if "master" in state:  # a weight that was changed from outside wins over its master copy
-            param = state.pop("master")
-            same = param.to(stored.dtype) == stored
-            param.copy_(torch.where(same, param, stored.to(wide)))
-        if group["rule"] == "adam":
-            column = (-1,) + (1,) * (param.ndim - 1)
-            state["step"] = state["step"].view(column)
-            kept = list(state.values())
-            self._apply(adam_update, [param, *kept], ok.view(column), [param, grad, *kept], options)
-        else:
-            momentum = state.pop("momentum_buffer")
-            seconds = list(state.values())  # one per view
-            views = (matrix_views(t, group) for t in (param, grad, momentum))
-            for number, (p, g, B) in enumerate(zip(*views)):
-                scale = group["scale"]
-                scale = SCALES[scale](*p.shape[-2:]) if isinstance(scale, str) else scale
-                second = seconds[number : number + 1]
-                inputs, mask = [p, g, B, *second], ok.view((-1,) + (1,) * (p.ndim - 1))
-                extra = {"scale": scale * group["multiplier"]}
-                rounded = _rounds(p, storage_dtype(group["mode"], p.device))
-                with _precision(rounded and group["method"] != "svd", p.device):
-                    self._apply(muon_update, [p, B, *second], mask, inputs, {**options, **extra})
-        if param is not stored:
-            stored.copy_(param)
+        param, grad, master = run.param[part], run.grad[part], state.pop("master", None)
+        if group["rule"] == "adam":  # all are vectors to it
+            param, grad, *averages = (
+                _vectors(t) for t in (param, grad, state["exp_avg"], state["exp_avg_sq"])
+            )
+            averages.append(state["step"].unsqueeze(1))
+            master = master if master is None else _vectors(master)
+            self._apply(adam_update, param, grad, averages, master, ok.unsqueeze(1), options, share)
+            return
+        momentum = state.pop("momentum_buffer")
+        seconds = list(state.values())  # one per view
+        views = [matrix_views(t, group) for t in (param, grad, momentum)]
+        masters = [None] * len(views[0]) if master is None else matrix_views(master, group)
+        for number, (p, g, B) in enumerate(zip(*views)):
+            scale = group["scale"]
+            scale = SCALES[scale](*p.shape[-2:]) if isinstance(scale, str) else scale
+            extra, mask = {"scale": scale * group["multiplier"]}, ok.view(-1, *[1] * (p.ndim - 1))
+            rounded = _rounds(p, storage_dtype(group["mode"], p.device))
+            with _precision(rounded and group["method"] != "svd", p.device):
+                self._apply(muon_update, p, g, [B, *seconds[number : number + 1]], masters[number],
+                            mask, {**options, **extra}, share)
 
     # ---- state
 
