@@ -21,6 +21,8 @@ import torch
 
 # What must be equal for a checkpoint to be continued; code and number of ranks may differ.
 IDENTITY = ("seed", "recipe", "data_digest")
+# The large part of a checkpoint; the rest is its head.
+TENSORS = ("model", "optimizer", "random")
 
 
 class CheckpointError(ValueError):
@@ -66,8 +68,8 @@ def save(path: Path, state: dict) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load(path: Path) -> dict:
-    """Read what `save` wrote, tensors on the CPU.
+def load(path: Path, mmap: bool = False) -> dict:
+    """Read what `save` wrote, tensors on the CPU; with `mmap` only when they are looked at.
 
     Raises FileNotFoundError, or CheckpointError for a damaged file and for one that holds
     anything but tensors and plain containers (a pickle that would run code is refused).
@@ -75,7 +77,7 @@ def load(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     verify(path)
-    return _read(path)
+    return _read(path, mmap)
 
 
 def _read(path: Path, mmap: bool = False) -> dict:
@@ -148,7 +150,7 @@ def _belongs(state: dict, wanted: dict) -> list[str]:
 def load_run(path: Path, wanted: dict) -> dict:
     """The checkpoint at `path` for a run of this identity. Raises CheckpointError, and names what
     differs, where it belongs to another one."""
-    state = load(path)
+    state = load(path, mmap=True)
     if state.get("kind") != "checkpoint":
         raise CheckpointError(f"{path}: expected a checkpoint (a .ckpt file), got "
                               f"{state.get('kind', 'something else')}, which cannot be continued")
@@ -209,7 +211,8 @@ class Keeper:
 
 def resume(what: str | None, folder: Path, mine: dict, say: Callable[[str], None],
            warn: Callable[[str], None]) -> dict | None:
-    """The checkpoint that --resume `what` (auto, a path, or nothing) means; None: start at step 0.
+    """The head, with its "path", of the checkpoint that --resume `what` (auto, a path, or nothing)
+    means; None: start at step 0.
 
     mine: what this run is. Its folder is tried and tidied up on the way. Raises ValueError or
     FileNotFoundError for what cannot be used.
@@ -236,7 +239,8 @@ def resume(what: str | None, folder: Path, mine: dict, say: Callable[[str], None
              f"{mine['world_size']}: the same training up to rounding, not bit for bit")
     log = path.parent / f"{state['run_id']}.txt"  # as it stands now: its run may have been killed
     found = hashlib.sha256(log.read_bytes()).hexdigest() if log.is_file() else "log not found"
-    return state | {"log_sha256": found}
+    head = {key: value for key, value in state.items() if key not in TENSORS}
+    return head | {"path": str(path.resolve()), "log_sha256": found}
 
 
 # --- state ----------------------------------------------------------------------------------------
@@ -256,6 +260,15 @@ def capture(model: torch.nn.Module, optimizer_state: dict) -> dict:
     collective call and so is made on all ranks."""
     return {"model": on_cpu(model.state_dict()), "optimizer": to_cpu(optimizer_state),
             "random": random_state()}
+
+
+def stamp(path: str) -> tuple[int, int] | None:
+    """Whether two ranks see the same file: its size and time, or nothing."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def restore(state: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

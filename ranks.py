@@ -40,6 +40,9 @@ class World:
     size: int
     device: torch.device
     pulse: "Pulse | None" = None
+    # A second communicator on GPUs: on the default one, what the ranks tell each other in a step
+    # would queue behind the gradients' reductions.
+    aside: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -131,7 +134,22 @@ class World:
         if self.size > 1:
             for group in list(_world.pg_map):
                 _set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
-            self.pulse.limit_s = 0.8 * timeout_s  # to say it before NCCL ends the process
+            self.pulse.limit_s = timeout_s
+
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """While one rank alone has work (a checkpoint of 6 GB on a slow disk takes minutes), the
+        others wait for it as long as for a first step; collective."""
+        usual = None if self.pulse is None else self.pulse.limit_s
+        if usual is None:  # alone, or before the first step, when they are patient anyway
+            yield
+            return
+        self.limit_waiting(FIRST_STEP_TIMEOUT_S)
+        try:
+            yield
+            self.synchronize()
+        finally:
+            self.limit_waiting(usual)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -150,10 +168,27 @@ class World:
                            f"{self.pulse.missing()} ({why})") from None
 
 
+def prepare_cuda() -> None:
+    """What CUDA and its allocator read from the environment when they wake: call it before anything
+    asks them (counting devices does not, it goes by NVML)."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        # Rows that grow from stage to stage leave gaps in segments of a fixed size: record #62
+        # reserved 36.7 GiB so, 30.9 in segments that grow with them.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # Each rank sees its own GPU alone, as the first one. The device's number is part of the key of
+    # torch's compile cache: so all ranks share what one has compiled.
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    several = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if 1 < several <= torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(several)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank].strip()
+
+
 def device_for(device: str, local_rank: int = 0) -> torch.device:
-    """What `--device` comes to on this machine."""
-    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    """What `--device` comes to on this machine; see prepare_cuda."""
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
 
 
 @contextlib.contextmanager
@@ -164,10 +199,6 @@ def join_world(device: str) -> Iterator[World]:
     where = device_for(device, local_rank)
     use_cuda = where.type == "cuda"
     if use_cuda:
-        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
-            # Rows that grow from stage to stage leave gaps in segments of a fixed size: record #62
-            # reserved 36.7 GiB so, 30.9 in segments that grow with them.
-            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(where)
     if size == 1:
         yield World(rank, local_rank, size, where)
@@ -177,7 +208,8 @@ def join_world(device: str) -> Iterator[World]:
     pulse = Pulse(rank, size)
     orderly = True
     try:
-        yield World(rank, local_rank, size, where, pulse)
+        aside = dist.new_group() if use_cuda else None
+        yield World(rank, local_rank, size, where, pulse, aside)
     except RuntimeError:  # lost or crashed: the others will not take part in an orderly end
         orderly = False
         raise
@@ -226,7 +258,8 @@ class Pulse:
             except RuntimeError:
                 return  # whoever held the store is gone; the next collective fails and says so
             waited = time.perf_counter() - self._moved
-            if self.limit_s is not None and waited > self.limit_s and not said:
+            # Some time before the limit, at which NCCL ends the process.
+            if self.limit_s is not None and waited > 0.8 * self.limit_s and not said:
                 said = True
                 missing = self.missing()
                 if missing != self.all_answer:
@@ -339,8 +372,6 @@ class Signals:
         self._blamed = self._norms.clone()  # of the last good or the first bad step
         self._loss = torch.zeros((), device=world.device)
         self._armed = False
-        # Its own communicator: on the default one it would queue behind the gradients' reductions.
-        self._group = dist.new_group() if world.size > 1 and world.device.type == "cuda" else None
         self._said: Tensor | None = None
         self._sent: tuple | None = None
         for i, parameter in enumerate(parameters):
@@ -379,7 +410,7 @@ class Signals:
         told = bad.float() + (1.0 if self.fault else 0.0) + num_nonfinite.float()
         x = torch.stack([loss, told, torch.full_like(loss, float(stop))])
         if self.world.size > 1:
-            dist.all_reduce(x, group=self._group)
+            dist.all_reduce(x, group=self.world.aside)
         self._blamed = torch.where(self.gate, self._norms, self._blamed)
         self._loss = torch.where(self.gate, loss, self._loss)
         self.gate &= x[0].isfinite() & (x[1] == 0)  # in place: an optimizer looks at it
@@ -453,7 +484,21 @@ class StopRequest:
             self.asked, self._when = True, now
 
 
-def peak_memory_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+class PeakMemory:
+    """The largest use of memory in MiB from now on, of training steps and of all together. A CPU
+    knows one number, that of the whole process."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.steps, self.all = device, 0.0, 0.0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def look(self, steps: bool) -> None:
+        """Since the last look there were only training steps, or no steps."""
+        if self.device.type == "cuda":
+            mib = torch.cuda.max_memory_allocated(self.device) / 2**20
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        self.all = max(self.all, mib)
+        self.steps = max(self.steps, mib) if steps else self.steps

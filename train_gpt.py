@@ -15,6 +15,7 @@ validation and saving stand outside it and are reported beside it.
 
 import dataclasses
 import datetime
+import gc
 import hashlib
 import math
 import os
@@ -54,15 +55,17 @@ from model import GPT, num_parameters
 from muon import Muon
 from profiling import Profile, check_profile
 from ranks import (
+    FIRST_STEP_TIMEOUT_S,
     Clock,
     LostRank,
+    PeakMemory,
     Signal,
     Signals,
     StopRequest,
     World,
     device_for,
     join_world,
-    peak_memory_mib,
+    prepare_cuda,
 )
 from recipes import Recipe, batch_shape
 from report import (
@@ -167,7 +170,8 @@ def wants_compile(run: options.Run, device: torch.device) -> tuple[bool, str]:
 
 def describe_speed(run: options.Run, job: "Job") -> str:
     """What of a run changes its speed and not what it trains, for its header."""
-    at_once = min(job.micro_rows, job.recipe.num_rows)
+    rows = len(rank_rows(job.recipe.num_rows, job.world.rank, job.world.size))
+    at_once = rows_at_once(rows, job.recipe.model.seq_len, job.micro_tokens)
     rows = f"{at_once} row{'s' * (at_once > 1)} at once"
     again = job.model.recomputed
     return "; ".join([
@@ -204,18 +208,18 @@ KEPT_BYTES, INPUT_BYTES = 50, 4
 
 
 def fit_memory(recipe: Recipe, run: options.Run, device: torch.device) -> tuple[int, int]:
-    """(rows that a rank computes at once, layers that backward computes again).
+    """(tokens that a rank computes at once, layers that backward computes again).
 
-    On a GPU as many rows as its free memory holds, up to 64 of 1,024 tokens as in the records.
-    Packed recipes have rows of 48K or 64K tokens, which cannot be cut: where one does not fit, as
-    many layers are computed again as must. Both change nothing but rounding.
+    On a GPU as many as its free memory holds, up to 64 rows of 1,024 as in the records. Packed
+    recipes have rows of 48K or 64K tokens, which cannot be cut: where one does not fit, as many
+    layers are computed again as must. Both change nothing but rounding.
 
     Those are the first layers: backward comes to them last, when all that the others kept is free.
     """
     layers, channels = recipe.model.num_layers, recipe.model.model_dim
     recomputed, seq_len = layers if run.recompute == "on" else 0, recipe.model.seq_len
     if run.micro_batch_tokens is not None or device.type == "cpu":
-        return max(1, (run.micro_batch_tokens or 8192) // seq_len), recomputed
+        return max(seq_len, run.micro_batch_tokens or 8192), recomputed
     total = torch.cuda.get_device_properties(device).total_memory
     free = 0.85 * total - torch.cuda.memory_allocated(device) - 3 * 2**30  # the head's chunk
 
@@ -228,13 +232,22 @@ def fit_memory(recipe: Recipe, run: options.Run, device: torch.device) -> tuple[
         recomputed = next((n for n in range(layers) if seq_len * channels * kept(n) <= free),
                           layers)
     tokens = min(65_536, int(free / (kept(recomputed) * channels)))
-    return max(1, 2 ** int(math.log2(max(1, tokens / seq_len)))), recomputed
+    return max(seq_len, tokens), recomputed
 
 
-def micro_batches(batch: Batch, micro_rows: int) -> list[tuple[Tensor, ...]]:
-    """The batch in parts of so many rows: what the model takes."""
+def rows_at_once(num_rows: int, seq_len: int, micro_tokens: int) -> int:
+    """Rows of one micro-step: as many as micro_tokens allow, or fewer where a third more parts at
+    most make them equal, since compiled code is made for each number of rows."""
+    fewest = math.ceil(num_rows / max(1, micro_tokens // seq_len))
+    parts = next((n for n in range(fewest, 4 * fewest // 3 + 1) if num_rows % n == 0), fewest)
+    return math.ceil(num_rows / parts)
+
+
+def micro_batches(batch: Batch, micro_tokens: int) -> list[tuple[Tensor, ...]]:
+    """The batch in parts of about so many tokens: what the model takes."""
+    rows = rows_at_once(*batch.inputs_BT.shape, micro_tokens)
     tensors = (batch.inputs_BT, batch.targets_BT, batch.docs_B2)
-    return list(zip(*(t.split(micro_rows) for t in tensors if t is not None)))
+    return list(zip(*(t.split(rows) for t in tensors if t is not None)))
 
 
 def clip_gradients(model: GPT, largest: float) -> None:
@@ -254,7 +267,7 @@ def clip_gradients(model: GPT, largest: float) -> None:
         grad.mul_(factor)
 
 
-def train_step(model: GPT, optimizer: Muon, recipe: Recipe, batch: Batch, micro_rows: int,
+def train_step(model: GPT, optimizer: Muon, recipe: Recipe, batch: Batch, micro_tokens: int,
                global_tokens: int, signals: Signals | None = None, stop: bool = False) -> None:
     """Gradients of one step and the update; where `signals` watches, a bad step moves nothing.
 
@@ -262,7 +275,7 @@ def train_step(model: GPT, optimizer: Muon, recipe: Recipe, batch: Batch, micro_
     shares add up.
     """
     share = torch.zeros((), device=batch.inputs_BT.device)
-    parts = micro_batches(batch, micro_rows)
+    parts = micro_batches(batch, micro_tokens)
     for i, part in enumerate(parts):
         if i == len(parts) - 1:
             if signals is not None:
@@ -281,14 +294,14 @@ def train_step(model: GPT, optimizer: Muon, recipe: Recipe, batch: Batch, micro_
 
 
 @torch.no_grad()
-def evaluate(model: GPT, recipe: Recipe, data: Data, world: World, micro_rows: int) -> float:
+def evaluate(model: GPT, recipe: Recipe, data: Data, world: World, micro_tokens: int) -> float:
     """Mean cross-entropy in nats over the first val_tokens validation tokens, each once, in order.
 
     Part of the harness that the game fixes: a record does not change it.
     """
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    rows = max(1, micro_rows * recipe.model.seq_len // recipe.val_row)
+    rows = max(1, micro_tokens // recipe.val_row)
     for batch in val_batches(data.val_files, recipe.val_tokens, recipe.val_row, rows, world.rank,
                              world.size, vocab_size=recipe.model.vocab_size,
                              bos_id=data.bos_id, device=world.device):
@@ -305,7 +318,7 @@ def short_of_memory(device: torch.device) -> bool:
 
 
 def warm_up(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: World,
-            micro_rows: int, signals: Signals | None = None) -> None:
+            micro_tokens: int, signals: Signals | None = None) -> None:
     """Run every kernel of a step and of a validation, then put everything back as it was.
 
     What is restored (parameters, gradients, optimizer state, random numbers) is compared with
@@ -331,12 +344,12 @@ def warm_up(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: Worl
         inputs_BT = tokens[:, :-1].int()
         batch = Batch(inputs_BT.contiguous(), tokens[:, 1:].contiguous(),
                       row_documents(inputs_BT.cpu().numpy(), data.bos_id))
-        train_step(model, optimizer, recipe, batch, micro_rows, num_rows * seq_len, signals)
-    val_tokens = recipe.val_row * min(
-        max(1, micro_rows * recipe.model.seq_len // recipe.val_row) * world.size,
-        recipe.val_tokens // recipe.val_row)
+        train_step(model, optimizer, recipe, batch, micro_tokens, num_rows * seq_len, signals)
+    val_tokens = recipe.val_row * min(max(1, micro_tokens // recipe.val_row) * world.size,
+                                      recipe.val_tokens // recipe.val_row)
     model.set_stage(recipes.eval_stage(0, recipe))
-    evaluate(model, dataclasses.replace(recipe, val_tokens=val_tokens), data, world, micro_rows)
+    evaluate(model, dataclasses.replace(recipe, val_tokens=val_tokens), data, world,
+             micro_tokens)
     model.set_stage(recipes.stage(0, recipe))
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -371,7 +384,7 @@ class Job:
     model: GPT
     optimizer: Muon
     signals: Signals
-    micro_rows: int
+    micro_tokens: int
 
 
 @dataclass
@@ -379,6 +392,7 @@ class Progress:
     """Where a training stands."""
 
     clock: Clock
+    memory: PeakMemory
     step: int = 0               # updates done
     validation_s: float = 0.0
     reason: str = ""            # why it stopped before its end
@@ -409,8 +423,8 @@ def make_job(run: options.Run, recipe: Recipe, seed: int, data: Data, world: Wor
     signals = Signals(world, model.named_parameters())
     optimizer = build_optimizer(model, recipe, run.triton_kernels, run.compile_optimizer)
     signals.guard(optimizer)
-    micro_rows, model.recomputed = fit_memory(recipe, run, world.device)
-    return Job(run, recipe, seed, data, world, model, optimizer, signals, micro_rows)
+    micro_tokens, model.recomputed = fit_memory(recipe, run, world.device)
+    return Job(run, recipe, seed, data, world, model, optimizer, signals, micro_tokens)
 
 
 def make_loader(recipe: Recipe, data: Data, world: World, cursor: dict | None) -> Loader:
@@ -440,7 +454,7 @@ def validate(job: Job, step: int) -> tuple[float, str]:
     model, world = job.model, job.world
     model.set_stage(recipes.eval_stage(step, job.recipe))
     try:
-        val_loss = evaluate(model, job.recipe, job.data, world, job.micro_rows)
+        val_loss = evaluate(model, job.recipe, job.data, world, job.micro_tokens)
     except (ValueError, OSError) as error:  # a file that went away: the others wait for a number
         job.signals.fault = str(error)
         val_loss = world.sum(torch.full((), math.nan, dtype=torch.float64,
@@ -489,6 +503,7 @@ def timed_loop(job: Job, at: Progress, loader: Loader, reporter: Reporter, keepe
             if ends and at.reason == PREEMPTED:
                 at.reason = ""  # nothing is left to be stopped
             clock.stop()
+            at.memory.look(steps=True)
             began = time.perf_counter()
             if validates and not at.reason:
                 val_loss, at.reason = validate(job, step)
@@ -498,7 +513,9 @@ def timed_loop(job: Job, at: Progress, loader: Loader, reporter: Reporter, keepe
             stops = at.reason and (whole or at.reason != PREEMPTED)
             asked = at.reason == PREEMPTED
             if whole and (asked or (keeper.due(step, ends) and not at.reason)):
-                keep_checkpoint(job, at, loader.cursor, reporter, keeper)
+                with job.world.patient():
+                    keep_checkpoint(job, at, loader.cursor, reporter, keeper)
+            at.memory.look(steps=False)
             if ends or stops:
                 break
             clock.start()
@@ -506,7 +523,7 @@ def timed_loop(job: Job, at: Progress, loader: Loader, reporter: Reporter, keepe
             group.update(recipes.group_schedule(step, group["name"], recipe))
         batch = next_batch(loader, step, job)
         signals.fault = signals.fault or clock.fault or reporter.fault
-        train_step(model, optimizer, recipe, batch, job.micro_rows,
+        train_step(model, optimizer, recipe, batch, job.micro_tokens,
                    math.prod(batch_shape(step, recipe)), signals, stop_request.asked)
         at.step += 1
         job.world.mark(at.step)
@@ -531,6 +548,16 @@ def keep_checkpoint(job: Job, at: Progress, cursor: dict, reporter: Reporter,
         reporter.say(f"checkpoint: {path.name}")
     except OSError as error:
         reporter.say(f"NO CHECKPOINT at step {at.step}: {error}; earlier ones are intact")
+
+
+def tensors_of(path: str, world: World) -> dict:
+    """A checkpoint that the first rank has verified, on every rank from the file where all see it:
+    what is sent lies three times over in each one's memory, 18 GB for record #62."""
+    def read() -> dict:
+        return checkpoint.load(Path(path), mmap=True)
+
+    everywhere = len(set(world.gather(checkpoint.stamp(path)))) == 1
+    return world.every(read) if everywhere else world.first(read)
 
 
 def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World, screen: Screen,
@@ -559,16 +586,16 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
                         describe_speed(run, job), where))
 
     warmup_start = time.perf_counter()
-    warm_up(job.model, job.optimizer, recipe, data, world, job.micro_rows, job.signals)
+    warm_up(job.model, job.optimizer, recipe, data, world, job.micro_tokens, job.signals)
     world.synchronize()
     warmup_s = time.perf_counter() - warmup_start
     screen.line(f"warm-up done in {warmup_s:.1f} s; everything put back as it was")
 
-    at = Progress(Clock(world))
+    at = Progress(Clock(world), PeakMemory(world.device))
     reporter = Reporter(recipe, screen, run_id, run.wandb)
     if earlier is not None:
         recipes.enter_stage(job.model, job.optimizer, recipes.stage(earlier["step"], recipe))
-        checkpoint.restore(earlier, job.model, job.optimizer)
+        checkpoint.restore(tensors_of(earlier["path"], world), job.model, job.optimizer)
         at.step, at.clock.elapsed_s = earlier["step"], earlier["elapsed_s"]
         at.validation_s = earlier["validation_s"]
         reporter.history = [tuple(point) for point in earlier["history"]]
@@ -620,7 +647,7 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
         "warmup_s": f"{warmup_s:.1f}", "validation_s": f"{at.validation_s:.1f}",
         "tokens_per_s": f"{tokens_per_s:.0f}",
         "mfu": "unknown" if peak is None else f"{tokens_per_s * flops / peak / world.size:.4f}",
-        "peak_memory_mib": f"{peak_memory_mib(world.device):.0f}",
+        "peak_memory_mib": f"{at.memory.all:.0f}", "peak_step_mib": f"{at.memory.steps:.0f}",
         "parameters": num_parameters(job.model), "data_digest": data.digest,
         "resumed": earlier is not None, "profiled_steps": run.profile, "checkpoint": model_path,
     }
@@ -641,6 +668,7 @@ def data_here(data: Data) -> str:
 
 
 def main(argv: list[str]) -> int:
+    prepare_cuda()
     first = int(os.environ.get("RANK", 0)) == 0
     if "--help" in argv or "-h" in argv:
         if first:
@@ -671,6 +699,8 @@ def main(argv: list[str]) -> int:
                 status = train(run, recipe, seed, data, world, screen, stop_request)
                 if status != "complete":
                     return int(status == "failed")
+                world.limit_waiting(FIRST_STEP_TIMEOUT_S)  # the first rank may still be saving
+                gc.collect()  # a compiled model refers to itself, and would stay beside the next
         return 0
     except (ValueError, OSError) as error:  # what a user or the network can cause
         if first:

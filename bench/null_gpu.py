@@ -158,7 +158,9 @@ def child(arguments: Sequence[str], ranks: int, out: Path) -> int:
         start = time.perf_counter()
         original_warm_up(*given, **named)
         said["warmup_s"] = time.perf_counter() - start
-        said["rows"], said["seq_len"] = given[5], given[2].model.seq_len
+        recipe, world = given[2], given[4]
+        seq_len, mine = recipe.model.seq_len, recipe.num_rows // world.size
+        said["at_once"] = seq_len * train_gpt.rows_at_once(mine, seq_len, given[5])
 
     # Memory that no kernel wrote says anything, also that a step was bad: it must not end the run.
     def metered_evaluate(*given, **named):
@@ -216,7 +218,7 @@ def cells(row: dict) -> list[str]:
     if "failed" in row:
         return [*first, f"failed: {row['failed'][:100]}", *[""] * (len(HEAD) - 4)]
     step, update = row["step"], row["update"]
-    return [*first, f"{row['rows'] * row['seq_len']:,}", f"{row['peak_step'] / 2**30:.1f}",
+    return [*first, f"{row['at_once']:,}", f"{row['peak_step'] / 2**30:.1f}",
             f"{row['peak_validation'] / 2**30:.1f}", str(row["graphs"]), f"{row['cold_s']:.0f}",
             f"{row['warm_s']:.1f}", *(f"{step[name]:,}" for name in COUNTS),
             f"{step['host_ms']:.1f}", f"{update['launches']:,}", f"{update['host_ms']:.1f}"]

@@ -315,7 +315,7 @@ def step_parts(recipe: Recipe, step: int, num_gpus: int, gpu: Gpu, link: Link,
     num_rows, seq_len = recipes.batch_shape(step, recipe)
     rows = max(len(rank_rows(num_rows, rank, num_gpus)) for rank in range(num_gpus))
     stage = recipes.stage(step, recipe)
-    micro_rows = max(1, gpu.micro_tokens // recipe.model.seq_len)
+    micro_rows = max(1, gpu.micro_tokens // seq_len)
     num_micro = -(-rows // micro_rows)
     each = micro_batch(recipe, stage, seq_len, rows * seq_len, gpu)
     busy = each.total * scale.compute

@@ -313,7 +313,10 @@ def _prefetch(
 ) -> None:
     """The thread: puts (batch, copy event, cursor behind it) or an exception. Holds no Loader."""
     try:
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        stream = None
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a thread starts on the first one, and would wake it
+            stream = torch.cuda.Stream(device)
         while True:
             free.acquire()
             if stop.is_set():

@@ -163,9 +163,9 @@ def one_step(recipe, step, model, optimizer, signals, batch, num_micro=2) -> Non
     recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
     for group in optimizer.param_groups:
         group.update(recipes.group_schedule(step, group["name"], recipe))
-    num_rows = len(batch.inputs_BT)
-    train_gpt.train_step(model, optimizer, recipe, batch, -(-num_rows // num_micro),
-                         batch.inputs_BT.numel(), signals)
+    num_tokens = batch.inputs_BT.numel()
+    train_gpt.train_step(model, optimizer, recipe, batch, num_tokens // num_micro, num_tokens,
+                         signals)
 
 
 def interesting_steps(recipe: recipes.Recipe) -> list[int]:

@@ -49,7 +49,8 @@ def test_a_rung_trains_through_all_its_stages(record):
         stages.append(model.stage)
         for group in optimizer.param_groups:
             group.update(recipes.group_schedule(step, group["name"], recipe))
-        train_gpt.train_step(model, optimizer, recipe, batch, 4, batch.inputs_BT.numel())
+        train_gpt.train_step(model, optimizer, recipe, batch, 4 * batch.inputs_BT.size(1),
+                             batch.inputs_BT.numel())
         model.set_stage(recipes.eval_stage(step, recipe))
         with torch.no_grad():
             losses.append(model(batch.inputs_BT, batch.targets_BT).item() / batch.inputs_BT.numel())
@@ -82,7 +83,8 @@ def test_a_rung_trains_in_the_precision_of_its_record(record):
             model.eval()
             losses.append(model(batch.inputs_BT, batch.targets_BT).item() / batch.inputs_BT.numel())
             model.train()
-        train_gpt.train_step(model, optimizer, recipe, batch, 4, batch.inputs_BT.numel())
+        train_gpt.train_step(model, optimizer, recipe, batch, 4 * batch.inputs_BT.size(1),
+                             batch.inputs_BT.numel())
     assert losses[-1] < losses[0] and math.isfinite(losses[-1])
     assert set(stream) == {torch.bfloat16 if record >= 10 else torch.float32}
 
@@ -98,7 +100,8 @@ def test_the_embedding_of_53_is_the_heads_until_it_leaves():
         recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
         if step == leaves:
             assert torch.equal(model.embed.weight, table)
-        train_gpt.train_step(model, optimizer, recipe, batch, 4, batch.inputs_BT.numel())
+        train_gpt.train_step(model, optimizer, recipe, batch, 4 * batch.inputs_BT.size(1),
+                             batch.inputs_BT.numel())
     assert not torch.equal(model.embed.weight, model.lm_head.weight)
 
 

@@ -86,7 +86,7 @@ def test_one_gpu_is_the_sum_of_its_parts(record):
     num_rows, seq_len = recipes.batch_shape(0, recipe)
     whole = project.micro_batch(recipe, recipes.stage(0, recipe), seq_len, num_rows * seq_len, GPU)
     assert parts[:3] == pytest.approx(whole[:3])
-    micro_rows = GPU.micro_tokens // recipe.model.seq_len
+    micro_rows = GPU.micro_tokens // seq_len
     update, exposed = project.after_backward(recipe, 1, 1.0, GPU, LINK)
     assert exposed == pytest.approx(0, abs=1e-12)
     assert parts.fixed == pytest.approx(

@@ -165,10 +165,20 @@ def test_as_many_rows_as_the_memory_holds(gib, seq_len, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * 2**30)
     recipe = SimpleNamespace(model=SimpleNamespace(seq_len=seq_len, num_layers=12, model_dim=768))
     gpu = torch.device("cuda", 0)
-    assert train_gpt.fit_memory(recipe, options.Run(), gpu) == expected
-    rows, recomputed = train_gpt.fit_memory(
+    tokens, recomputed = train_gpt.fit_memory(recipe, options.Run(), gpu)
+    assert (train_gpt.rows_at_once(512, seq_len, tokens), recomputed) == expected
+    tokens, recomputed = train_gpt.fit_memory(
         recipe, options.Run(recompute="on", micro_batch_tokens=2048), gpu)
+    rows = train_gpt.rows_at_once(512, seq_len, tokens)
     assert (rows, recomputed) == (max(1, 2048 // seq_len), 12)
+
+
+@pytest.mark.parametrize("num_rows, seq_len, rows", [
+    (8, 16_384, 4), (8, 32_768, 2), (8, 49_152, 1), (512, 1024, 64), (66, 1024, 33), (7, 32_768, 2),
+    (3, 1024, 3), (1, 65_536, 1), (5, 100_000, 1)])
+def test_rows_come_in_equal_parts_of_at_most_64k_tokens(num_rows, seq_len, rows):
+    """Short rows of an early stage go several at once; 8 rows never as 3, 3 and 2."""
+    assert train_gpt.rows_at_once(num_rows, seq_len, 65_536) == rows
 
 
 def test_without_a_compiler_it_runs_eager_and_says_so(monkeypatch):
@@ -195,7 +205,7 @@ def test_evaluate_reads_every_validation_token_once_and_in_order(tiny_data):
         return original(inputs_BT, targets_BT)
 
     model.forward = watched
-    got = train_gpt.evaluate(model, recipe, data_of(tiny_data), ONE, micro_rows=5)
+    got = train_gpt.evaluate(model, recipe, data_of(tiny_data), ONE, micro_tokens=160)
     tokens = np.asarray(read_shard(data_of(tiny_data).val_files[0]), dtype=np.int64)
     assert seen == tokens[:1024].tolist()
     total = 0.0
@@ -233,7 +243,7 @@ def test_the_warm_up_leaves_no_trace(tiny_data):
     init_weights(fresh, 0)
     rng = torch.get_rng_state()
     state = optimizer.state_dict()
-    train_gpt.warm_up(model, optimizer, recipe, data_of(tiny_data), ONE, micro_rows=4)
+    train_gpt.warm_up(model, optimizer, recipe, data_of(tiny_data), ONE, micro_tokens=128)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters()))
     assert all(not p.grad.any() for p in model.parameters())
     assert torch.equal(rng, torch.get_rng_state())
@@ -247,7 +257,7 @@ def test_a_warm_up_that_leaks_is_found(tiny_data, monkeypatch):
     optimizer = train_gpt.build_optimizer(model, recipe)
     monkeypatch.setattr(optimizer, "zero_grad", lambda: None)
     with pytest.raises(AssertionError, match="warm-up changed"):
-        train_gpt.warm_up(model, optimizer, recipe, data_of(tiny_data), ONE, micro_rows=4)
+        train_gpt.warm_up(model, optimizer, recipe, data_of(tiny_data), ONE, micro_tokens=128)
 
 
 def test_the_clock_counts_training_alone(monkeypatch):

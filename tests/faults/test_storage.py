@@ -310,3 +310,12 @@ def test_a_checkpoint_holds_its_tensors_and_no_buffers(train):
     state = state_of(checkpoints(ran.folder)[6])
     size = sum(t.numel() * t.element_size() for t in state["model"].values())
     assert next(ran.folder.glob("*.pt")).stat().st_size < 1.2 * size + 50_000
+
+
+@pytest.mark.ranks
+def test_a_checkpoint_that_takes_longer_than_the_timeout_is_waited_for(ranks, tmp_path):
+    """The others know that one rank is writing: 6 GB on a slow disk are no lost rank."""
+    with ranks(2, "--checkpoint_every", 3, "--timeout_s", 3, faults=("slow_save:3:4",)) as both:
+        assert both.wait(120) == [0, 0], both.said(0) + both.said(1)
+        assert "does not answer" not in both.said(0) + both.said(1)
+    assert set(checkpoints(tmp_path / "logs")) == {3, 6}

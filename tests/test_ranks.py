@@ -1,0 +1,59 @@
+"""What a rank sets up before it meets the others, and what it measures."""
+
+import os
+
+import pytest
+import torch
+
+import ranks
+import train_gpt
+
+
+@pytest.mark.parametrize("gpus, local, several, visible, sees", [
+    (8, 3, 8, None, "3"), (8, 0, 4, None, "0"), (4, 2, 4, "7,6, 5,4", "5"), (8, 0, 1, None, None),
+    (2, 1, 2, "GPU-a,GPU-b", "GPU-b"), (1, 3, 8, None, None), (0, 1, 2, None, None)])
+def test_a_rank_sees_its_own_gpu_alone(monkeypatch, gpus, local, several, visible, sees):
+    """So the device's number is the same on all, and they share what one of them compiled. With
+    more ranks than GPUs, or without any, nothing is changed."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(os, "environ", {"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(several)}
+                        | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
+    ranks.prepare_cuda()
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == sees
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+@pytest.mark.parametrize("given", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_what_the_user_set_for_the_allocator_stays(monkeypatch, given):
+    monkeypatch.setattr(os, "environ", {given: "expandable_segments:False"})
+    ranks.prepare_cuda()
+    assert os.environ == {given: "expandable_segments:False"}
+
+
+def test_the_environment_is_set_before_cuda_is_asked_anything(monkeypatch):
+    """CUDA reads it once: record #62's check for fp8 used to wake it first."""
+    seen = []
+    prepare = train_gpt.prepare_cuda
+    monkeypatch.setattr(train_gpt, "prepare_cuda", lambda: (seen.append("prepared"), prepare()))
+
+    def asked(*_):
+        seen.append("asked")
+        raise KeyboardInterrupt
+
+    for name in ("is_available", "get_device_capability", "get_device_properties", "set_device"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert train_gpt.main(["--record", "62"]) == 130
+    assert seen == ["prepared", "asked"]
+
+
+def test_memory_of_steps_is_told_from_the_rest(monkeypatch):
+    peak = {"mib": 0}
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: peak.update(mib=100))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peak["mib"] * 2**20)
+    peak["mib"] = 900  # of the warm-up: it does not count
+    memory = ranks.PeakMemory(torch.device("cuda"))
+    for mib, steps in ((300, True), (500, False), (400, True), (200, False)):
+        peak["mib"] = mib
+        memory.look(steps=steps)
+    assert (memory.steps, memory.all) == (400, 500)
