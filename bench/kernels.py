@@ -178,10 +178,18 @@ def milliseconds(work: Callable, repeats: int) -> float:
     """Median time of `work` on the GPU alone, caches cold."""
     for _ in range(3):
         work()
+    host_s = 1e-3
+    for _ in range(3):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        host_s = max(host_s, time.perf_counter() - began)
     flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")  # five times an H100's L2
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
-        torch.cuda._sleep(2_000_000)  # a millisecond in which the host runs ahead: no launch gaps
+        # Twice as long as the host takes (no clock is faster than 2 GHz): it runs ahead, and no
+        # launch leaves a gap.
+        torch.cuda._sleep(int(2e9 * 2 * host_s))
         flush.zero_()
         start.record()
         work()
