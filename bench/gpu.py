@@ -103,8 +103,8 @@ def steps_for(record: int, num_tokens: int, folder: Path) -> int:
 
 # --- the parts ------------------------------------------------------------------------------------
 
-KEPT = ("tokens_per_s", "mfu", "peak_memory_mib", "warmup_s", "train_time_ms", "num_iterations",
-        "tokens", "final_val_loss", "wall_time_s")
+KEPT = ("tokens_per_s", "mfu", "peak_memory_mib", "peak_step_mib", "warmup_s", "train_time_ms",
+        "num_iterations", "tokens", "final_val_loss", "wall_time_s")
 
 
 def train(record: int, options: Sequence[str], toy: bool) -> dict:
@@ -116,7 +116,7 @@ def train(record: int, options: Sequence[str], toy: bool) -> dict:
         result = train_speed.run_once(words)
     except RuntimeError as error:
         return row | {"failed": str(error)[-500:]}
-    return row | {key: result[key] for key in KEPT}
+    return row | {key: result[key] for key in KEPT if key in result}
 
 
 def short(folder: Path, *options: str) -> list[str]:
@@ -221,7 +221,7 @@ def run_cells(row: dict, *first: object) -> list[object]:
         return [*first, f"failed: {row['failed'].splitlines()[-1][:80]}", *[""] * 5]
     ms = float(row["train_time_ms"]) / int(row["num_iterations"])
     return [*first, f"{float(row['tokens_per_s']):,.0f}", row["mfu"], f"{ms:.1f}",
-            f"{float(row['peak_memory_mib']) / 1024:.1f}", row["warmup_s"],
+            f"{train_speed.peak_mib(row) / 1024:.1f}", row["warmup_s"],
             f"{float(row['final_val_loss']):.4f}"]
 
 

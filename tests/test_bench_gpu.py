@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from bench import gpu
+from bench import gpu, train_speed
 from conftest import ROOT, clean_environment
 from data.shards import read_shard
 
@@ -34,6 +34,13 @@ def test_a_run_that_fails_stands_in_the_table_as_failed(tmp_path):
     (tmp_path / "loss.json").write_text(json.dumps({
         "machine": {"device": "x"}, "rows": [{"record": 6, "failed": "first\nout of memory"}]}))
     assert "| #6 | 0 | failed: out of memory |" in gpu.page(tmp_path)
+
+
+def test_the_memory_of_steps_alone_is_shown_where_a_log_has_it():
+    assert train_speed.peak_mib({"peak_memory_mib": "22700"}) == 22700
+    row = {"tokens_per_s": 1, "mfu": 0, "train_time_ms": 1, "num_iterations": 1, "warmup_s": 1,
+           "final_val_loss": 1, "peak_memory_mib": "22700", "peak_step_mib": "2048"}
+    assert "2.0" in gpu.run_cells(row) and "22.2" not in gpu.run_cells(row)
 
 
 def test_without_a_gpu_it_says_what_to_do():
