@@ -11,9 +11,11 @@ compare within a table, not across machines.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,17 +24,43 @@ sys.path.insert(0, str(ROOT))
 from records.log import parse
 
 
-def run_once(arguments: list[str]) -> dict:
-    """The closing block of one run's log. Raises RuntimeError with what the trainer said."""
+def run_process(command: Sequence[str | os.PathLike], limit_s: float | None = None,
+                env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
+    """subprocess.run in this repository, output captured as text; but what is not done after
+    limit_s, or when this process is told to end, is killed with all that it started.
+    Raises TimeoutExpired, which carries the output so far."""
+    with (tempfile.TemporaryFile("w+", errors="replace") as out,
+          tempfile.TemporaryFile("w+", errors="replace") as err):
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err,
+                                   start_new_session=True)
+        late = None
+        try:
+            process.wait(limit_s)
+        except subprocess.TimeoutExpired as error:
+            late = error
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        out.seek(0)
+        err.seek(0)
+        if late is not None:
+            raise subprocess.TimeoutExpired(command, late.timeout, out.read(), err.read())
+        return subprocess.CompletedProcess(command, process.returncode, out.read(), err.read())
+
+
+def run_once(arguments: list[str], limit_s: float | None = None,
+             env: Mapping[str, str] | None = None) -> dict:
+    """The closing block of one run's log; `env` is added to the environment.
+    Raises RuntimeError with what the trainer said, TimeoutExpired after limit_s."""
     nproc = int(os.environ.get("NPROC", 1))
     launch = [sys.executable] if nproc == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
         str(nproc)]
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([*launch, "train_gpt.py", *arguments, "--log_dir", folder], cwd=ROOT,
-                              capture_output=True, text=True,
-                              env={"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000",
-                                   **os.environ})
+        done = run_process([*launch, "train_gpt.py", *arguments, "--log_dir", folder], limit_s,
+                           {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000", **os.environ,
+                            **(env or {})})
         logs = list(Path(folder).glob("*.txt"))
         if done.returncode or not logs:
             why = done.stderr.strip()[-500:] or next(  # a run that stopped itself says so there
