@@ -171,6 +171,23 @@ def test_a_kernel_that_ends_its_process_costs_its_own_row(dies_at, calls, tmp_pa
     assert len(json.loads(file.read_text())["rows"]) == 4 and len(called) == calls
 
 
+def test_a_test_module_that_cannot_be_imported_is_a_failure_and_the_others_run(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(train_speed, "ROOT", tmp_path)
+    args = argparse.Namespace(toy=False, limit_s=100)
+    ((_, run_tests),) = gpu.tests(args, tmp_path)
+    (tmp_path / "test_good.py").write_text(
+        "import pytest\n\n@pytest.mark.gpu\ndef test_it():\n    pass\n")
+    (tmp_path / "test_other_version.py").write_text("from torch import no_such_name\n")
+    row = run_tests()
+    assert "1 passed" in row["tests"] and "1 error" in row["tests"]
+    (failure,) = row["failures"]
+    assert failure.startswith("ERROR test_other_version.py")
+    (tmp_path / "conftest.py").write_text("import os\nos._exit(1)\n")  # as after a time limit
+    with pytest.raises(RuntimeError, match="status 1"):
+        run_tests()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
 @pytest.mark.parametrize("words, says", [(["speed"], "--toy"), (["--toy", "fast"], "parts of")])
 def test_without_a_gpu_it_says_what_to_do(words, says, capsys):
