@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -169,6 +170,33 @@ def test_a_kernel_that_ends_its_process_costs_its_own_row(dies_at, calls, tmp_pa
     else:
         assert gpu.kernel_rows(args, tmp_path) == []
     assert len(json.loads(file.read_text())["rows"]) == 4 and len(called) == calls
+
+
+def test_cold_rows_start_with_empty_caches_and_the_warm_one_with_what_cold_left(
+        tmp_path, monkeypatch):
+    """Also where the cold row is there from an earlier call; and the environment stays as it was.
+    """
+    monkeypatch.setattr(gpu, "write_documents", lambda *_: None)
+    found = []
+
+    def run_once(words, limit_s, env):
+        caches = [Path(env[name]) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")]
+        found.append((words[1], *(folder.exists() for folder in caches)))
+        for folder in caches:
+            folder.mkdir(parents=True, exist_ok=True)
+        return {}
+
+    monkeypatch.setattr(train_speed, "run_once", run_once)
+    environment = dict(os.environ)
+    args = argparse.Namespace(toy=False, limit_s=None)
+    tasks = gpu.speed(args, tmp_path)
+    for _, task in tasks:
+        task()
+    assert found == [*((str(record), False, False) for record in gpu.SPEED), ("62", True, True)]
+    found.clear()
+    gpu.speed(args, tmp_path)[-1][1]()
+    assert found == [("62", False, False), ("62", True, True)]
+    assert environment == dict(os.environ)
 
 
 def test_a_test_module_that_cannot_be_imported_is_a_failure_and_the_others_run(
