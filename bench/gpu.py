@@ -72,9 +72,10 @@ def machine(toy: bool) -> dict[str, str]:
 
 
 def reason(error: Exception) -> str:
+    """Why there is no row; the page shows the last line of it."""
     if isinstance(error, subprocess.TimeoutExpired):
         last = (error.output or "").strip().splitlines()[-1:]
-        return "; it last said: ".join([f"timed out after {error.timeout:g} s", *last])
+        return "\n".join([*last, f"timed out after {error.timeout:g} s"])
     return f"{type(error).__name__}: {str(error)[-500:]}"
 
 
