@@ -26,7 +26,9 @@ from torch.profiler import ProfilerActivity, record_function
 
 from ranks import World
 
-WARM_UP = 3             # steps before the first profiled one: they allocate, and learn the order
+# Steps before the first profiled one: they allocate, and learn the order. The profiler records the
+# last of them too, which nobody counts: its own first use takes time (CUPTI's, on a GPU).
+WARM_UP = 4
 STEP = "train step"     # the range around each profiled step, in the trace
 
 Span = tuple[float, float]  # from, to, in microseconds
@@ -261,9 +263,10 @@ def table(events: list[dict], vocab_size: int) -> Table:
     steps = [e for e in events if e["name"] == STEP and e.get("cat") == "user_annotation"]
     if not steps:
         raise ValueError(f"no range named {STEP!r} in the trace: expected one a step, got none")
-    kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    phases = _phases(events)
     start = min(e["ts"] for e in steps)
+    kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+               and e["ts"] >= start]  # the device was synchronised then: earlier ones are no step's
+    phases = _phases(events)
     end = max(_span(e)[1] for e in [*steps, *kernels])
     found = Table(len(steps), end - start, "kernels" if kernels else "operators")
     busy: list[Span] = []
@@ -348,21 +351,19 @@ class Profile:
     def after_step(self) -> bool:
         """Call after each step. True once the last one that is wanted is done."""
         self.seen += 1
-        first, last = self.seen == WARM_UP, self.seen == WARM_UP + self.num_steps
-        if last:
+        last = self.seen == WARM_UP + self.num_steps
+        if self.seen == WARM_UP or last:
             self.world.synchronize()
         self._close_range()
-        if first:
-            self.world.synchronize()
-            if self.world.is_first:
-                activities = [ProfilerActivity.CPU]
-                if self.world.device.type == "cuda":
-                    activities.append(ProfilerActivity.CUDA)
-                self._profiler = torch.profiler.profile(activities=activities, record_shapes=True)
-                self._profiler.start()
+        if self.seen == WARM_UP - 1 and self.world.is_first:
+            activities = [ProfilerActivity.CPU]
+            if self.world.device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+            self._profiler = torch.profiler.profile(activities=activities, record_shapes=True)
+            self._profiler.start()
         if last and self._profiler is not None:
             self._profiler.stop()
-        elif self._profiler is not None:
+        elif self.seen >= WARM_UP and self._profiler is not None:
             self._range = record_function(STEP)
             self._range.__enter__()
         return last
@@ -379,7 +380,8 @@ class Profile:
         if self.seen < WARM_UP + self.num_steps:  # stopped under way
             self._close_range()
             self._profiler.stop()
-            return [f"no profile: stopped after {self.seen - WARM_UP} of {self.num_steps} steps"]
+            done = max(0, self.seen - WARM_UP)
+            return [f"no profile: stopped after {done} of {self.num_steps} steps"]
         try:
             with tempfile.TemporaryDirectory() as folder:
                 plain = Path(folder) / "trace.json"

@@ -19,7 +19,6 @@ A new kernel: a function that yields Cases, named in CASES.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -40,6 +39,7 @@ if not torch.cuda.is_available():  # before the kernels are defined
 
 import kernels
 import muon
+from bench.gpu import failure, machine, measured
 from kernels import loss, relu2, symmetric
 
 # Bytes/s of one device's memory, from the vendors' data sheets.
@@ -57,6 +57,7 @@ class Case:
 
     name: str
     shape: str
+    dtype: torch.dtype                   # of what the kernel reads
     kernel: Callable[..., Tensor]
     twin: Callable[..., Tensor]
     inputs: Callable[[], list[Tensor]]
@@ -80,10 +81,10 @@ def symmetric_cases(toy: bool, device: str) -> Iterator[Case]:
             def inputs(K=K, m=m, n=n, dtype=dtype):
                 return [random(K, m, n, dtype=dtype, device=device, scale=n**-0.5)]
 
-            yield Case("gram", f"{K} x {m} x {n}", symmetric.gram, muon._gram, inputs,
+            yield Case("gram", f"{K} x {m} x {n}", dtype, symmetric.gram, muon._gram, inputs,
                        K * m * (m + 1) * n, K * (m * n + m * m) * size)
             if m == n:
-                yield Case("polynomial", f"{K} x {m} x {m}",
+                yield Case("polynomial", f"{K} x {m} x {m}", dtype,
                            lambda X: symmetric.polynomial(X, -4.775, 2.0315),
                            lambda X: muon._polynomial(X, -4.775, 2.0315),
                            lambda inputs=inputs: [symmetric.gram(inputs()[0])],
@@ -92,7 +93,7 @@ def symmetric_cases(toy: bool, device: str) -> Iterator[Case]:
     for K, rows, cols in [*shapes, *((K, n, m) for K, m, n in shapes[1:] if m != n)]:
         m, n = sorted((rows, cols))
         flops = 5 * K * (m * (m + 1) * n + m * (m + 1) * m + 2 * m * m * n)
-        yield Case("orthogonalize, bf16", f"{K} x {rows} x {cols}",
+        yield Case("orthogonalize, bf16", f"{K} x {rows} x {cols}", torch.float32,
                    lambda G: muon.orthogonalize(G, "jordan", mode="fast", products=products),
                    lambda G: muon.orthogonalize(G, "jordan", mode="fast"),
                    lambda size=(K, rows, cols): [random(*size, dtype=torch.float32, device=device)],
@@ -113,13 +114,13 @@ def relu2_cases(toy: bool, device: str) -> Iterator[Case]:
     def plain_backward(grad_NC, proj_CF, y_NF):
         return (grad_NC @ proj_CF) * (2 * y_NF.sqrt())
 
-    yield Case("linear_relu2", shape, relu2.linear_relu2,
+    yield Case("linear_relu2", shape, dtype, relu2.linear_relu2,
                lambda x, fc: torch.relu(x @ fc.T).square(), lambda: [tokens(C), matrix(F, C)],
                2 * N * C * F, 2 * (N * C + C * F + N * F))
-    yield Case("linear_relu2_backward", shape, relu2.linear_relu2_backward, plain_backward,
+    yield Case("linear_relu2_backward", shape, dtype, relu2.linear_relu2_backward, plain_backward,
                lambda: [tokens(C), matrix(C, F), tokens(F).relu().square()],
                2 * N * C * F, 2 * (N * C + C * F + 2 * N * F))
-    yield Case("mlp_relu2 with gradients", shape, relu2.mlp_relu2, relu2.mlp_relu2_reference,
+    yield Case("mlp_relu2 with gradients", shape, dtype, relu2.mlp_relu2, relu2.mlp_relu2_reference,
                lambda: [tokens(C, True), matrix(F, C, grad=True), matrix(C, F, grad=True)],
                12 * N * C * F, 2 * (4 * N * C + 4 * C * F + 2 * N * F))
 
@@ -152,7 +153,7 @@ def loss_cases(toy: bool, device: str) -> Iterator[Case]:
 
         ways = {"Triton": loss.KERNELS, "twin": loss.TWINS if toy else loss.compiled(loss.TWINS)}
         for way, bodies in ways.items():
-            yield Case(f"head loss, {way}", f"{N} x {C} -> {V}, targets: {K}",
+            yield Case(f"head loss, {way}", f"{N} x {C} -> {V}, targets: {K}", torch.bfloat16,
                        partial(chunked, bodies=bodies), plain, inputs,
                        6 * N * C * V, 2 * 2 * N * C + 2 * 4 * V * C)
 
@@ -178,10 +179,18 @@ def milliseconds(work: Callable, repeats: int) -> float:
     """Median time of `work` on the GPU alone, caches cold."""
     for _ in range(3):
         work()
+    host_s = 1e-3
+    for _ in range(3):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        host_s = max(host_s, time.perf_counter() - began)
     flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")  # five times an H100's L2
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
-        torch.cuda._sleep(2_000_000)  # a millisecond in which the host runs ahead: no launch gaps
+        # Twice as long as the host takes (no clock is faster than 2 GHz): it runs ahead, and no
+        # launch leaves a gap.
+        torch.cuda._sleep(int(2e9 * 2 * host_s))
         flush.zero_()
         start.record()
         work()
@@ -206,8 +215,7 @@ def measure(case: Case, repeats: int) -> dict:
     out = case.twin(*inputs)
     grad = torch.randn_like(out) if wants else None
     exact = call(case.twin, exact_inputs, None if grad is None else grad.double())
-    row = {"kernel": case.name, "shape": case.shape, "dtype": str(inputs[0].dtype)[6:],
-           "error": error(call(case.kernel, inputs, grad), exact),
+    row = {"error": error(call(case.kernel, inputs, grad), exact),
            "twin_error": error(call(case.twin, inputs, grad), exact)}
     del exact, exact_inputs, out
     if device.type != "cuda":
@@ -229,6 +237,8 @@ def measure(case: Case, repeats: int) -> dict:
 def cells(row: dict) -> list[str]:
     """A row of the table. Columns that a CPU cannot fill are left out there."""
     shown = [row["kernel"], row["shape"], row["dtype"]]
+    if "failed" in row:
+        return [*shown, failure(row)]
     if "kernel_ms" in row:
         ms = [row[name] for name in ("kernel_ms", "eager_ms", "compiled_ms")]
         share = f"{row['roofline']:.0%}" if "roofline" in row else "-"
@@ -243,29 +253,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="toy shapes; always without a GPU")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--json", type=Path, help="write the rows to this file, each when it is "
+                        "measured; those that it holds already are kept")
+    parser.add_argument("--again", action="store_true", help="measure anew what the file holds")
     args = parser.parse_args(arguments)
     if kernels.triton is None:
         parser.exit(1, "bench/kernels.py: needs Triton: pip install triton\n")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    machine = {"device": torch.cuda.get_device_name() if device == "cuda" else "interpreter",
-               "torch": torch.__version__, "triton": kernels.triton.__version__,
-               "date": time.strftime("%Y-%m-%d")}
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    toy = args.quick or device == "cpu"
+    here = machine(toy)
+    print(", ".join(f"{key} {value}" for key, value in here.items()))
     times = ["ms", "eager ms", "compiled ms", "eager/ours", "compiled/ours", "MiB", "compiled MiB",
              "TFLOP/s", "GB/s", "of roofline"] if device == "cuda" else []
     head = ["kernel", "shape", "dtype", *times, "error", "twin's"]
     print(f"\n| {' | '.join(head)} |\n| {' | '.join(['---'] * 3 + ['---:'] * (len(head) - 3))} |")
-    rows = []
-    for cases in CASES:
-        for case in cases(args.quick or device == "cpu", device):
-            if args.only in case.name:
-                rows.append(measure(case, args.repeats))
-                print(f"| {' | '.join(cells(rows[-1]))} |", flush=True)
-    if args.json:
-        part = args.json.with_name(args.json.name + ".tmp")
-        part.write_text(json.dumps({**machine, "rows": rows}, indent=1))
-        part.replace(args.json)
+    tasks = [({"kernel": case.name, "shape": case.shape, "dtype": str(case.dtype)[6:]},
+              partial(measure, case, args.repeats))
+             for cases in CASES for case in cases(toy, device) if args.only in case.name]
+    for row in measured(tasks, args.json, here, args.again):
+        print(f"| {' | '.join(cells(row))} |", flush=True)
+        if "failed" in row and device == "cuda":
+            torch.cuda.synchronize()  # raises where the device's context is lost: nothing else runs
 
 
 if __name__ == "__main__":

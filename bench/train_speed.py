@@ -11,9 +11,11 @@ compare within a table, not across machines.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,17 +24,43 @@ sys.path.insert(0, str(ROOT))
 from records.log import parse
 
 
-def run_once(arguments: list[str]) -> dict:
-    """The closing block of one run's log. Raises RuntimeError with what the trainer said."""
+def run_process(command: Sequence[str | os.PathLike], limit_s: float | None = None,
+                env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
+    """subprocess.run in this repository, output captured as text; but what is not done after
+    limit_s, or when this process is told to end, is killed with all that it started.
+    Raises TimeoutExpired, which carries the output so far."""
+    with (tempfile.TemporaryFile("w+", errors="replace") as out,
+          tempfile.TemporaryFile("w+", errors="replace") as err):
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err,
+                                   start_new_session=True)
+        late = None
+        try:
+            process.wait(limit_s)
+        except subprocess.TimeoutExpired as error:
+            late = error
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        out.seek(0)
+        err.seek(0)
+        if late is not None:
+            raise subprocess.TimeoutExpired(command, late.timeout, out.read(), err.read())
+        return subprocess.CompletedProcess(command, process.returncode, out.read(), err.read())
+
+
+def run_once(arguments: list[str], limit_s: float | None = None,
+             env: Mapping[str, str] | None = None) -> dict:
+    """The closing block of one run's log; `env` is added to the environment.
+    Raises RuntimeError with what the trainer said, TimeoutExpired after limit_s."""
     nproc = int(os.environ.get("NPROC", 1))
     launch = [sys.executable] if nproc == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
         str(nproc)]
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([*launch, "train_gpt.py", *arguments, "--log_dir", folder], cwd=ROOT,
-                              capture_output=True, text=True,
-                              env={"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000",
-                                   **os.environ})
+        done = run_process([*launch, "train_gpt.py", *arguments, "--log_dir", folder], limit_s,
+                           {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000", **os.environ,
+                            **(env or {})})
         logs = list(Path(folder).glob("*.txt"))
         if done.returncode or not logs:
             why = done.stderr.strip()[-500:] or next(  # a run that stopped itself says so there
@@ -40,6 +68,11 @@ def run_once(arguments: list[str]) -> dict:
             raise RuntimeError(f"{' '.join(arguments)}: status {done.returncode}: {why}")
         (run,) = parse(logs[0])
         return run.result
+
+
+def peak_mib(result: dict) -> float:
+    """Peak memory of training steps alone, where the log tells it from the whole run's."""
+    return float(result.get("peak_step_mib", result["peak_memory_mib"]))
 
 
 def main() -> None:
@@ -71,7 +104,7 @@ def main() -> None:
         best = max(results, key=lambda r: float(r["tokens_per_s"]))
         ms = float(best["train_time_ms"]) / args.steps
         print(f"| {record} | {compiled} | {float(best['tokens_per_s']):,.0f} | {best['mfu']} "
-              f"| {float(best['peak_memory_mib']):,.0f} | {best['warmup_s']} | {ms:.1f} |")
+              f"| {peak_mib(best):,.0f} | {best['warmup_s']} | {ms:.1f} |")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Shapes: B rows, T positions a row, H heads, D head_dim; n chunks of Q queries th
 
 import importlib.util
 import math
+import sys
 from typing import NamedTuple
 
 import torch
@@ -35,11 +36,17 @@ def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
 
 def activate_flash_attention(device: torch.device) -> None:
     """On Hopper take flash attention 3, which torch then uses for both passes, where its module is
-    installed; elsewhere flash attention 2 stays, which torch brings. Call it once, before training.
+    installed and loads; elsewhere flash attention 2 stays, which torch brings. Call it once, before
+    training.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and (
             importlib.util.find_spec("flash_attn_interface")):
-        torch.nn.attention.activate_flash_attention_impl("FA3")
+        try:
+            torch.nn.attention.activate_flash_attention_impl("FA3")
+        except (ImportError, OSError, RuntimeError) as error:  # built for another torch, say
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            print(f"flash_attn_interface does not load, flash attention 2 stays: {why}",
+                  file=sys.stderr)
 
 
 def describe_attention(device: torch.device, config) -> str:

@@ -312,6 +312,19 @@ def test_flash_attention_3_is_taken_on_hopper_where_it_is_installed(capability, 
     assert taken == expected
 
 
+@pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError])
+def test_flash_attention_3_that_does_not_load_leaves_2_and_says_so(error, monkeypatch, capsys):
+    def activate(impl):
+        raise error("undefined symbol: _ZN3c10\nin flash_attn_3_cuda.so")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(kernels.attention.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
+    kernels.attention.activate_flash_attention(torch.device("cuda", 0))
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "flash attention 2 stays" in said and f"{error.__name__}: undefined symbol" in said
+
+
 def test_fp8_is_refused_where_it_is_emulated_with_the_option_that_replaces_it():
     with pytest.raises(ValueError, match=r"a CPU does not multiply fp8.*--head bf16"):
         kernels.fp8.check_fp8(torch.device("cpu"))

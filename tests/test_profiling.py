@@ -157,6 +157,12 @@ def test_communication_under_compute_is_not_exposed_and_twice_the_steps_halve_a_
     assert line.split()[1] == "0.10"  # 200 us in two steps
 
 
+def test_what_was_recorded_before_the_first_step_is_left_out():
+    """The profiler's first use is a step that no range marks, with kernels of its own."""
+    unmarked = [e for e in gpu_step(4000) if e["name"] != STEP]
+    assert table([*unmarked, *gpu_step(5000)], VOCAB) == table(gpu_step(5000), VOCAB)
+
+
 def test_a_trace_without_steps_is_refused():
     with pytest.raises(ValueError, match="no range named 'train step'"):
         table([e for e in gpu_step(0) if e["name"] != STEP], VOCAB)
@@ -216,7 +222,7 @@ def test_a_profiled_run_prints_its_table_and_stops(profiled):
     done, folder = profiled
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "USDT" not in done.stderr
-    assert "stopped after step 5: profiled" in done.stdout
+    assert "stopped after step 6: profiled" in done.stdout
     names = {line.split("  ")[0] for line in done.stdout.splitlines()}
     assert {"products, blocks", "products, head", "optimizer", "attention", "softmax and loss",
             "exposed communication", "between operators"} <= names
@@ -227,8 +233,11 @@ def test_a_profiled_run_prints_its_table_and_stops(profiled):
 def test_the_trace_says_what_the_table_says(profiled):
     done, folder = profiled
     (trace,) = folder.glob("*.trace.json.gz")
-    found = table(json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"], 320)
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    found = table(events, 320)
     assert found.num_steps == 2
+    updates = [e["ts"] for e in events if e["name"].startswith("Optimizer.step")]
+    assert min(updates) < min(e["ts"] for e in events if e["name"] == STEP)  # one more, before
     assert set(found.lines()) <= set(done.stdout.splitlines())
     # Nothing is lost and nothing twice: on one thread the classes and the gaps are the step.
     assert sum(row.us for row in found.rows.values()) + found.idle_us == pytest.approx(
@@ -264,11 +273,11 @@ def test_too_few_steps_are_refused_before_anything_is_written(tiny_data, tmp_pat
     assert train_gpt.main(tiny_options("--data_dir", tiny_data, "--log_dir", folder,
                                        "--profile", "20")) == 2
     said = capsys.readouterr().err
-    assert "--num_iterations of at least 23" in said and len(said.splitlines()) == 1
+    assert "--num_iterations of at least 24" in said and len(said.splitlines()) == 1
     assert not list(folder.glob("*"))
-    profiling.check_profile(3, 0, 6)  # enough: 3 before, 3 to look at
-    with pytest.raises(ValueError, match="at least 7"):
-        profiling.check_profile(3, 1, 6)  # but not from step 1 on
+    profiling.check_profile(3, 0, 7)  # enough: 4 before, 3 to look at
+    with pytest.raises(ValueError, match="at least 8"):
+        profiling.check_profile(3, 1, 7)  # but not from step 1 on
 
 
 def test_ctrl_c_while_profiling_leaves_a_log_and_no_trace(tmp_path):
