@@ -35,7 +35,8 @@ class Run:
     compile: str = _option("auto", "on or off: torch.compile; auto: on for GPUs, off on CPU")
     compile_layers: int = _option(
         1, "layers that torch.compile takes at once, 0: all; 1 lets reductions overlap most")
-    compile_optimizer: bool = _option(False, "fuse the optimizer's update rules, on GPUs")
+    compile_optimizer: str = _option(
+        "auto", "on or off: fuse the optimizer's update rules; auto: on GPUs, with --compile")
     micro_batch_tokens: int | None = _option(
         None, "tokens a rank computes at once; default: what the memory allows")
     recompute: str = _option(
@@ -153,8 +154,8 @@ def _check_run(run: Run, has_cuda: bool) -> None:
         one_of("record", sorted(RECORDS))
     one_of("scale", ("auto", *SCALES))
     one_of("device", ("auto", "cuda", "cpu"))
-    one_of("compile", ("auto", "on", "off"))
-    one_of("recompute", ("auto", "on", "off"))
+    for name in ("compile", "compile_optimizer", "recompute"):
+        one_of(name, ("auto", "on", "off"))
     if run.device == "cuda" and not has_cuda:
         raise OptionError("--device cuda: there is no CUDA device here; --device cpu trains "
                           "(--scale pocket is its size)")
