@@ -48,6 +48,11 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def local_size(self) -> int:
+        """Ranks on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.size > 1 else 1
+
     def sum(self, x: Tensor) -> Tensor:
         if self.size > 1:
             dist.all_reduce(x)

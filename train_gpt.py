@@ -325,6 +325,42 @@ def short_of_memory(device: torch.device) -> bool:
         torch.cuda.get_device_properties(device).total_memory)
 
 
+def throw_away(shape: tuple[int, int], recipe: Recipe, device: torch.device,
+               generator: torch.Generator) -> Batch:
+    """Random tokens, as a loader would give them."""
+    num_rows, seq_len = shape
+    tokens = torch.randint(recipe.model.vocab_size, (num_rows, seq_len + 1), generator=generator)
+    inputs_BT = tokens[:, :-1].int().contiguous()
+    docs_B2 = row_documents(inputs_BT.numpy(), recipe.model.bos_id)
+    return Batch(inputs_BT.to(device), tokens[:, 1:].contiguous().to(device), docs_B2)
+
+
+def compile_ahead(model: GPT, optimizer: Muon, recipe: Recipe, world: World,
+                  micro_tokens: int) -> None:
+    """Build the model's graphs, each rank of a machine beginning with another stage: what one has
+    compiled the others find in torch's cache on the disk. No rank waits for another here."""
+    generator = torch.Generator().manual_seed(0)
+    parts: list[int | None] = [*recipes.stage_steps(recipe), None]  # None: validation
+    first = world.local_rank * len(parts) // world.local_size
+    for step in parts[first:] + parts[:first]:
+        if step is None:
+            model.set_stage(recipes.eval_stage(0, recipe))
+            shape = max(1, micro_tokens // recipe.val_row), recipe.val_row
+        else:
+            model.set_stage(recipes.stage(step, recipe))
+            num_rows, seq_len = batch_shape(step, recipe)
+            mine = len(rank_rows(num_rows, world.rank, world.size))
+            shape = rows_at_once(mine, seq_len, micro_tokens), seq_len
+        batch = throw_away(shape, recipe, world.device, generator)
+        model.train(step is not None)
+        with torch.set_grad_enabled(step is not None):
+            loss = model(batch.inputs_BT, batch.targets_BT, batch.docs_B2)
+        if step is not None:
+            loss.backward()
+    model.train()
+    optimizer.zero_grad()
+
+
 def warm_up(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: World,
             micro_tokens: int, signals: Signals | None = None) -> None:
     """Run every kernel of a step and of a validation, then put everything back as it was.
@@ -349,12 +385,8 @@ def warm_up(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: Worl
     for step in steps + [0] * (slowest - len(steps)):
         recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
         num_rows, seq_len = batch_shape(step, recipe)
-        rows = len(rank_rows(num_rows, world.rank, world.size))
-        tokens = torch.randint(recipe.model.vocab_size, (rows, seq_len + 1),
-                               generator=generator).to(world.device)
-        inputs_BT = tokens[:, :-1].int()
-        batch = Batch(inputs_BT.contiguous(), tokens[:, 1:].contiguous(),
-                      row_documents(inputs_BT.cpu().numpy(), data.bos_id))
+        mine = len(rank_rows(num_rows, world.rank, world.size))
+        batch = throw_away((mine, seq_len), recipe, world.device, generator)
         train_step(model, optimizer, recipe, batch, micro_tokens, num_rows * seq_len, signals)
     val_tokens = recipe.val_row * min(max(1, micro_tokens // recipe.val_row) * world.size,
                                       recipe.val_tokens // recipe.val_row)
@@ -598,6 +630,8 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
                         describe_speed(run, job), where))
 
     warmup_start = time.perf_counter()
+    if wants_compile(run, world.device)[0] and world.local_size > 1:
+        compile_ahead(job.model, job.optimizer, recipe, world, job.micro_tokens)
     warm_up(job.model, job.optimizer, recipe, data, world, job.micro_tokens, job.signals)
     world.synchronize()
     warmup_s = time.perf_counter() - warmup_start

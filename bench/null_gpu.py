@@ -3,6 +3,7 @@
     python bench/null_gpu.py                          the table below, for some records
     python bench/null_gpu.py --records 12 62 --gib 24 as on a card with 24 GiB
     python bench/null_gpu.py --records 62 --ranks 8   the first of eight ranks
+    python bench/null_gpu.py --records 62 --ranks 8 --at_once 4   four of them, each compiling
     python bench/null_gpu.py --records 62 -- --kernels loss --compile_layers 0
     python bench/null_gpu.py --exec python bench/gpu.py kernels optimizer speed --out results
 
@@ -103,7 +104,7 @@ class Meter:
         rows.append({name: now - before[name] for name, now in self.read().items()})
 
 
-def child(arguments: Sequence[str], ranks: int, out: Path) -> int:
+def child(arguments: Sequence[str], rank: int, ranks: int, out: Path) -> int:
     """Train by these options with the meter at a step, at the optimizer and at the memory."""
     import torch
     import torch.distributed as dist
@@ -132,8 +133,8 @@ def child(arguments: Sequence[str], ranks: int, out: Path) -> int:
     @contextlib.contextmanager
     def join_world(device: str):
         os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
-        dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-        yield OneOfMany(0, 0, ranks, torch.device("cuda", 0))
+        dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+        yield OneOfMany(rank, rank, ranks, torch.device("cuda", 0))
         dist.destroy_process_group()
 
     meter, steps, updates, memory = Meter(), [], [], {"step": 0, "validation": 0}
@@ -160,7 +161,7 @@ def child(arguments: Sequence[str], ranks: int, out: Path) -> int:
         said["warmup_s"] = time.perf_counter() - start
         recipe, world = given[2], given[4]
         seq_len, mine = recipe.model.seq_len, recipe.num_rows // world.size
-        said["at_once"] = seq_len * train_gpt.rows_at_once(mine, seq_len, given[5])
+        said["tokens_at_once"] = seq_len * train_gpt.rows_at_once(mine, seq_len, given[5])
 
     # Memory that no kernel wrote says anything, also that a step was bad: it must not end the run.
     def metered_evaluate(*given, **named):
@@ -189,27 +190,32 @@ def child(arguments: Sequence[str], ranks: int, out: Path) -> int:
 
 # --- the table ------------------------------------------------------------------------------------
 
-def measure(record: int, options: Sequence[str], ranks: int, gib: float, library: Path,
-            data: Path, folder: Path) -> dict:
-    """One run with an empty cache and one with what that left; the second one's figures."""
+def measure(record: int, options: Sequence[str], ranks: int, at_once: int, gib: float,
+            library: Path, data: Path, folder: Path) -> dict:
+    """`at_once` ranks with an empty cache, of which the slowest counts, and one with what they
+    left; the last one's figures."""
     words = ["--record", str(record), "--scale", "full", "--num_iterations", str(STEPS),
              "--val_every", str(STEPS), "--val_tokens", "2097152", "--data_dir", str(data),
              "--log_dir", str(folder / "logs"), *options]
     env = environment(library, gib) | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
                                        "TRITON_CACHE_DIR": str(folder / "triton")}
-    row = {"record": record, "ranks": ranks, "gib": gib, "options": " ".join(options)}
-    for cache in ("cold", "warm"):
-        out = folder / "result.json"
-        out.unlink(missing_ok=True)
-        done = subprocess.run([sys.executable, __file__, "--child", str(out), "--ranks", str(ranks),
-                               "--", *words], env=env, text=True, capture_output=True)
-        if not out.is_file():
-            reason = (done.stderr.strip() or done.stdout.strip() or "?").splitlines()[-1]
-            return row | {"failed": reason}
-        row |= json.loads(out.read_text())
+    row = {"record": record, "ranks": ranks, "at_once": at_once, "gib": gib,
+           "options": " ".join(options)}
+    for cache, together in (("cold", at_once), ("warm", 1)):
+        outs = {rank: folder / f"{cache}{rank}.json" for rank in range(0, ranks, ranks // together)}
+        started = [subprocess.Popen(
+            [sys.executable, __file__, "--child", str(out), "--ranks", str(ranks), "--rank",
+             str(rank), "--", *words], env=env, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT) for rank, out in outs.items()]
+        said = [process.communicate()[0] for process in started]
+        for out, words_of_it in zip(outs.values(), said):
+            if not out.is_file():
+                return row | {"failed": (words_of_it.strip() or "?").splitlines()[-1]}
+        results = [json.loads(out.read_text()) for out in outs.values()]
+        row |= results[0]
         if row["status"]:
             return row | {"failed": f"the run ended early, with status {row['status']}"}
-        row[f"{cache}_s"] = row["warmup_s"]
+        row[f"{cache}_s"] = max(result["warmup_s"] for result in results)
     return row
 
 
@@ -218,7 +224,7 @@ def cells(row: dict) -> list[str]:
     if "failed" in row:
         return [*first, f"failed: {row['failed'][:100]}", *[""] * (len(HEAD) - 4)]
     step, update = row["step"], row["update"]
-    return [*first, f"{row['at_once']:,}", f"{row['peak_step'] / 2**30:.1f}",
+    return [*first, f"{row['tokens_at_once']:,}", f"{row['peak_step'] / 2**30:.1f}",
             f"{row['peak_validation'] / 2**30:.1f}", str(row["graphs"]), f"{row['cold_s']:.0f}",
             f"{row['warm_s']:.1f}", *(f"{step[name]:,}" for name in COUNTS),
             f"{step['host_ms']:.1f}", f"{update['launches']:,}", f"{update['host_ms']:.1f}"]
@@ -228,14 +234,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=int, nargs="+", default=RECORDS)
     parser.add_argument("--ranks", type=int, default=1, help="of one node; one of them runs")
+    parser.add_argument("--at_once", type=int, default=1, help="ranks that start from empty caches "
+                        "at the same time, spread over --ranks")
     parser.add_argument("--gib", type=float, default=139.0, help="memory of the GPU")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     parser.add_argument("--exec", nargs=argparse.REMAINDER, help="run a command on the null GPU")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("options", nargs="*", help="after --: more options of train_gpt.py")
     args = parser.parse_args(arguments)
     if args.child:
-        return child(args.options, args.ranks, args.child)
+        return child(args.options, args.rank, args.ranks, args.child)
+    if not 1 <= args.at_once <= args.ranks:
+        parser.error(f"--at_once: expected 1 to {args.ranks} of --ranks, got {args.at_once}")
     import torch
 
     if torch.version.cuda is None:
@@ -251,7 +262,8 @@ def main(arguments: list[str] | None = None) -> int:
         for record in args.records:
             own = folder / str(record)
             own.mkdir(exist_ok=True)
-            rows.append(measure(record, args.options, args.ranks, args.gib, library, folder, own))
+            rows.append(measure(record, args.options, args.ranks, args.at_once, args.gib, library,
+                                folder, own))
             print(" | ".join(cells(rows[-1])), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))

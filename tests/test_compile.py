@@ -6,9 +6,11 @@ import torch
 from torch._dynamo.utils import counters
 
 import options
+import ranks
 import recipes
 import train_gpt
 from conftest import tiny_options
+from data.loader import Batch
 
 # torch's tracer warns of what it does itself
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning",
@@ -133,3 +135,38 @@ def test_the_compiled_optimizer_of_the_newest_record_is_the_eager_one():
         moved = (eager.double() - start[name].double()).norm()
         apart = (eager.double() - compiled.double()).norm()
         assert moved > 0 and apart < (1e-2 if eager.dtype == torch.bfloat16 else 1e-3) * moved, name
+
+
+def test_ranks_of_a_machine_begin_to_compile_with_different_stages(monkeypatch):
+    """And each ends with all graphs that training and validation need, and without gradients."""
+    recipe = recipe_of(62, "--num_iterations", 24)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    orders = []
+    for rank in range(2):
+        torch._dynamo.reset()
+        counters.clear()
+        world = ranks.World(rank, rank, 2, torch.device("cpu"))
+        model = recipes.build_model(recipe, seed=0)
+        optimizer = train_gpt.build_optimizer(model, recipe)
+        order, forward = [], model.forward
+        train_gpt.compile_segments(model, backend="aot_eager")
+
+        def seen(inputs_BT, *rest, order=order, forward=forward, model=model):
+            order.append((tuple(inputs_BT.shape), model.training))
+            return forward(inputs_BT, *rest)
+
+        monkeypatch.setattr(model, "forward", seen)
+        train_gpt.compile_ahead(model, optimizer, recipe, world, micro_tokens=64)
+        assert all(not p.grad.any() for p in model.parameters())
+        graphs = counters["stats"]["unique_graphs"]
+        for step in recipes.stage_steps(recipe):
+            model.set_stage(recipes.stage(step, recipe))
+            num_rows, seq_len = recipes.batch_shape(step, recipe)
+            tokens = torch.randint(257, (2, num_rows // 2, seq_len))
+            batch = Batch(tokens[0].int(), tokens[1], None)
+            for part in train_gpt.micro_batches(batch, 64):
+                model(*part).backward()
+        assert counters["stats"]["unique_graphs"] == graphs
+        orders.append(order)
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    assert {training for _, training in orders[0]} == {True, False}
