@@ -447,6 +447,7 @@ class GPT(nn.Module):
     def hidden(self, tokens_BT: Tensor, docs_B2: Tensor | None = None) -> Tensor:
         """(B, T) tokens -> (B, T, C), normed, ready for the head. `docs_B2`: see packed_keys."""
         x_BTC, given, values = self.enter(tokens_BT)
+        x_BTC = x_BTC.view_as(x_BTC)  # if it were given.x0_BTC, layer 0 would be a graph of its own
         keys = self.see(tokens_BT, docs_B2)
         outputs: dict[int | None, Tensor | None] = {None: None}
         for layers in self.segments:

@@ -73,6 +73,19 @@ def test_alike_layers_share_a_graph():
     assert counters["stats"]["unique_graphs"] == 4  # start, a layer, end, head
 
 
+def test_the_first_layer_shares_its_graph_with_another_of_its_kind():
+    """What enters it is x0, which it is given besides: twice the same tensor would be a kind."""
+    recipe = recipe_of(62, "--num_layers", 11)
+    model = recipes.build_model(recipe, seed=0)
+    model.set_stage(recipes.stage(0, recipe))
+    kinds = {(layer.keys, layer.value_table is None, layer.skip_from is None, "attn" in block,
+              "mlp" in block) for layer, block in zip(model.plan, model.blocks)}
+    train_gpt.compile_segments(model, backend="aot_eager")
+    loss_and_gradients(model, rows(recipe))
+    assert len(kinds) == 7
+    assert counters["stats"]["unique_graphs"] == 1 + len(kinds) + 1 + 1  # start, end, head
+
+
 @pytest.mark.parametrize("record", [6, 12, 62])
 def test_graphs_are_such_as_the_compilers_cache_keeps(record):
     """It keeps none with an autograd.Function inside: then each start would compile again."""
