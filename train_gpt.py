@@ -655,6 +655,7 @@ def main(argv: list[str]) -> int:
         if run.prepare:
             checkpoint.check_folder(Path(run.log_dir))
             find_data(recipe, run)
+            rank_rows(batch_shape(0, recipe)[0], 0, int(os.environ.get("WORLD_SIZE", 1)))
             return 0
         with join_world(run.device) as world, StopRequest() as stop_request, world.watched():
             facts = recipes.to_dict(recipe)

@@ -378,12 +378,24 @@ def test_run_sh_explains_itself():
     ({"NPROC": "0"}, "NPROC: expected a whole number from 1, got 0"),
     ({"NPROC": "two"}, "NPROC: expected"),
     ({"NNODES": "x"}, "NNODES: expected"),
+    ({"NNODES": "2"}, "NNODES=2 needs NODE_RANK (0 to 1)"),
+    ({"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2 needs MASTER_ADDR"),
+    ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "host"}, "NODE_RANK: expected 0 to 1, got 2"),
+    ({"NNODES": "2", "NODE_RANK": "one", "MASTER_ADDR": "host"}, "NODE_RANK: expected 0 to 1"),
     ({"PYTHON": "python0.0"}, "no python0.0 on PATH"),
 ])
 def test_run_sh_refuses_in_one_line(environment, says):
     done = run_sh(**environment)
     assert done.returncode == 2
     assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.ranks
+def test_more_ranks_than_rows_are_said_once(tiny_data):
+    done = run_sh(*map(str, tiny_options("--data_dir", tiny_data)), NPROC="13")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "13 ranks cannot share" in line
 
 
 @pytest.mark.ranks
