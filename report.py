@@ -22,6 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import recipes
+from data import corpus
 from kernels.attention import describe_attention
 from model import GPT, num_parameters
 from ranks import Signal, World
@@ -291,7 +292,7 @@ def show_end(screen: Screen, recipe: Recipe, result: dict, log_path: Path, model
         "log": log_path,
         "model": result["checkpoint"],
     })
-    if recipe.corpus == "built-in" and result["status"] == "complete":
+    if recipe.model.vocab_size == corpus.VOCAB_SIZE and result["status"] == "complete":
         prompt = "Return the "
         screen.line("\nwhat it would write now:\n")
         text = generate(model, prompt, num_tokens=240, temperature=0.7, seed=0)

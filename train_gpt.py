@@ -117,7 +117,10 @@ def find_data(recipe: Recipe, run: options.Run) -> Data:
                 break
             except OutOfTokens:
                 num_shards += 1
-    bos_id = corpus.BOS if recipe.corpus == "built-in" else fineweb.BOS
+    # What opens a document follows from the tokens, which --data_dir may change.
+    of_bytes = recipe.corpus == "built-in" if run.data_dir is None else (
+        recipe.model.vocab_size == corpus.VOCAB_SIZE)
+    bos_id = corpus.BOS if of_bytes else fineweb.BOS
     check_data(recipe, train_files, val_files, bos_id)
     return Data(train_files, val_files, bos_id, data_digest([*train_files, *val_files]))
 
@@ -554,8 +557,8 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
     job = make_job(run, recipe, seed, data, world)
     where = environment(world, torch.get_num_threads())
     screen.line()
-    screen.facts(header(recipe, seed, job.model, f"{recipe.corpus}, {len(data.train_files)} "
-                        f"shard(s), digest {data.digest[:12]}", world,
+    screen.facts(header(recipe, seed, job.model, f"{run.data_dir or recipe.corpus}, "
+                        f"{len(data.train_files)} for training, digest {data.digest[:12]}", world,
                         describe_speed(run, job), where))
 
     warmup_start = time.perf_counter()

@@ -311,6 +311,20 @@ def test_as_many_shards_are_fetched_as_the_run_takes(tmp_path, monkeypatch):
     assert len(data.train_files) == asked[-1]
 
 
+def test_own_gpt2_tokens_train_at_pocket_scale(tiny_data, tmp_path):
+    """What opens a document follows from the vocabulary, not from the scale's own corpus."""
+    for file in tiny_data.glob("*.bin"):
+        tokens = np.array(read_shard(file))
+        write_shard(tmp_path / file.name, np.where(tokens == 256, 50256, tokens).astype(np.uint16))
+    words = tiny_options("--data_dir", tmp_path, "--log_dir", tmp_path / "logs", "--record", 27)
+    refused = start(*words)
+    assert refused.returncode == 2 and "--vocab_size 50257" in refused.stderr
+    done = start(*words, "--vocab_size", 50257)
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path}, 2 for training" in " ".join(done.stdout.split())
+    assert "what it would write" not in done.stdout  # that would need tiktoken's ranks
+
+
 def test_no_network_is_one_line(monkeypatch, capsys):
     def ensure(num_shards, folder):
         raise OSError("cannot reach the hub; without a network: --scale pocket")
