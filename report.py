@@ -280,11 +280,15 @@ def show_end(screen: Screen, recipe: Recipe, result: dict, log_path: Path, model
     loss = float(result["final_val_loss"])
     target = "no target is fixed for this track yet" if recipe.target is None else (
         f"target {recipe.target} {'reached' if result['reached'] else 'not reached'}")
+    outside = f"warm-up {result['warmup_s']} s and validation {result['validation_s']} s"
     screen.line()
     screen.facts({
         "result": f"{result['status']}: val_loss {loss:.4f}; {target}",
-        "time": f"{seconds:.1f} s of training; {result['wall_time_s']} s in all, of which "
-                f"warm-up {result['warmup_s']} s and validation {result['validation_s']} s",
+        # Training and validation count from step 0, the rest from where a run was resumed.
+        "time": f"{seconds:.1f} s of training; " + (
+            f"validation {result['validation_s']} s; since it was resumed "
+            f"{result['wall_time_s']} s in all, of which warm-up {result['warmup_s']} s"
+            if result["resumed"] else f"{result['wall_time_s']} s in all, of which {outside}"),
         "speed": f"{float(result['tokens_per_s']):,.0f} tokens/s, MFU {result['mfu']}, peak "
                  f"memory {result['peak_memory_mib']} MiB",
         "standing": rank_in_table(recipe.track, float(result["train_time_ms"]),
@@ -298,5 +302,9 @@ def show_end(screen: Screen, recipe: Recipe, result: dict, log_path: Path, model
         text = generate(model, prompt, num_tokens=240, temperature=0.7, seed=0)
         for line in (prompt + text).splitlines():
             screen.line("    " + line)
-    screen.line(f"\nnext: python sample.py {log_path.with_suffix('')} --prompt \"Compute \"")
+    kept = any(log_path.parent.glob(f"{log_path.stem}.step*.ckpt"))
+    if result["status"] == "preempted" and kept:
+        screen.line("\nnext: the same command with --resume auto goes on from here")
+    else:
+        screen.line(f"\nnext: python sample.py {log_path.with_suffix('')} --prompt \"Compute \"")
     screen.line(f"log: {log_path}")

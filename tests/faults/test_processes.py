@@ -80,6 +80,7 @@ def test_P3_SIGTERM_to_torchrun_stops_all_ranks_and_resume_goes_on(tmp_path, dat
     assert 5 <= step < 40, said
     with ranks(2, *FORTY, "--checkpoint_every", "1000", "--resume", "auto") as two:
         assert two.wait() == [0, 0], two.said()
+    assert "since it was resumed" in " ".join(two.said().split())
     assert differing(checkpoints(folder)[40], checkpoints(uninterrupted)[40]) == []
 
 
@@ -101,6 +102,7 @@ def test_P4_one_process(ranks, tmp_path, number):
         one.signal(number)
         assert one.wait(20) == [0], one.said()
     assert_preempted(tmp_path / "logs")
+    assert "next: the same command with --resume auto" in one.said()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
