@@ -27,7 +27,9 @@ def _option(default, text: str):
 class Run:
     """Options of the run, not of the recipe."""
 
-    record: int | None = _option(None, "which record's recipe to train; default: the newest")
+    record: int | None = _option(
+        None, "which record's recipe to train; default: the newest, at pocket scale "
+              f"#{recipes.DEFAULT_POCKET}")
     scale: str = _option("auto", "full or pocket; auto: full on GPUs, pocket on CPU")
     seed: int = _option(0, "of the initial weights; --runs counts up from it")
     runs: int = _option(1, "train this many times with consecutive seeds, one log each")
@@ -222,7 +224,8 @@ def help_text() -> str:
     return "\n".join([
         "Train a GPT, by the recipe of a speedrun record, on whatever this machine has.",
         "",
-        "  ./run.sh                       the newest recipe; pocket scale on a CPU",
+        "  ./run.sh                       the newest recipe; on a CPU "
+        f"#{recipes.DEFAULT_POCKET} at pocket scale",
         "  ./run.sh --record 6            that record's recipe",
         "  ./run.sh --seed 7 --runs 5     five runs, seeds 7 to 11, one log each",
         "  NPROC=4 ./run.sh               four processes (GPUs, or CPU ranks)",
