@@ -14,6 +14,7 @@ import torch
 import options
 import ranks
 import recipes
+import sample
 import train_gpt
 from conftest import ROOT, clean_environment, start, tiny_options
 from data.shards import read_shard, write_shard
@@ -57,6 +58,28 @@ def test_a_run_leaves_a_whole_log_and_a_model_that_writes(train, tmp_path):
                             "--num_tokens", "20", "--temperature", "0"],
                            cwd=ROOT, capture_output=True, timeout=60, env=clean_environment())
     assert wrote.returncode == 0 and wrote.stdout.startswith(b"abc"), wrote.stderr
+
+
+def test_sample_writes_from_a_checkpoint_too(train, capsys):
+    done, (log,) = train("--checkpoint_every", "4", "--keep", "1")
+    assert done.returncode == 0, done.stderr
+    (kept,) = log.parent.glob("*.step000006.ckpt")
+    texts = []
+    for run in (kept, log):
+        assert sample.main([str(run), "--prompt", "abc", "--num_tokens", "5"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("abc")
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--temperature", "-1"], "--temperature: expected 0 or more, got -1.0"),
+    (["--temperature", "nan"], "--temperature: expected 0 or more, got nan"),
+    (["--num_tokens", "0"], "--num_tokens: expected a whole number from 1, got 0"),
+    ([], "no checkpoint at logs/nothing.pt"),
+])
+def test_sample_refuses_in_one_line(words, says, capsys):
+    assert sample.main(["logs/nothing", *words]) == 2
+    assert capsys.readouterr().err == f"sample.py: {says}\n"
 
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit(train, tmp_path):
