@@ -269,6 +269,19 @@ def test_a_plot_is_png_and_svg_and_the_same_each_time(tmp_path):
     assert (tmp_path / "b.png").read_bytes() == png and (tmp_path / "b.svg").read_text() == svg
 
 
+def test_a_plot_passes_over_logs_without_a_measurement(tmp_path, capsys):
+    """`records plot logs/*.txt` after a --profile, which measures no loss."""
+    profiled = tmp_path / "profiled.txt"
+    profiled.write_text("stopped after step 8: profiled, which is all it was for: no record\n")
+    (log,) = write_logs(tmp_path, 1)
+    assert main(["plot", str(profiled), str(log), "--out", str(tmp_path / "new" / "a")]) == 0
+    assert "passed over not-a-log: profiled.txt" in capsys.readouterr().err
+    assert (tmp_path / "new" / "a.png").is_file()
+    assert main(["plot", str(profiled), "--out", str(tmp_path / "b")]) == 2
+    assert "expected at least one log with a measurement" in capsys.readouterr().err
+    assert not (tmp_path / "b.png").exists()
+
+
 def test_published_curves_lie_behind(tmp_path):
     (tmp_path / "x.txt").write_text("".join(
         f"step:{s}/500 val_loss:{6 - s / 250:.4f} train_time:{s * 300}ms step_avg:300.00ms\n"
