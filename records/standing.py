@@ -87,13 +87,16 @@ def rank(
     if value is None:
         return f"{track}: no place: the run does not say its {metric}"
     better = [entry for entry in table if entry[0] < value]
+    level = [label for at, label in table if at == value]
+    worse = [entry for entry in table if entry[0] > value]
     place, size = len(better) + 1, len(table) + 1
     after = f", behind {better[-1][1]} ({amount(better[-1][0], metric)})" if better else ""
-    worse = [entry for entry in table if entry[0] >= value]
     before = f", ahead of {worse[0][1]} ({amount(worse[0][0], metric)})" if worse else ""
+    race = ", where a race decides" if "train_time_ms" in rules.metric[1:] else ""
+    beside = f", level with {level[0]}{race}" if level else ""
     return (
         f"{track}: {final_val_loss:.4f} reaches {target:g}: with {amount(value, metric)} place "
-        f"{place} of {size}{after}{before}. A record needs {rules.rule}"
+        f"{place} of {size}{after}{beside}{before}. A record needs {rules.rule}"
     )
 
 

@@ -235,6 +235,14 @@ def test_rank_places_a_run_among_the_records(tmp_path):
         standing.rank("long", 1, 1, 1.0)
 
 
+def test_as_many_tokens_as_a_record_is_level_with_it():
+    (best, tokens), *_ = sorted(((r["name"], facts.metric_value(r, "tokens"))
+                                 for r in facts.own_records("pocket")), key=lambda r: r[1])
+    level = standing.rank("pocket", 1.0, tokens, 1.6)
+    assert f"level with {best}, where a race decides" in level and f"ahead of {best}" not in level
+    assert f"ahead of {best}" in standing.rank("pocket", 1.0, tokens - 1, 1.6)
+
+
 def test_a_program_without_the_facts_still_stands(tmp_path):
     assert "no record yet to compare with" in standing.stand("short", 3.5, 1e3, 0, folder=tmp_path)
     assert "place 1 of 1" in standing.rank("short", 1e3, 0, 3.2, folder=tmp_path)
