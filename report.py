@@ -264,8 +264,9 @@ def header(recipe: Recipe, seed: int, model: GPT, data: str, world: World, how: 
                  f"layers of width {recipe.model.model_dim}",
         "steps": f"{recipe.num_iterations:,} of {recipe.batch_tokens:,} tokens in rows of "
                  f"{recipe.model.seq_len}: {recipe.total_tokens:,} tokens",
-        "device": f"{world.size} x " + (where["gpu"] if on_gpu else
-                                        f"{where['cpu']}, {where['threads']} threads"),
+        "device": f"{world.size} x {where['gpu']}" if on_gpu else (
+            f"{where['cpu']}; {world.size} rank{'s' * (world.size > 1)} of {where['threads']} "
+            f"thread{'s' * (where['threads'] != '1')}"),
         "backends": f"{recipe.model.compute_dtype} products; {how}; "
                     f"attention: {describe_attention(world.device, recipe.model)}; "
                     f"collectives: {dist.get_backend() if world.size > 1 else 'none (one rank)'}",

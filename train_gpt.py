@@ -558,7 +558,8 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
     where = environment(world, torch.get_num_threads())
     screen.line()
     screen.facts(header(recipe, seed, job.model, f"{run.data_dir or recipe.corpus}, "
-                        f"{len(data.train_files)} for training, digest {data.digest[:12]}", world,
+                        f"{len(data.train_files)} training shard"
+                        f"{'s' * (len(data.train_files) > 1)}, digest {data.digest[:12]}", world,
                         describe_speed(run, job), where))
 
     warmup_start = time.perf_counter()
