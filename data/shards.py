@@ -98,7 +98,7 @@ def read_shard(
             piece = tokens[start : start + SCAN_TOKENS]
             if piece.max() >= vocab_size:
                 offset = start + int(np.argmax(piece >= vocab_size))
-                of_gpt2 = vocab_size < GPT2_VOCAB_SIZE and piece.max() < GPT2_VOCAB_SIZE
+                of_gpt2 = vocab_size < GPT2_VOCAB_SIZE and int(piece.max()) < GPT2_VOCAB_SIZE
                 raise ShardError(
                     f"{path}: token {int(tokens[offset])} at offset {offset} is outside the "
                     f"vocabulary: expected 0 to {vocab_size - 1}"
