@@ -163,6 +163,8 @@ def wants_compile(run: options.Run, device: torch.device) -> tuple[bool, str]:
         return False, "eager (the default on CPU: compiling takes longer than it saves here)"
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return False, "eager (no C++ compiler found: install g++ to compile)"
+    if device.type == "cpu" and " " in torch.__file__:  # the linker gets -L/a folder in two words
+        return False, "eager (torch.compile cannot link torch in a folder with a space in its name)"
     layers = {0: "all layers", 1: "one layer"}.get(run.compile_layers,
                                                    f"{run.compile_layers} layers")
     return True, f"torch.compile, {layers} a graph"

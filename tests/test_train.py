@@ -201,6 +201,9 @@ def test_without_a_compiler_it_runs_eager_and_says_so(monkeypatch):
     assert not compiled and "no C++ compiler" in how
     monkeypatch.setattr(train_gpt.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert train_gpt.wants_compile(on, ONE.device)[0]
+    monkeypatch.setattr(train_gpt.torch, "__file__", "/home/me/my clone/.venv/torch/__init__.py")
+    compiled, how = train_gpt.wants_compile(on, ONE.device)
+    assert not compiled and "a space in its name" in how
 
 
 # --- the harness: what a record does not change ---------------------------------------------------
