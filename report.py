@@ -11,11 +11,13 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -117,13 +119,20 @@ class Screen:
 
     def line(self, text: str = "") -> None:
         """One line that stays, above the bar where there is one."""
-        if self.speaks:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+        self._write(text, sys.stdout)
 
     def warn(self, text: str) -> None:
-        if self.speaks:
-            tqdm.write(f"warning: {text}", file=sys.stderr)
+        self._write(f"warning: {text}", sys.stderr)
+
+    def _write(self, text: str, stream: TextIO) -> None:
+        if not self.speaks:
+            return
+        try:
+            tqdm.write(text, file=stream)
+            stream.flush()
+        except BrokenPipeError:  # whoever read this is gone: stop as when a terminal goes away
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            signal.raise_signal(signal.SIGHUP)
 
     def facts(self, rows: dict[str, object]) -> None:
         """Aligned `name  value` rows, wrapped to the terminal's width."""

@@ -105,6 +105,20 @@ def test_P4_one_process(ranks, tmp_path, number):
     assert "next: the same command with --resume auto" in one.said()
 
 
+def test_P4_a_reader_that_goes_away_stops_the_run_as_a_hangup_does(tmp_path, data):
+    folder = tmp_path / "logs"
+    command = [sys.executable, "train_gpt.py", *tiny(
+        "--data_dir", data, "--log_dir", folder, "--num_iterations", "150", "--val_every", "2")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, env=clean_environment()) as run:
+        for line in run.stdout:
+            if line.startswith("step:"):
+                break
+        run.stdout.close()  # `./run.sh | head`
+        assert run.wait(60) == 0, run.stderr.read()
+    assert_preempted(folder)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_P5_the_second_signal_ends_at_once(ranks, tmp_path, number, record_property):
     """A step of 30 s is under way."""
