@@ -168,8 +168,9 @@ class Reporter:
     Made on every rank; only the first one's has a log and speaks.
     """
 
-    def __init__(self, recipe: Recipe, screen: Screen, run_id: str, with_wandb: bool):
-        self.recipe, self.screen = recipe, screen
+    def __init__(self, recipe: Recipe, screen: Screen, run_id: str, with_wandb: bool,
+                 data_digest: str):
+        self.recipe, self.screen, self.data_digest = recipe, screen, data_digest
         self.log: RunLog | None = None
         self.fault = ""
         self.wandb_run = self._start_wandb(run_id) if with_wandb and screen.speaks else None
@@ -225,7 +226,8 @@ class Reporter:
         self.say(val_line(step, self.recipe.num_iterations, val_loss, ms))
         self.screen.line("  " + stand(
             self.recipe.track, val_loss, ms, tokens, history=self.history,
-            target=self.recipe.target, num_iterations=self.recipe.num_iterations, step=step))
+            target=self.recipe.target, num_iterations=self.recipe.num_iterations, step=step,
+            data_digest=self.data_digest))
         self.history.append((step, val_loss))
         self._to_wandb(step, val_loss=val_loss, train_time_ms=ms)
 

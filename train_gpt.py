@@ -571,7 +571,7 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
     screen.line(f"warm-up done in {warmup_s:.1f} s; everything put back as it was")
 
     at = Progress(Clock(world))
-    reporter = Reporter(recipe, screen, run_id, run.wandb)
+    reporter = Reporter(recipe, screen, run_id, run.wandb, data.digest)
     if earlier is not None:
         recipes.enter_stage(job.model, job.optimizer, recipes.stage(earlier["step"], recipe))
         checkpoint.restore(earlier, job.model, job.optimizer)

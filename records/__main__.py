@@ -262,13 +262,14 @@ def _stand(args) -> int:
                 print(f"step:{point.step}/{point.total or '?'} " + stand(
                     name, point.val_loss, point.train_time_ms,
                     run.tokens_at(point.step), history=history,
-                    num_iterations=point.total, step=point.step, folder=args.root,
+                    num_iterations=point.total, step=point.step,
+                    data_digest=run.result.get("data_digest"), folder=args.root,
                 ))
         if last is None:
             print(f"{args.log}: no validation in it")
         elif run.complete:
             print(rank(name, last.train_time_ms, run.tokens, last.val_loss, steps=last.step,
-                       folder=args.root))
+                       data_digest=run.result.get("data_digest"), folder=args.root))
         else:
             print(f"{args.log}: not a finished run: {run.why_incomplete}")
         for fault in [*run.edits, *run.faults]:

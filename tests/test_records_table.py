@@ -235,6 +235,16 @@ def test_rank_places_a_run_among_the_records(tmp_path):
         standing.rank("long", 1, 1, 1.0)
 
 
+def test_a_run_on_other_data_has_no_place():
+    track, own = rules.TRACKS["pocket"], {"data_digest": "0" * 64}
+    assert "no place: the run is on other data" in standing.rank("pocket", 1.0, 10, 1.0, **own)
+    said = standing.stand("pocket", 1.5, 1.0, 10, step=5, num_iterations=10, **own)
+    assert said == "pocket: 1.5000 on other data than the track's, no record to compare with"
+    same = {"data_digest": track.data_digest}
+    assert "place 1 of" in standing.rank("pocket", 1.0, 10, 1.0, **same)
+    assert "place 1 of" in standing.rank("short", 1.0, 10, 1.0, **own)  # it prescribes none
+
+
 def test_as_many_tokens_as_a_record_is_level_with_it():
     (best, tokens), *_ = sorted(((r["name"], facts.metric_value(r, "tokens"))
                                  for r in facts.own_records("pocket")), key=lambda r: r[1])
@@ -249,7 +259,7 @@ def test_a_program_without_the_facts_still_stands(tmp_path):
 
 
 def test_stand_says_the_same_of_a_finished_log(tmp_path, capsys):
-    [log] = write_logs(tmp_path, 1)
+    [log] = write_logs(tmp_path, 1, data_digest=rules.TRACKS["pocket"].data_digest)
     assert main(["stand", str(log)]) == 0
     lines = capsys.readouterr().out.splitlines()
     run = parse(log)[0]
