@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
         model, _ = load_model(args.run)
         print(args.prompt + generate(model, args.prompt, args.num_tokens, args.temperature,
                                      args.seed))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # no such model; no network for GPT-2's ranks
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     return 0

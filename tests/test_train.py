@@ -82,6 +82,15 @@ def test_sample_refuses_in_one_line(words, says, capsys):
     assert capsys.readouterr().err == f"sample.py: {says}\n"
 
 
+def test_sample_without_gpt2s_ranks_is_one_line(monkeypatch, capsys):
+    def no_network(run):
+        raise OSError("tiktoken cannot get GPT-2's ranks")
+
+    monkeypatch.setattr(sample, "load_model", no_network)
+    assert sample.main(["logs/x"]) == 2
+    assert capsys.readouterr().err == "sample.py: tiktoken cannot get GPT-2's ranks\n"
+
+
 def test_the_same_seed_gives_the_same_run_bit_for_bit(train, tmp_path):
     logs = [train("--seed", "5", log_dir=tmp_path / name)[1][0] for name in "ab"]
     assert losses(logs[0]) == losses(logs[1])
