@@ -27,7 +27,9 @@ def _option(default, text: str):
 class Run:
     """Options of the run, not of the recipe."""
 
-    record: int | None = _option(None, "which record's recipe to train; default: the newest")
+    record: int | None = _option(
+        None, "which record's recipe to train; default: the newest, at pocket scale "
+              f"#{recipes.DEFAULT_POCKET}")
     scale: str = _option("auto", "full or pocket; auto: full on GPUs, pocket on CPU")
     seed: int = _option(0, "of the initial weights; --runs counts up from it")
     runs: int = _option(1, "train this many times with consecutive seeds, one log each")
@@ -36,7 +38,8 @@ class Run:
     compile_layers: int = _option(
         1, "layers that torch.compile takes at once, 0: all; 1 lets reductions overlap most")
     compile_optimizer: str = _option(
-        "auto", "on or off: fuse the optimizer's update rules; auto: on GPUs, with --compile")
+        "auto", "on or off: fuse the optimizer's update rules where the model is compiled; auto: on "
+                "for GPUs")
     micro_batch_tokens: int | None = _option(
         None, "tokens a rank computes at once; default: what the memory allows")
     recompute: str = _option(
@@ -223,7 +226,8 @@ def help_text() -> str:
     return "\n".join([
         "Train a GPT, by the recipe of a speedrun record, on whatever this machine has.",
         "",
-        "  ./run.sh                       the newest recipe; pocket scale on a CPU",
+        "  ./run.sh                       the newest recipe; on a CPU "
+        f"#{recipes.DEFAULT_POCKET} at pocket scale",
         "  ./run.sh --record 6            that record's recipe",
         "  ./run.sh --seed 7 --runs 5     five runs, seeds 7 to 11, one log each",
         "  NPROC=4 ./run.sh               four processes (GPUs, or CPU ranks)",

@@ -11,17 +11,20 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import recipes
+from data import corpus
 from kernels.attention import describe_attention
 from model import GPT, num_parameters
 from ranks import Signal, World
@@ -116,13 +119,20 @@ class Screen:
 
     def line(self, text: str = "") -> None:
         """One line that stays, above the bar where there is one."""
-        if self.speaks:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+        self._write(text, sys.stdout)
 
     def warn(self, text: str) -> None:
-        if self.speaks:
-            tqdm.write(f"warning: {text}", file=sys.stderr)
+        self._write(f"warning: {text}", sys.stderr)
+
+    def _write(self, text: str, stream: TextIO) -> None:
+        if not self.speaks:
+            return
+        try:
+            tqdm.write(text, file=stream)
+            stream.flush()
+        except BrokenPipeError:  # whoever read this is gone: stop as when a terminal goes away
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            signal.raise_signal(signal.SIGHUP)
 
     def facts(self, rows: dict[str, object]) -> None:
         """Aligned `name  value` rows, wrapped to the terminal's width."""
@@ -158,8 +168,9 @@ class Reporter:
     Made on every rank; only the first one's has a log and speaks.
     """
 
-    def __init__(self, recipe: Recipe, screen: Screen, run_id: str, with_wandb: bool):
-        self.recipe, self.screen = recipe, screen
+    def __init__(self, recipe: Recipe, screen: Screen, run_id: str, with_wandb: bool,
+                 data_digest: str):
+        self.recipe, self.screen, self.data_digest = recipe, screen, data_digest
         self.log: RunLog | None = None
         self.fault = ""
         self.wandb_run = self._start_wandb(run_id) if with_wandb and screen.speaks else None
@@ -215,7 +226,8 @@ class Reporter:
         self.say(val_line(step, self.recipe.num_iterations, val_loss, ms))
         self.screen.line("  " + stand(
             self.recipe.track, val_loss, ms, tokens, history=self.history,
-            target=self.recipe.target, num_iterations=self.recipe.num_iterations, step=step))
+            target=self.recipe.target, num_iterations=self.recipe.num_iterations, step=step,
+            data_digest=self.data_digest))
         self.history.append((step, val_loss))
         self._to_wandb(step, val_loss=val_loss, train_time_ms=ms)
 
@@ -263,8 +275,9 @@ def header(recipe: Recipe, seed: int, model: GPT, data: str, world: World, how: 
                  f"layers of width {recipe.model.model_dim}",
         "steps": f"{recipe.num_iterations:,} of {recipe.batch_tokens:,} tokens in rows of "
                  f"{recipe.model.seq_len}: {recipe.total_tokens:,} tokens",
-        "device": f"{world.size} x " + (where["gpu"] if on_gpu else
-                                        f"{where['cpu']}, {where['threads']} threads"),
+        "device": f"{world.size} x {where['gpu']}" if on_gpu else (
+            f"{where['cpu']}; {world.size} rank{'s' * (world.size > 1)} of {where['threads']} "
+            f"thread{'s' * (where['threads'] != '1')}"),
         "backends": f"{recipe.model.compute_dtype} products; {how}; "
                     f"attention: {describe_attention(world.device, recipe.model)}; "
                     f"collectives: {dist.get_backend() if world.size > 1 else 'none (one rank)'}",
@@ -279,11 +292,15 @@ def show_end(screen: Screen, recipe: Recipe, result: dict, log_path: Path, model
     loss = float(result["final_val_loss"])
     target = "no target is fixed for this track yet" if recipe.target is None else (
         f"target {recipe.target} {'reached' if result['reached'] else 'not reached'}")
+    outside = f"warm-up {result['warmup_s']} s and validation {result['validation_s']} s"
     screen.line()
     screen.facts({
         "result": f"{result['status']}: val_loss {loss:.4f}; {target}",
-        "time": f"{seconds:.1f} s of training; {result['wall_time_s']} s in all, of which "
-                f"warm-up {result['warmup_s']} s and validation {result['validation_s']} s",
+        # Training and validation count from step 0, the rest from where a run was resumed.
+        "time": f"{seconds:.1f} s of training; " + (
+            f"validation {result['validation_s']} s; since it was resumed "
+            f"{result['wall_time_s']} s in all, of which warm-up {result['warmup_s']} s"
+            if result["resumed"] else f"{result['wall_time_s']} s in all, of which {outside}"),
         "speed": f"{float(result['tokens_per_s']):,.0f} tokens/s, MFU {result['mfu']}, peak "
                  f"memory {result['peak_memory_mib']} MiB",
         "standing": rank_in_table(recipe.track, float(result["train_time_ms"]),
@@ -291,11 +308,15 @@ def show_end(screen: Screen, recipe: Recipe, result: dict, log_path: Path, model
         "log": log_path,
         "model": result["checkpoint"],
     })
-    if recipe.corpus == "built-in" and result["status"] == "complete":
+    if recipe.model.vocab_size == corpus.VOCAB_SIZE and result["status"] == "complete":
         prompt = "Return the "
         screen.line("\nwhat it would write now:\n")
         text = generate(model, prompt, num_tokens=240, temperature=0.7, seed=0)
         for line in (prompt + text).splitlines():
             screen.line("    " + line)
-    screen.line(f"\nnext: python sample.py {log_path.with_suffix('')} --prompt \"Compute \"")
+    kept = any(log_path.parent.glob(f"{log_path.stem}.step*.ckpt"))
+    if result["status"] == "preempted" and kept:
+        screen.line("\nnext: the same command with --resume auto goes on from here")
+    else:
+        screen.line(f"\nnext: python sample.py {log_path.with_suffix('')} --prompt \"Compute \"")
     screen.line(f"log: {log_path}")

@@ -53,14 +53,19 @@ fi
 # With a store of its own a restarted group cannot meet the addresses of ranks that are dead.
 [ "$restarts" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-# Wrong options and missing data are said once, before any rank starts.
-python train_gpt.py --prepare "$@"
+if [ "$nnodes" != 1 ]; then
+    [ -n "${NODE_RANK:-}" ] || die "NNODES=$nnodes needs NODE_RANK (0 to $((nnodes - 1)))"
+    [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$nnodes needs MASTER_ADDR (the host of NODE_RANK 0)"
+    [[ "$NODE_RANK" =~ ^[0-9]+$ ]] && [ "$NODE_RANK" -lt "$nnodes" ] \
+        || die "NODE_RANK: expected 0 to $((nnodes - 1)), got $NODE_RANK"
+fi
+
+# Wrong options, missing data and too many ranks are said once, before any rank starts.
+WORLD_SIZE="$nproc_here" python train_gpt.py --prepare "$@"
 if [ "$nnodes" = 1 ]; then
     exec torchrun --standalone --max_restarts "$restarts" --nproc_per_node "$nproc_here" \
         train_gpt.py "$@"
 fi
-[ -n "${NODE_RANK:-}" ] || die "NNODES=$nnodes needs NODE_RANK (0 to $((nnodes - 1)))"
-[ -n "${MASTER_ADDR:-}" ] || die "NNODES=$nnodes needs MASTER_ADDR (the host of NODE_RANK 0)"
 exec torchrun --nnodes "$nnodes" --node_rank "$NODE_RANK" --nproc_per_node "$nproc_here" \
     --max_restarts "$restarts" \
     --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" train_gpt.py "$@"

@@ -7,6 +7,7 @@ nothing else; models of FineWeb speak GPT-2 tokens and need tiktoken's GPT-2 ran
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from model import GPT
 
 
 def load_model(run: str) -> tuple[GPT, recipes.Recipe]:
-    """The model of `logs/RUN`, with or without its ending. Raises FileNotFoundError, ValueError."""
+    """The model of `logs/RUN`, with or without its ending, or of a checkpoint. Raises
+    FileNotFoundError, ValueError."""
     path = Path(run)
-    if path.suffix != ".pt":
+    if path.suffix not in (".pt", ".ckpt"):
         path = path.with_name(path.name.removesuffix(".txt") + ".pt")
     state = checkpoint.load(path)
     recipe = recipes.from_dict(state["recipe"])
@@ -73,17 +75,21 @@ def generate(model: GPT, prompt: str, num_tokens: int, temperature: float, seed:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", help="logs/RUN of a training run")
+    parser.add_argument("run", help="logs/RUN of a training run, or a checkpoint of one")
     parser.add_argument("--prompt", default="", help="what the text starts with")
     parser.add_argument("--num_tokens", type=int, default=300, help="how many tokens to write")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest always")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
+        if not 0 <= args.temperature < math.inf:
+            raise ValueError(f"--temperature: expected 0 or more, got {args.temperature}")
+        if args.num_tokens < 1:
+            raise ValueError(f"--num_tokens: expected a whole number from 1, got {args.num_tokens}")
         model, _ = load_model(args.run)
         print(args.prompt + generate(model, args.prompt, args.num_tokens, args.temperature,
                                      args.seed))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # no such model; no network for GPT-2's ranks
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     return 0

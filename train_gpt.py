@@ -120,7 +120,10 @@ def find_data(recipe: Recipe, run: options.Run) -> Data:
                 break
             except OutOfTokens:
                 num_shards += 1
-    bos_id = corpus.BOS if recipe.corpus == "built-in" else fineweb.BOS
+    # What opens a document follows from the tokens, which --data_dir may change.
+    of_bytes = recipe.corpus == "built-in" if run.data_dir is None else (
+        recipe.model.vocab_size == corpus.VOCAB_SIZE)
+    bos_id = corpus.BOS if of_bytes else fineweb.BOS
     check_data(recipe, train_files, val_files, bos_id)
     return Data(train_files, val_files, bos_id, data_digest([*train_files, *val_files]))
 
@@ -163,17 +166,18 @@ def wants_compile(run: options.Run, device: torch.device) -> tuple[bool, str]:
         return False, "eager (the default on CPU: compiling takes longer than it saves here)"
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return False, "eager (no C++ compiler found: install g++ to compile)"
+    if device.type == "cpu" and " " in torch.__file__:  # the linker gets -L/a folder in two words
+        return False, "eager (torch.compile cannot link torch in a folder with a space in its name)"
     layers = {0: "all layers", 1: "one layer"}.get(run.compile_layers,
                                                    f"{run.compile_layers} layers")
-    too = ", and the optimizer" if compiles_optimizer(run, device) else ""
-    return True, f"torch.compile, {layers} a graph{too}"
+    return True, f"torch.compile, {layers} a graph"
 
 
 def compiles_optimizer(run: options.Run, device: torch.device) -> bool:
     """Fused, an update reads and writes each number once: record #62 on one of eight ranks takes
     195 kernels instead of 639 (bench/null_gpu.py), and a sixth of the bytes."""
-    auto = run.compile != "off" and device.type == "cuda"
-    return {"on": True, "off": False, "auto": auto}[run.compile_optimizer]
+    wanted = {"on": True, "off": False, "auto": device.type == "cuda"}[run.compile_optimizer]
+    return wanted and wants_compile(run, device)[0]
 
 
 def describe_speed(run: options.Run, job: "Job") -> str:
@@ -183,7 +187,8 @@ def describe_speed(run: options.Run, job: "Job") -> str:
     rows = f"{at_once} row{'s' * (at_once > 1)} at once"
     again = job.model.recomputed
     return "; ".join([
-        wants_compile(run, job.world.device)[1],
+        wants_compile(run, job.world.device)[1]
+        + ", the optimizer too" * compiles_optimizer(run, job.world.device),
         rows + (f", {again} of {len(job.model.blocks)} layers computed again in backward"
                 if again else ""),
         f"Triton: {', '.join(sorted(run.triton_kernels)) or 'none'}"])
@@ -625,8 +630,9 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
     job = make_job(run, recipe, seed, data, world)
     where = environment(world, torch.get_num_threads())
     screen.line()
-    screen.facts(header(recipe, seed, job.model, f"{recipe.corpus}, {len(data.train_files)} "
-                        f"shard(s), digest {data.digest[:12]}", world,
+    screen.facts(header(recipe, seed, job.model, f"{run.data_dir or recipe.corpus}, "
+                        f"{len(data.train_files)} training shard"
+                        f"{'s' * (len(data.train_files) > 1)}, digest {data.digest[:12]}", world,
                         describe_speed(run, job), where))
 
     warmup_start = time.perf_counter()
@@ -638,7 +644,7 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
     screen.line(f"warm-up done in {warmup_s:.1f} s; everything put back as it was")
 
     at = Progress(Clock(world), PeakMemory(world.device))
-    reporter = Reporter(recipe, screen, run_id, run.wandb)
+    reporter = Reporter(recipe, screen, run_id, run.wandb, data.digest)
     if earlier is not None:
         recipes.enter_stage(job.model, job.optimizer, recipes.stage(earlier["step"], recipe))
         checkpoint.restore(tensors_of(earlier["path"], world), job.model, job.optimizer)
@@ -729,6 +735,7 @@ def main(argv: list[str]) -> int:
         if run.prepare:
             checkpoint.check_folder(Path(run.log_dir))
             find_data(recipe, run)
+            rank_rows(batch_shape(0, recipe)[0], 0, int(os.environ.get("WORLD_SIZE", 1)))
             return 0
         with join_world(run.device) as world, StopRequest() as stop_request, world.watched():
             facts = recipes.to_dict(recipe)

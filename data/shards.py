@@ -27,6 +27,7 @@ HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
 MAX_COUNT = 2**31 - 1  # the header's count is an int32
 LLAMA3_MAGIC = 20240801  # llm.c's format with 32-bit tokens
+GPT2_VOCAB_SIZE = 50257
 SCAN_TOKENS = 1 << 22  # scans go piece by piece: 8 MB at a time instead of a 100 MB mask
 
 CONVERT = "make shards from text with `python -m data.fineweb tokenize FILES`"
@@ -97,9 +98,11 @@ def read_shard(
             piece = tokens[start : start + SCAN_TOKENS]
             if piece.max() >= vocab_size:
                 offset = start + int(np.argmax(piece >= vocab_size))
+                of_gpt2 = vocab_size < GPT2_VOCAB_SIZE and int(piece.max()) < GPT2_VOCAB_SIZE
                 raise ShardError(
                     f"{path}: token {int(tokens[offset])} at offset {offset} is outside the "
                     f"vocabulary: expected 0 to {vocab_size - 1}"
+                    + f" (GPT-2's tokens: --vocab_size {GPT2_VOCAB_SIZE})" * of_gpt2
                 )
     if bos_id is not None and not any(
         (tokens[start : start + SCAN_TOKENS] == bos_id).any()

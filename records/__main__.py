@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sub = command("plot", _plot, "Loss curves of runs, against time and tokens, as PNG and SVG.")
     sub.add_argument("runs", nargs="+", metavar="[LABEL=]LOG|FOLDER",
                      help="logs or record folders; LABEL= puts logs into one group")
-    sub.add_argument("--out", type=Path, default=Path("curves"), help="OUT.png and OUT.svg")
+    sub.add_argument("--out", type=Path, help="OUT.png and OUT.svg (default logs/curves)")
     sub.add_argument("--track", choices=list(rules.TRACKS), help="default: what the logs say")
     sub.add_argument("--title", default="")
     sub.add_argument("--no-published", action="store_true", help="leave out the published curves")
@@ -262,13 +262,14 @@ def _stand(args) -> int:
                 print(f"step:{point.step}/{point.total or '?'} " + stand(
                     name, point.val_loss, point.train_time_ms,
                     run.tokens_at(point.step), history=history,
-                    num_iterations=point.total, step=point.step, folder=args.root,
+                    num_iterations=point.total, step=point.step,
+                    data_digest=run.result.get("data_digest"), folder=args.root,
                 ))
         if last is None:
             print(f"{args.log}: no validation in it")
         elif run.complete:
             print(rank(name, last.train_time_ms, run.tokens, last.val_loss, steps=last.step,
-                       folder=args.root))
+                       data_digest=run.result.get("data_digest"), folder=args.root))
         else:
             print(f"{args.log}: not a finished run: {run.why_incomplete}")
         for fault in [*run.edits, *run.faults]:
@@ -298,13 +299,18 @@ def _plot(args) -> int:
             logs = _logs(path)
             label = label if equals else _label(path)
         runs, unread = check.load(logs)
-        for reason in unread:
-            raise ValueError(str(reason))
-        groups.setdefault(label, []).extend(run for run in runs if run.points)
+        for reason in unread:  # logs/*.txt holds profiled runs too
+            print(f"passed over {reason}", file=sys.stderr)
+        if drawn := [run for run in runs if run.points]:
+            groups.setdefault(label, []).extend(drawn)
+    if not groups:
+        raise ValueError("expected at least one log with a measurement, got none")
     every = [run for runs in groups.values() for run in runs]
     name = args.track or check.track_of(every)
     track = rules.track(name) if name else None
-    for path in plot.draw(list(groups.items()), track, args.out, title=args.title, root=args.root,
+    out = args.out or args.root.parent / "logs" / "curves"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for path in plot.draw(list(groups.items()), track, out, title=args.title, root=args.root,
                           published=not args.no_published):
         print(path)
     return 0

@@ -247,6 +247,19 @@ def rank_correlation(rows: Sequence[dict]) -> tuple[float, float, int]:
 
 # --- the page -------------------------------------------------------------------------------------
 
+def validation_note(runs: Sequence[dict]) -> str:
+    """What sets these losses apart from the track's, where the runs validate on fewer tokens."""
+    options = {tuple(run["options"]) for run in runs}
+    counts = {words[words.index("--val_tokens") + 1] for words in options
+              if "--val_tokens" in words}
+    whole = TRACKS["pocket"].fixed["val_tokens"]
+    if not counts - {str(whole)}:
+        return ""
+    shown = " or ".join(f"{int(count):,}" for count in sorted(counts))
+    return (f" Validation here is over the first {shown} tokens, the track's over {whole:,}: "
+            "compare these losses, and when they pass the target, with each other only.")
+
+
 def page(runs: Sequence[dict], there: Sequence[int] = (), times: Sequence[dict] = ()) -> str:
     """records/LADDER.md: every number in it comes from the runs. `there`: all rungs there are."""
     rows = rungs(runs, times)
@@ -271,7 +284,7 @@ def page(runs: Sequence[dict], there: Sequence[int] = (), times: Sequence[dict] 
             if freedom else "") + ". Tokens to the baseline: "
         f"when the loss that #{BASELINE} ends with was reached. Seconds: for all tokens, and for "
         f"those up to the track's target of {TARGET} where all seeds reach it, at the median speed "
-        "of short runs of all rungs in turns.", "",
+        "of short runs of all rungs in turns." + validation_note(runs), "",
         "![published and pocket ladder](ladder.svg)", "",
         "| # | published | minutes | tokens | pocket loss | n | gain over the rung before | | "
         f"tokens to the baseline | s | s to {TARGET} | parameters | steps |",

@@ -16,6 +16,7 @@ from records.lines import Run
 
 # colours that stay apart in grey and for colour-blind readers (Okabe and Ito)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", ":", "-.")  # where there are more groups than colours
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -146,19 +147,23 @@ def _panel(axis, what, groups, behind, track) -> None:
         if xs is None or not line(xs, curve.losses, color="#b8b8b8", lw=0.8, zorder=1):
             continue
         if math.log(xs[-1] / labelled if labelled > 0 else math.inf) > 0.05:
+            # Below the end there is room for "#62" alone before the numbers of the axis begin.
+            short = len(curve.label) <= 4
             axis.annotate(
-                curve.label, (xs[-1], curve.losses[-1]), xytext=(0, -4), rotation=90,
-                textcoords="offset points", ha="center", va="top", fontsize=6, color="#808080",
+                curve.label, (xs[-1], curve.losses[-1]), xytext=(0, -4 if short else 4),
+                rotation=90, textcoords="offset points", ha="center",
+                va="top" if short else "bottom", fontsize=6, color="#808080",
             )
             labelled = xs[-1]
     for i, (label, runs) in enumerate(groups):
         color, several, first = COLORS[i % len(COLORS)], len(runs) > 1, True
+        dashes = DASHES[i // len(COLORS) % len(DASHES)]
         name = f"{label} (n = {len(runs)})" if several else label
         for run in runs:
             xs = _xs(run, what)
             losses = [p.val_loss for p in run.points]
             if xs is None or not line(
-                xs, losses, color=color, lw=0.9 if several else 1.6, zorder=3,
+                xs, losses, color=color, ls=dashes, lw=0.9 if several else 1.6, zorder=3,
                 alpha=0.75 if several else 1.0, label=name if first else None,
             ):
                 continue

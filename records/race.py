@@ -2,7 +2,8 @@
 
 "Faster than the prior record on the same hardware" as a command. After every run the state is on
 disk (race.json): the same command goes on where it stopped. Interleaving keeps slow changes of the
-machine (heat, other users) from favouring one side; Welch's test does not assume equal spreads.
+machine (heat, other users) from favouring one side; Welch's test of the times does not assume equal
+spreads, and losses are compared seed by seed.
 """
 
 from __future__ import annotations

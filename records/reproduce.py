@@ -56,7 +56,7 @@ def reproduce(
     command = shlex.join(program.command(seed, nproc))
     print(f"{len(run.sources)} sources unpacked into {into}")
     print(f"made with Python {run.python}, torch {run.torch}, on {check.hardware(run)}")
-    print(f"run with: cd {into} && {command}")
+    print(f"run with: cd {shlex.quote(str(into))} && {command}")
     if dry_run:
         return 0
     again = launch.execute(program, seed, nproc, into / "reproduce.out")
@@ -112,7 +112,8 @@ def _public(path: Path, run: Run, into: Path) -> int:
           "(data/fineweb10B)")
     if local:
         print(f"  modules   {', '.join(local)}: imported, perhaps at the end of the script")
-    print(f"then: cd {into} && torchrun --standalone --nproc_per_node={gpus} {launch.SCRIPT}")
+    print(f"then: cd {shlex.quote(str(into))} && torchrun --standalone --nproc_per_node={gpus} "
+          f"{launch.SCRIPT}")
     return 0
 
 

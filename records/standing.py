@@ -27,6 +27,7 @@ def stand(
     target: float | None = None,
     num_iterations: int | None = None,
     step: int | None = None,
+    data_digest: str | None = None,
     folder: Path = FOLDER,
 ) -> str:
     """One line: which record had this loss at this point, and where this run is going.
@@ -37,10 +38,13 @@ def stand(
                      projection where the track has no curve of another run to learn from
     target           the loss to reach, if not the track's own
     num_iterations   steps of the whole run; with step, the projected finish is given
+    data_digest      of the data the run is on; other data than the track's are not compared
     """
     rules = rules_of(track)
     if not math.isfinite(val_loss):
         return f"{track}: loss is {val_loss}, no record is like that"
+    if _other_data(rules, data_digest):
+        return f"{track}: {val_loss:.4f} on other data than the track's, no record to compare with"
     if target is None:
         target = rules.target
     if step == 0:
@@ -67,10 +71,13 @@ def rank(
     *,
     steps: int | None = None,
     target: float | None = None,
+    data_digest: str | None = None,
     folder: Path = FOLDER,
 ) -> str:
     """Where a finished run would stand in the track's table. One run is not yet a record."""
     rules = rules_of(track)
+    if _other_data(rules, data_digest):
+        return f"{track}: no place: the run is on other data than the track's"
     if target is None:
         target = rules.target
     if target is None:
@@ -87,14 +94,21 @@ def rank(
     if value is None:
         return f"{track}: no place: the run does not say its {metric}"
     better = [entry for entry in table if entry[0] < value]
+    level = [label for at, label in table if at == value]
+    worse = [entry for entry in table if entry[0] > value]
     place, size = len(better) + 1, len(table) + 1
     after = f", behind {better[-1][1]} ({amount(better[-1][0], metric)})" if better else ""
-    worse = [entry for entry in table if entry[0] >= value]
     before = f", ahead of {worse[0][1]} ({amount(worse[0][0], metric)})" if worse else ""
+    race = ", where a race decides" if "train_time_ms" in rules.metric[1:] else ""
+    beside = f", level with {level[0]}{race}" if level else ""
     return (
         f"{track}: {final_val_loss:.4f} reaches {target:g}: with {amount(value, metric)} place "
-        f"{place} of {size}{after}{before}. A record needs {rules.rule}"
+        f"{place} of {size}{after}{beside}{before}. A record needs {rules.rule}"
     )
+
+
+def _other_data(rules: Track, digest: str | None) -> bool:
+    return None not in (rules.data_digest, digest) and rules.data_digest != digest
 
 
 def _curves(rules: Track, folder: Path) -> list[Curve]:

@@ -55,6 +55,7 @@ def test_one_seed_gives_gains_without_a_verdict():
     assert rows[1]["gain"] == pytest.approx(0.02, abs=0.02) and math.isnan(rows[1]["error"])
     assert ladder.verdict(rows[1], 0) == ""
     page = ladder.page(made_runs(seeds=1), there=[2, 3, 4, 5, 6, 7, 8, 9])
+    assert "Validation here" not in page
     assert "nan" not in page and "±" not in page and "Help at this scale" not in page
     assert "no verdicts" in page
     assert "Not run yet: #7, #9." in page
@@ -204,3 +205,9 @@ def test_the_rungs_are_those_that_the_trainer_knows():
     assert rungs[6] != ladder.known_rungs(["--matrix_lr", "0.3"])[6]
     with pytest.raises(ValueError, match="--options"):
         ladder.known_rungs(["--nonsense", "1"])
+
+
+@pytest.mark.parametrize("count, said", [("65536", True), ("131072", False)])
+def test_the_page_says_where_it_validates_on_less_than_the_track(count, said):
+    runs = [run | {"options": ["--val_tokens", count]} for run in made_runs(seeds=1)]
+    assert ("over the first 65,536 tokens, the track's over 131,072" in ladder.page(runs)) == said

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from scipy import integrate, special
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_ind, ttest_rel
 
 from records import stats
 
@@ -81,6 +81,19 @@ def test_difference_is_welchs():
     assert found.p == pytest.approx(ttest_ind(y, x, equal_var=False).pvalue, rel=1e-9)
     half = special.stdtrit(df, 0.975) * error
     assert (found.low, found.high) == (pytest.approx(d - half), pytest.approx(d + half))
+
+
+def test_a_paired_difference_is_the_t_test_of_pairs():
+    """Three seeds of a race whose spread over seeds hid a difference that every pair has."""
+    a, b = [1.8839, 1.8940, 1.9128], [1.9180, 1.9282, 1.9519]
+    found, expected = stats.paired_difference(a, b), ttest_rel(b, a)
+    assert found.p == pytest.approx(expected.pvalue, rel=1e-9) and found.p < 0.01
+    interval = expected.confidence_interval(0.95)
+    assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert stats.difference(a, b).p > 0.05
+    said = stats.comparison_words({"times_ms": [9, 10, 11], "losses": a},
+                                  {"times_ms": [9, 10, 11], "losses": b})
+    assert "B's loss is higher" in said
 
 
 def test_the_interval_of_a_ratio_covers_the_truth():

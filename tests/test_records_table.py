@@ -235,13 +235,31 @@ def test_rank_places_a_run_among_the_records(tmp_path):
         standing.rank("long", 1, 1, 1.0)
 
 
+def test_a_run_on_other_data_has_no_place():
+    track, own = rules.TRACKS["pocket"], {"data_digest": "0" * 64}
+    assert "no place: the run is on other data" in standing.rank("pocket", 1.0, 10, 1.0, **own)
+    said = standing.stand("pocket", 1.5, 1.0, 10, step=5, num_iterations=10, **own)
+    assert said == "pocket: 1.5000 on other data than the track's, no record to compare with"
+    same = {"data_digest": track.data_digest}
+    assert "place 1 of" in standing.rank("pocket", 1.0, 10, 1.0, **same)
+    assert "place 1 of" in standing.rank("short", 1.0, 10, 1.0, **own)  # it prescribes none
+
+
+def test_as_many_tokens_as_a_record_is_level_with_it():
+    (best, tokens), *_ = sorted(((r["name"], facts.metric_value(r, "tokens"))
+                                 for r in facts.own_records("pocket")), key=lambda r: r[1])
+    level = standing.rank("pocket", 1.0, tokens, 1.6)
+    assert f"level with {best}, where a race decides" in level and f"ahead of {best}" not in level
+    assert f"ahead of {best}" in standing.rank("pocket", 1.0, tokens - 1, 1.6)
+
+
 def test_a_program_without_the_facts_still_stands(tmp_path):
     assert "no record yet to compare with" in standing.stand("short", 3.5, 1e3, 0, folder=tmp_path)
     assert "place 1 of 1" in standing.rank("short", 1e3, 0, 3.2, folder=tmp_path)
 
 
 def test_stand_says_the_same_of_a_finished_log(tmp_path, capsys):
-    [log] = write_logs(tmp_path, 1)
+    [log] = write_logs(tmp_path, 1, data_digest=rules.TRACKS["pocket"].data_digest)
     assert main(["stand", str(log)]) == 0
     lines = capsys.readouterr().out.splitlines()
     run = parse(log)[0]
@@ -267,6 +285,19 @@ def test_a_plot_is_png_and_svg_and_the_same_each_time(tmp_path):
     for text in ("mine (n = 2)", "two runs", "training time", "training tokens", "validation loss"):
         assert text in svg
     assert (tmp_path / "b.png").read_bytes() == png and (tmp_path / "b.svg").read_text() == svg
+
+
+def test_a_plot_passes_over_logs_without_a_measurement(tmp_path, capsys):
+    """`records plot logs/*.txt` after a --profile, which measures no loss."""
+    profiled = tmp_path / "profiled.txt"
+    profiled.write_text("stopped after step 8: profiled, which is all it was for: no record\n")
+    (log,) = write_logs(tmp_path, 1)
+    assert main(["plot", str(profiled), str(log), "--out", str(tmp_path / "new" / "a")]) == 0
+    assert "passed over not-a-log: profiled.txt" in capsys.readouterr().err
+    assert (tmp_path / "new" / "a.png").is_file()
+    assert main(["plot", str(profiled), "--out", str(tmp_path / "b")]) == 2
+    assert "expected at least one log with a measurement" in capsys.readouterr().err
+    assert not (tmp_path / "b.png").exists()
 
 
 def test_published_curves_lie_behind(tmp_path):

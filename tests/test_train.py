@@ -14,6 +14,7 @@ import torch
 import options
 import ranks
 import recipes
+import sample
 import train_gpt
 from conftest import ROOT, clean_environment, start, tiny_options
 from data.shards import read_shard, write_shard
@@ -57,6 +58,37 @@ def test_a_run_leaves_a_whole_log_and_a_model_that_writes(train, tmp_path):
                             "--num_tokens", "20", "--temperature", "0"],
                            cwd=ROOT, capture_output=True, timeout=60, env=clean_environment())
     assert wrote.returncode == 0 and wrote.stdout.startswith(b"abc"), wrote.stderr
+
+
+def test_sample_writes_from_a_checkpoint_too(train, capsys):
+    done, (log,) = train("--checkpoint_every", "4", "--keep", "1")
+    assert done.returncode == 0, done.stderr
+    (kept,) = log.parent.glob("*.step000006.ckpt")
+    texts = []
+    for run in (kept, log):
+        assert sample.main([str(run), "--prompt", "abc", "--num_tokens", "5"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("abc")
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--temperature", "-1"], "--temperature: expected 0 or more, got -1.0"),
+    (["--temperature", "nan"], "--temperature: expected 0 or more, got nan"),
+    (["--num_tokens", "0"], "--num_tokens: expected a whole number from 1, got 0"),
+    ([], "no checkpoint at logs/nothing.pt"),
+])
+def test_sample_refuses_in_one_line(words, says, capsys):
+    assert sample.main(["logs/nothing", *words]) == 2
+    assert capsys.readouterr().err == f"sample.py: {says}\n"
+
+
+def test_sample_without_gpt2s_ranks_is_one_line(monkeypatch, capsys):
+    def no_network(run):
+        raise OSError("tiktoken cannot get GPT-2's ranks")
+
+    monkeypatch.setattr(sample, "load_model", no_network)
+    assert sample.main(["logs/x"]) == 2
+    assert capsys.readouterr().err == "sample.py: tiktoken cannot get GPT-2's ranks\n"
 
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit(train, tmp_path):
@@ -188,6 +220,9 @@ def test_without_a_compiler_it_runs_eager_and_says_so(monkeypatch):
     assert not compiled and "no C++ compiler" in how
     monkeypatch.setattr(train_gpt.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert train_gpt.wants_compile(on, ONE.device)[0]
+    monkeypatch.setattr(train_gpt.torch, "__file__", "/home/me/my clone/.venv/torch/__init__.py")
+    compiled, how = train_gpt.wants_compile(on, ONE.device)
+    assert not compiled and "a space in its name" in how
 
 
 # --- the harness: what a record does not change ---------------------------------------------------
@@ -321,6 +356,20 @@ def test_as_many_shards_are_fetched_as_the_run_takes(tmp_path, monkeypatch):
     assert len(data.train_files) == asked[-1]
 
 
+def test_own_gpt2_tokens_train_at_pocket_scale(tiny_data, tmp_path):
+    """What opens a document follows from the vocabulary, not from the scale's own corpus."""
+    for file in tiny_data.glob("*.bin"):
+        tokens = np.array(read_shard(file))
+        write_shard(tmp_path / file.name, np.where(tokens == 256, 50256, tokens).astype(np.uint16))
+    words = tiny_options("--data_dir", tmp_path, "--log_dir", tmp_path / "logs", "--record", 27)
+    refused = start(*words)
+    assert refused.returncode == 2 and "--vocab_size 50257" in refused.stderr
+    done = start(*words, "--vocab_size", 50257)
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path},2trainingshards" in "".join(done.stdout.split())  # wrapped anywhere
+    assert "what it would write" not in done.stdout  # that would need tiktoken's ranks
+
+
 def test_no_network_is_one_line(monkeypatch, capsys):
     def ensure(num_shards, folder):
         raise OSError("cannot reach the hub; without a network: --scale pocket")
@@ -388,12 +437,24 @@ def test_run_sh_explains_itself():
     ({"NPROC": "0"}, "NPROC: expected a whole number from 1, got 0"),
     ({"NPROC": "two"}, "NPROC: expected"),
     ({"NNODES": "x"}, "NNODES: expected"),
+    ({"NNODES": "2"}, "NNODES=2 needs NODE_RANK (0 to 1)"),
+    ({"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2 needs MASTER_ADDR"),
+    ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "host"}, "NODE_RANK: expected 0 to 1, got 2"),
+    ({"NNODES": "2", "NODE_RANK": "one", "MASTER_ADDR": "host"}, "NODE_RANK: expected 0 to 1"),
     ({"PYTHON": "python0.0"}, "no python0.0 on PATH"),
 ])
 def test_run_sh_refuses_in_one_line(environment, says):
     done = run_sh(**environment)
     assert done.returncode == 2
     assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.ranks
+def test_more_ranks_than_rows_are_said_once(tiny_data):
+    done = run_sh(*map(str, tiny_options("--data_dir", tiny_data)), NPROC="13")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "13 ranks cannot share" in line
 
 
 @pytest.mark.ranks

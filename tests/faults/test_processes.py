@@ -80,6 +80,7 @@ def test_P3_SIGTERM_to_torchrun_stops_all_ranks_and_resume_goes_on(tmp_path, dat
     assert 5 <= step < 40, said
     with ranks(2, *FORTY, "--checkpoint_every", "1000", "--resume", "auto") as two:
         assert two.wait() == [0, 0], two.said()
+    assert "since it was resumed" in " ".join(two.said().split())
     assert differing(checkpoints(folder)[40], checkpoints(uninterrupted)[40]) == []
 
 
@@ -101,6 +102,21 @@ def test_P4_one_process(ranks, tmp_path, number):
         one.signal(number)
         assert one.wait(20) == [0], one.said()
     assert_preempted(tmp_path / "logs")
+    assert "next: the same command with --resume auto" in one.said()
+
+
+def test_P4_a_reader_that_goes_away_stops_the_run_as_a_hangup_does(tmp_path, data):
+    folder = tmp_path / "logs"
+    command = [sys.executable, "train_gpt.py", *tiny(
+        "--data_dir", data, "--log_dir", folder, "--num_iterations", "150", "--val_every", "2")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, env=clean_environment()) as run:
+        for line in run.stdout:
+            if line.startswith("step:"):
+                break
+        run.stdout.close()  # `./run.sh | head`
+        assert run.wait(60) == 0, run.stderr.read()
+    assert_preempted(folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
