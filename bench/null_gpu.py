@@ -155,8 +155,12 @@ def child(arguments: Sequence[str], rank: int, ranks: int, out: Path) -> int:
         with meter.into(updates):
             return update(self, *given, **named)
 
+    def compile_ahead(*given, **named):
+        said["start"] = time.perf_counter()
+        original_compile_ahead(*given, **named)
+
     def warm_up(*given, **named):
-        start = time.perf_counter()
+        start = said.pop("start", time.perf_counter())
         original_warm_up(*given, **named)
         said["warmup_s"] = time.perf_counter() - start
         recipe, world = given[2], given[4]
@@ -174,6 +178,7 @@ def child(arguments: Sequence[str], rank: int, ranks: int, out: Path) -> int:
 
     original_receive, ranks_module.Signals.receive = ranks_module.Signals.receive, receive
     original_warm_up, train_gpt.warm_up = train_gpt.warm_up, warm_up
+    original_compile_ahead, train_gpt.compile_ahead = train_gpt.compile_ahead, compile_ahead
     train_gpt.train_step, muon.Muon.step = metered_step, metered_update
     train_gpt.evaluate = metered_evaluate
     if ranks > 1:
