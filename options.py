@@ -38,7 +38,7 @@ class Run:
     compile_layers: int = _option(
         1, "layers that torch.compile takes at once, 0: all; 1 lets reductions overlap most")
     compile_optimizer: str = _option(
-        "auto", "on or off: fuse the optimizer's updates where the model is compiled; auto: on GPUs")
+        "auto", "on or off: fuse the optimizer's updates too; auto: on for GPUs")
     micro_batch_tokens: int | None = _option(
         None, "tokens a rank computes at once; default: what the memory allows")
     recompute: str = _option(

@@ -35,6 +35,11 @@ class Curve:
         """Loss after this fraction of the steps, by straight lines between validations."""
         return _interpolate(self.steps, self.losses, fraction * self.steps[-1])
 
+    def is_as_long(self, tokens: float | None, fraction: float) -> bool:
+        """Whether it saw as many tokens by then, up to a factor of two (or nobody says)."""
+        theirs = self.tokens and _interpolate(self.steps, self.tokens, fraction * self.steps[-1])
+        return not theirs or tokens is None or 0.5 <= tokens / theirs <= 2
+
     def axis(self, metric: str) -> tuple[float, ...] | None:
         return {"train_time_ms": self.times_ms, "tokens": self.tokens, "steps": self.steps}[metric]
 

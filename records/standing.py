@@ -54,7 +54,8 @@ def stand(
     parts = [_neighbours(rules, curves, val_loss, at, tokens)]
     if step and num_iterations and 0 < step < num_iterations:
         parts.append(
-            _finish(curves, val_loss, train_time_ms, target, step / num_iterations, history, step)
+            _finish([c for c in curves if c.is_as_long(tokens, step / num_iterations)], val_loss,
+                    train_time_ms, target, step / num_iterations, history, step)
         )
     elif target is not None:
         parts.append(_against(val_loss, target))
@@ -180,9 +181,10 @@ def _between(curves: list[Curve], val_loss: float, at: float, metric: str) -> tu
 def _finish(curves, val_loss, train_time_ms, target, fraction, history, step) -> str:
     """Projected loss and time at the last step.
 
-    The loss: what the records whose loss was closest after the same fraction of their steps still
-    gained from there (median of up to three). Without such a curve: the straight line of this run's
-    loss against log(step) through its last validations, which knows nothing of a cooldown.
+    The loss: what the records of about this length whose loss was closest after the same fraction
+    of their steps still gained from there (median of up to three). Without such a curve: the
+    straight line of this run's loss against log(step) through its last validations, which knows
+    nothing of a cooldown.
     """
     end = clock(train_time_ms / fraction)
     alike = sorted(

@@ -185,6 +185,15 @@ def test_standing_names_the_records_before_and_after():
     assert curves[f"#{after}"].first_at(3.35, "train_time_ms") > 200_000
 
 
+def test_a_short_run_is_not_forecast_by_records_ten_times_as_long():
+    """After 6 of 40 steps one was "heading for 1.67, within target", and ended at 2.61."""
+    of_record = {"num_iterations": 341, "step": 60}
+    curve = facts.own_curves("pocket")[0]
+    loss, tokens = curve.at_fraction(60 / 341), int(60 / 341 * curve.tokens[-1])
+    assert "heading for" in standing.stand("pocket", loss, 4e3, tokens, **of_record)
+    assert "heading for" not in standing.stand("pocket", loss, 4e3, tokens // 8, **of_record)
+
+
 def test_standing_at_the_ends():
     assert "the last of all" in standing.stand("short", 3.5, 9e6, 0)
     assert "the first of all" in standing.stand("short", 3.5, 1e3, 0)
