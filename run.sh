@@ -63,9 +63,9 @@ fi
 # Wrong options, missing data and too many ranks are said once, before any rank starts.
 WORLD_SIZE="$nproc_here" python train_gpt.py --prepare "$@"
 if [ "$nnodes" = 1 ]; then
-    exec torchrun --standalone --max_restarts "$restarts" --nproc_per_node "$nproc_here" \
+    exec python launch.py --standalone --max_restarts "$restarts" --nproc_per_node "$nproc_here" \
         train_gpt.py "$@"
 fi
-exec torchrun --nnodes "$nnodes" --node_rank "$NODE_RANK" --nproc_per_node "$nproc_here" \
+exec python launch.py --nnodes "$nnodes" --node_rank "$NODE_RANK" --nproc_per_node "$nproc_here" \
     --max_restarts "$restarts" \
     --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" train_gpt.py "$@"

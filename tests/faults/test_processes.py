@@ -28,10 +28,9 @@ FORTY = ("--num_iterations", "40", "--val_every", "40", "--timeout_s", "20")
 
 
 def torchrun(*words: object, nproc: int = 2, options=(), **environment: str) -> subprocess.Popen:
-    """inject.py under torchrun, its output in one pipe."""
+    """inject.py under launch.py, as run.sh starts several ranks, its output in one pipe."""
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-         str(nproc), *options, INJECT, *map(str, words)], cwd=ROOT, text=True,
+        [sys.executable, "launch.py", "--standalone", "--nproc_per_node", str(nproc), *options, INJECT, *map(str, words)], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=clean_environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", **environment))
 
@@ -75,7 +74,7 @@ def test_P3_SIGTERM_to_torchrun_stops_all_ranks_and_resume_goes_on(tmp_path, dat
     said, _ = run.communicate(timeout=30)
     record_property("reacts", time.monotonic() - asked)
     assert time.monotonic() - asked < 30
-    assert run.returncode == 1  # torchrun's own word for SIGTERM, whatever its ranks return
+    assert run.returncode == 128 + signal.SIGTERM and "Traceback" not in said, said
     step = assert_preempted(folder)
     assert 5 <= step < 40, said
     with ranks(2, *FORTY, "--checkpoint_every", "1000", "--resume", "auto") as two:
@@ -171,7 +170,9 @@ def test_P5_ctrl_c_in_a_terminal(tmp_path, data, nproc):
         wait_until(in_log(folder, 5), explain=lambda: out.read_text(errors="replace"))
         os.write(ours, b"\x03")
         code = run.wait(timeout=30)
-        assert code == (0 if nproc == 1 else 1), out.read_text(errors="replace")
+        said = out.read_text(errors="replace")
+        assert code == (0 if nproc == 1 else 128 + signal.SIGINT), said
+        assert "Traceback" not in said and "--resume auto goes on" in said[-1500:], said
     finally:
         run.kill()
         run.wait()
@@ -214,8 +215,8 @@ def test_P1_kill_9_under_torchrun(tmp_path, data):
     wait_until(in_log(folder, 3))
     began = time.monotonic()
     said, _ = run.communicate(timeout=30)
-    assert time.monotonic() - began < 10 and run.returncode == 1
-    assert "Signal 9 (SIGKILL)" in said and re.search(r"local_rank\s*:?\s*\(?1|rank\s+: 1", said)
+    assert time.monotonic() - began < 10 and run.returncode == 128 + signal.SIGKILL
+    assert "exitcode: -9" in said and "local_rank: 1" in said and "Traceback" not in said, said
 
 
 @pytest.mark.ranks
@@ -293,8 +294,9 @@ def test_P7_the_traceback_of_the_rank_that_failed_comes_first(tmp_path, data):
     said, _ = run.communicate(timeout=60)
     assert run.returncode == 1 and time.monotonic() - began < 40
     assert "KeyError: 'an error that nobody foresaw'" in said
-    assert said.index("Traceback") < said.index("nobody foresaw") < said.index("ChildFailedError")
+    assert said.index("Traceback") < said.index("nobody foresaw")
     assert said[: said.index("nobody foresaw")].count("Traceback") == 1
+    assert "ChildFailedError" not in said
 
 
 def test_P7_one_process_closes_its_log_as_failed(ranks, tmp_path):
