@@ -319,5 +319,6 @@ def show_end(screen: Screen, recipe: Recipe, result: dict, log_path: Path, model
         screen.line("\nnext: the same command with --resume auto goes on from here")
     else:
         python = ".venv/bin/python" if Path(sys.prefix).name == ".venv" else "python"
-        screen.line(f"\nnext: {python} sample.py {log_path.with_suffix('')} --prompt \"Compute \"")
+        screen.line(f"\nnext: {python} sample.py {log_path.with_suffix('')} "
+                    "--prompt \"Compute \"")
     screen.line(f"log: {log_path}")

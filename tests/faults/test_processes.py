@@ -30,7 +30,8 @@ FORTY = ("--num_iterations", "40", "--val_every", "40", "--timeout_s", "20")
 def torchrun(*words: object, nproc: int = 2, options=(), **environment: str) -> subprocess.Popen:
     """inject.py under launch.py, as run.sh starts several ranks, its output in one pipe."""
     return subprocess.Popen(
-        [sys.executable, "launch.py", "--standalone", "--nproc_per_node", str(nproc), *options, INJECT, *map(str, words)], cwd=ROOT, text=True,
+        [sys.executable, "launch.py", "--standalone", "--nproc_per_node", str(nproc), *options,
+         INJECT, *map(str, words)], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=clean_environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", **environment))
 
