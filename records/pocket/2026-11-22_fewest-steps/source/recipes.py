@@ -1,0 +1,764 @@
+"""The ladder as code: record N is record N-1 with what changed.
+
+A Recipe says everything that defines a training: model, optimizers, schedules, batch, data order,
+validation. It never speaks of machines: the same recipe on one GPU, eight, or a laptop's CPU sees
+the same tokens in the same steps. A scale is a function from recipe to recipe.
+
+Facts come from the official logs of the records; tests/test_recipes.py holds each recipe to them
+and says where one differs on purpose, and why.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field, fields, replace
+
+from torch import nn
+
+from gpt2 import GPT2
+from model import GPT, GPTConfig, Stage, flops_per_token, init_weights, param_role
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training. Lengths in tokens or steps, learning rates per update."""
+
+    record: int = 2
+    title: str = ""
+    scale: str = "full"             # full, pocket
+    track: str = "short"            # whose record table the run stands against
+    corpus: str = "fineweb"         # fineweb (GPT-2 tokens) or built-in (bytes)
+    model: GPTConfig = field(default_factory=GPTConfig)
+
+    # batch and length
+    num_iterations: int = 9536      # the extension included
+    extension_steps: int = 0        # at the end, schedules standing still (#37)
+    batch_tokens: int = 524_288     # of the largest step, over all ranks; rows: this / seq_len
+    batch_stages: tuple[int, ...] = ()  # tokens a step in each third; rows get longer (#46)
+    data_align: str = "none"        # none; row: rows start at documents (#26); document (#29)
+    max_doc_len: int | None = None  # tokens of a document that are used (#29)
+    first_batch_repeated: bool = False  # steps 0 and 1 saw the same batch (#4 to #11)
+
+    # learning rates: times lr_multiplier(step)
+    warmup_steps: int = 256         # linear
+    cooldown_steps: float = 2048    # at the end, to final_lr
+    cooldown_shape: str = "linear"  # or cosine (#1)
+    final_lr: float = 0.0           # what is left at the end; 0.1 from #19
+    lr_stages: tuple[float, ...] = ()   # factor in each third, for its larger batches (#46)
+    cooldown_in_extension: bool = False     # the cooldown ends with the extension, not before (#41)
+
+    # matrices of the blocks
+    matrix_rule: str = "adam"       # muon from #3
+    matrix_lr: float = 0.0018
+    muon_momentum: float = 0.95
+    momentum_start: float = 0.85    # where momentum warms up from, and cools down to
+    momentum_warmup_steps: int = 0  # (#9)
+    momentum_cooldown_steps: int = 0    # (#40)
+    muon_method: str = "jordan"     # how the momentum is orthogonalised; polar_express from #38
+    muon_steps: int = 5
+    muon_scale: str = "none"        # none; unit_rms: sqrt(max(r, c)) (#4); original:
+                                    # sqrt(max(1, r/c)) (#8)
+    muon_multipliers: dict[str, float] = field(default_factory=dict)    # role -> factor
+    split_qkv: bool = True          # Q, K and V orthogonalised each by itself (#4)
+    normuon: dict[str, str] = field(default_factory=dict)   # role -> row or col (#41)
+    matrix_weight_decay: float = 0.0
+    muon_mode: str = "fast"         # fast: bf16, what the records used; accurate
+
+    # embedding, head, scalars (and matrices, where matrix_rule is adam)
+    embed_lr: float = 0.0018        # of the shared table where the head is tied
+    head_lr: float = 0.0018         # where it is not
+    scalar_lr: float = 0.0018
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_eps: float = 1e-8
+    adam_weight_decay: float = 0.1  # of all but scalars
+    adam_every: int = 1             # step every k-th time, on the gradients since then (#39)
+    adam_roles: dict[str, dict] = field(default_factory=dict)   # role -> lr, betas, weight_decay
+    cautious: bool = False          # decay where it agrees with the update, at lr squared (#43)
+    grad_clip: float | None = None  # norm of all gradients together (#1)
+    freeze_steps: int = 0           # scalars stand still after each change of stage (#52)
+
+    # how gradients travel; none of it changes what is learned
+    grad_collective: str = "all_reduce"     # reduce_scatter from #24
+    grad_overlap: bool = True       # with the backward pass
+
+    # attention windows, in tokens
+    window_range: tuple[int, ...] = ()  # from, to, in steps of: grows linearly (#13)
+    window_stages: tuple[int, ...] = ()     # blocks in each third (#29)
+    window_block: int = 128
+    window_edge: str = "exact"      # what a window means; see `seen_keys`
+    extension_window: int | None = None     # blocks in the extension (#42); none: as before
+    final_window: int | None = None     # blocks at the last validation, with YaRN (#31)
+    final_long: int | None = None   # blocks of long layers there, without YaRN (#36)
+
+    # targets
+    num_targets: int = 1            # tokens ahead in the first third, one less in each next (#53)
+    tie_first: bool = False         # the head's table is the embedding until the last third (#51)
+
+    # validation
+    val_tokens: int = 10_485_760
+    val_seq_len: int | None = None  # none: seq_len
+    val_every: int = 128
+    target: float | None = 3.28
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def scheduled_steps(self) -> int:
+        return self.num_iterations - self.extension_steps
+
+    @property
+    def num_rows(self) -> int:
+        return self.batch_tokens // self.model.seq_len
+
+    @property
+    def val_row(self) -> int:
+        """Tokens of a row in validation."""
+        return self.val_seq_len or self.model.seq_len
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(rows * seq_len for rows, seq_len in (
+            batch_shape(step, self) for step in range(self.num_iterations)))
+
+
+def check(recipe: Recipe) -> None:
+    """Raises ValueError with what is expected, what came, and what would do."""
+    m, r = recipe.model, recipe
+
+    def must(ok: bool, name: str, expected: str, got) -> None:
+        if not ok:
+            raise ValueError(f"--{name}: expected {expected}, got {got}")
+
+    def one_of(where, name: str, *choices: str) -> None:
+        must(getattr(where, name) in choices, name, " or ".join(choices), getattr(where, name))
+
+    for name in ("num_layers", "num_heads", "vocab_size", "seq_len", "mlp_ratio", "bigram_factor"):
+        must(getattr(m, name) >= 1, name, "a whole number from 1", getattr(m, name))
+    must(m.head_dim >= 2 and m.head_dim % 2 == 0, "head_dim",
+         "an even number from 2 (rotary turns pairs)", m.head_dim)
+    must(not m.rotary_half or m.head_dim % 4 == 0, "head_dim", "a multiple of 4 (half of the pairs "
+         "turn)", m.head_dim)
+    must(not m.paired_heads or m.num_heads % 2 == 0, "num_heads", "an even number (heads are "
+         "paired)", m.num_heads)
+    one_of(m, "compute_dtype", "fp32", "bf16")
+    one_of(m, "stream_dtype", "fp32", "bf16")
+    one_of(m, "embed_dtype", "fp32", "bf16")
+    one_of(m, "head_dtype", "fp32", "bf16")
+    one_of(m, "head", "fp32", "bf16", "fp8")
+    must(m.head != "fp8" or len(m.fp8_factors) == 3, "head",
+         "fp32 or bf16 (this recipe has no factors for fp8)", m.head)
+    must(m.head != "fp8" or m.padded_vocab_size % 16 == 0, "pad_vocab",
+         "true (fp8 products need multiples of 16)", m.pad_vocab)
+    one_of(m, "architecture", "gpt", "gpt2")
+    one_of(m, "qk_norm", "none", "after", "before")
+    one_of(m, "windows", "one", "two")
+    one_of(m, "value_embeds", "none", "all", "mirror", "ends")
+    one_of(m, "value_mix", "one", "two", "add", "gate")
+    one_of(m, "unet", "none", "weight", "sigmoid", "single", "gate")
+    one_of(m, "activation", "gelu", "relu2")
+    one_of(m, "softcap_kind", "tanh", "sigmoid")
+    must(m.num_layers > 1 or not (m.drop_attention or m.unet in ("single", "gate")), "num_layers",
+         "at least 2 (one layer has no attention, or takes another's output)", m.num_layers)
+    must(not (m.value_residual and m.qkv_lambda), "qkv_lambda", "false with value_residual",
+         m.qkv_lambda)
+    must(m.rotary_base > 1, "rotary_base", "a number above 1", m.rotary_base)
+    must(m.logit_softcap is None or m.logit_softcap > 0, "logit_softcap", "none or above 0",
+         m.logit_softcap)
+    must(m.x0_lambdas or m.unet != "gate", "unet", "another kind without x0_lambdas", m.unet)
+    must(m.max_seq_len is None or m.max_seq_len >= max(m.seq_len, r.val_row), "max_seq_len",
+         f"none or at least {max(m.seq_len, r.val_row)}, the longest row", m.max_seq_len)
+    must(m.max_seq_len is not None or r.val_row <= m.seq_len, "val_seq_len",
+         f"at most seq_len {m.seq_len} (or a larger --max_seq_len)", r.val_seq_len)
+    must(r.num_iterations >= 1, "num_iterations", "a whole number from 1", r.num_iterations)
+    must(0 <= r.extension_steps < r.num_iterations, "extension_steps",
+         f"0 to below num_iterations {r.num_iterations}", r.extension_steps)
+    must(r.batch_tokens >= m.seq_len and r.batch_tokens % m.seq_len == 0, "batch_tokens",
+         f"a multiple of seq_len {m.seq_len}", r.batch_tokens)
+    must(all(0 < b <= r.batch_tokens and b % r.num_rows == 0 for b in r.batch_stages),
+         "batch_stages", f"multiples of {r.num_rows} rows, at most batch_tokens", r.batch_stages)
+    must(0 <= r.cooldown_steps <= r.num_iterations, "cooldown_steps",
+         f"0 to num_iterations {r.num_iterations}", r.cooldown_steps)
+    must(r.warmup_steps >= 0, "warmup_steps", "0 or more", r.warmup_steps)
+    for name in ("matrix_lr", "embed_lr", "head_lr", "scalar_lr", "adam_eps"):
+        value = getattr(r, name)
+        must(value > 0 and math.isfinite(value), name, "a finite number above 0", value)
+    for name in ("adam_weight_decay", "matrix_weight_decay", "final_lr"):
+        must(getattr(r, name) >= 0, name, "0 or more", getattr(r, name))
+    must(0 <= r.muon_momentum < 1, "muon_momentum", "0 to below 1", r.muon_momentum)
+    must(len(r.adam_betas) == 2 and all(0 <= b < 1 for b in r.adam_betas), "adam_betas",
+         "two numbers from 0 to below 1, as 0.9,0.95", r.adam_betas)
+    must(r.adam_every >= 1, "adam_every", "a whole number from 1", r.adam_every)
+    must(r.grad_clip is None or r.grad_clip > 0, "grad_clip", "none or above 0", r.grad_clip)
+    one_of(r, "matrix_rule", "muon", "adam")
+    one_of(r, "muon_method", "svd", "cubic", "jordan", "polar_express")
+    one_of(r, "muon_mode", "fast", "accurate")
+    one_of(r, "cooldown_shape", "linear", "cosine")
+    one_of(r, "data_align", "none", "row", "document")
+    one_of(r, "window_edge", "exact", "block", "flash")
+    one_of(r, "grad_collective", "all_reduce", "reduce_scatter")
+    must(r.max_doc_len is None or r.data_align == "document", "max_doc_len",
+         "none unless data_align is document", r.max_doc_len)
+    must(not r.window_range or (len(r.window_range) == 3 and min(r.window_range) >= 1),
+         "window_range", "three whole numbers: from, to, in steps of", r.window_range)
+    must(m.packed or not (r.window_range or r.window_stages), "packed",
+         "true where attention has windows", m.packed)
+    must(not r.tie_first or not m.tied_head, "tied_head", "false where tie_first is true",
+         m.tied_head)
+    must(not (r.tie_first or m.tied_head) or m.head_dtype == m.embed_dtype, "head_dtype",
+         f"that of the embedding, {m.embed_dtype}, whose table it shares", m.head_dtype)
+    must(1 <= r.muon_steps <= 20, "muon_steps", "1 to 20", r.muon_steps)
+    must(1 <= r.num_targets <= 3, "num_targets", "1 to 3", r.num_targets)
+    must(r.val_tokens >= r.val_row and r.val_tokens % r.val_row == 0, "val_tokens",
+         f"a multiple of a validation row's {r.val_row}", r.val_tokens)
+    must(r.val_every >= 1, "val_every", "a whole number from 1", r.val_every)
+
+
+MODEL_FIELDS = {f.name for f in fields(GPTConfig)}
+# Lengths in steps: a shorter run shortens them in proportion.
+STEP_FIELDS = ("extension_steps", "warmup_steps", "cooldown_steps", "momentum_warmup_steps",
+               "momentum_cooldown_steps", "freeze_steps")
+
+
+def edit(recipe: Recipe, **changes) -> Recipe:
+    """`recipe` with fields replaced, the model's own fields among them."""
+    of_model = {k: changes.pop(k) for k in list(changes) if k in MODEL_FIELDS}
+    return replace(recipe, model=replace(recipe.model, **of_model), **changes)
+
+
+def change(recipe: Recipe, **changes) -> Recipe:
+    """`edit`, and a new num_iterations stretches the schedules in proportion, unless they are
+    given too."""
+    if "num_iterations" in changes:
+        ratio = changes["num_iterations"] / recipe.num_iterations
+        for name in STEP_FIELDS:
+            changes.setdefault(name, round(getattr(recipe, name) * ratio))
+    return edit(recipe, **changes)
+
+
+# --- the ladder -----------------------------------------------------------------------------------
+
+RECORDS: dict[int, Recipe] = {}
+
+
+def _record(record: int, title: str, *, after: int, **changes) -> None:
+    RECORDS[record] = edit(RECORDS[after], record=record, title=title, **changes)
+
+
+# 2024-06-06. The gradient normalisation of its first code is left out: the log looks like a run
+# without it, and it was removed eight days later as useless.
+RECORDS[2] = Recipe(record=2, title="Rotary positions, tuned learning rate")
+
+# 2024-05-28. GPT-2 as llm.c trained it (gpt2.py). It stands below #2, so it is written as #2 with
+# what came back. Rows come in order, not shuffled: that is the data's only order here.
+_record(1, "llm.c baseline", after=2,
+        architecture="gpt2", attn_damping=False,
+        num_iterations=19_560, warmup_steps=700, cooldown_steps=18_860, cooldown_shape="cosine",
+        matrix_lr=0.0006, embed_lr=0.0006, head_lr=0.0006, scalar_lr=0.0006,
+        grad_clip=1.0, val_every=250)
+
+RECORDS[2] = edit(RECORDS[2], attn_damping=True)
+
+# 2024-10-04. No log; from the code of the day of the record.
+_record(3, "Muon", after=2,
+        matrix_rule="muon", matrix_lr=0.018, split_qkv=False, adam_weight_decay=0.0,
+        num_iterations=7000, warmup_steps=250, cooldown_steps=2000)
+
+# 2024-10-11
+_record(4, "Muon with unit RMS, Q, K and V apart", after=3,
+        muon_scale="unit_rms", split_qkv=True, matrix_lr=0.00036, embed_lr=0.0036, head_lr=0.0036,
+        num_iterations=6200, warmup_steps=0, cooldown_steps=1800,
+        first_batch_repeated=True, val_every=125)
+
+# 2024-10-14
+_record(5, "ReLU^2, QK-norm, zero projections, padded vocabulary", after=4,
+        num_heads=6, head_dim=128, activation="relu2", qk_norm="after", zero_proj=True,
+        attn_damping=False, pad_vocab=True,
+        num_iterations=5100, cooldown_steps=1450)
+
+# 2024-10-18. Its speed came from sharing Muon's work among the ranks.
+_record(6, "Distributed Muon", after=5, qk_norm="before")
+
+# 2024-10-18. torch 2.5.0 instead of 2.4.1: nothing that a recipe could say.
+_record(7, "PyTorch 2.5.0", after=6)
+
+# 2024-11-03
+_record(8, "Untied head", after=7,
+        tied_head=False, embed_norm=True, muon_scale="original",
+        matrix_lr=0.02, embed_lr=0.3, head_lr=0.002,
+        num_iterations=4578, cooldown_steps=1308)
+
+# 2024-11-06
+_record(9, "Value residual, embedding shortcut, softcap, momentum warm-up", after=8,
+        value_residual=True, x0_lambdas=True, logit_softcap=30.0,
+        scalar_lr=0.02, momentum_warmup_steps=500,
+        num_iterations=3200, cooldown_steps=914)
+
+# 2024-11-08. Scalars stay fp32 here (bf16 there until #17), Adam's averages as well (until #62).
+_record(10, "bf16 activations", after=9,
+        stream_dtype="bf16", embed_dtype="bf16",
+        num_iterations=3242, cooldown_steps=926)
+
+# 2024-11-10
+_record(11, "U-net skips, doubled learning rates", after=10,
+        unet="weight", matrix_lr=0.04, embed_lr=0.6, head_lr=0.008, scalar_lr=0.04,
+        num_iterations=3000, cooldown_steps=900)
+
+# 2024-11-19
+_record(12, "Rows of 64K tokens with document masks", after=11,
+        packed=True, seq_len=65_536, window_range=(1024, 1024, 1024), first_batch_repeated=False,
+        num_iterations=1875, cooldown_steps=562)
+
+# 2024-11-24
+_record(13, "Attention window warm-up", after=12,
+        window_range=(64, 1792, 64), adam_betas=(0.8, 0.95), matrix_lr=0.05,
+        momentum_warmup_steps=300,
+        num_iterations=1750, cooldown_steps=640)
+
+# 2024-12-04. Rotary tables stay fp32 (nominally bf16 there until #16).
+_record(14, "Value embeddings", after=13,
+        value_residual=False, value_embeds="all",
+        num_iterations=1530, cooldown_steps=600)
+
+# 2024-12-08
+_record(15, "Value embeddings mirrored over depth", after=14,
+        value_embeds="mirror", value_mix="two",
+        num_iterations=1480)
+
+# 2024-12-10. The window counts blocks of 128 from here to #27; see `seen_keys`.
+_record(16, "Windows by block, separate value tables", after=15,
+        window_range=(128, 1856, 128), window_edge="block")
+
+# 2024-12-17. Tables keep 50304 rows (50257 there, and in #19 to #23).
+_record(17, "Sparse value embeddings, half rotary, one attention less", after=16,
+        value_embeds="ends", rotary_half=True, rotary_base=1024.0, drop_attention=True,
+        num_iterations=1490)
+
+# 2025-01-04
+_record(18, "Softcap 15", after=17,
+        logit_softcap=15.0, num_iterations=1390, cooldown_steps=556)
+
+# 2025-01-13
+_record(19, "fp8 head, sigmoid softcap, learning rate ends at 0.1", after=18,
+        head="fp8", fp8_factors=(2.0, 32.0, 2 ** 29 / 65_536),
+        logit_softcap=30.0, softcap_kind="sigmoid", softcap_div=7.5, init_std=0.5,
+        final_lr=0.1, grad_overlap=False,
+        num_iterations=1395, cooldown_steps=558)
+
+# 2025-01-16
+_record(20, "Long and short windows, attention scale 0.12", after=19,
+        windows="two", attn_scale=0.12, adam_eps=1e-10,
+        num_iterations=1393, cooldown_steps=557.2)
+
+# 2025-01-26
+_record(21, "Smaller batch", after=20,
+        seq_len=49_152, batch_tokens=393_216, val_seq_len=262_144, max_seq_len=262_144,
+        fp8_factors=(2.0, 512.0, 2 ** 19 / 49_152),
+        num_iterations=1770, cooldown_steps=708)
+
+# 2025-05-24. Its speed came from reducing gradients in flat buckets.
+_record(22, "Faster gradient all-reduce, head rescaled", after=21,
+        softcap_sqrt_dim=True, head_lr=0.22,
+        fp8_factors=(448 / 768 ** 0.5, 448 / 24, 448.0))
+
+# 2025-05-25
+_record(23, "Gradient all-reduce under the backward pass", after=22, grad_overlap=True)
+
+# 2025-05-30
+_record(24, "Gradient reduce-scatter", after=23, grad_collective="reduce_scatter")
+
+# 2025-07-13. #25 is a newer torch.
+_record(26, "Rows start at documents", after=24,
+        data_align="row", num_iterations=1750, cooldown_steps=787.5)
+
+# 2025-07-18. Its MLP's first matrix was stored transposed, which changed its Muon scale to 1.
+_record(27, "Triton kernel for Muon's symmetric products", after=26, muon_scale="none")
+
+# 2025-09-03. With #28: attention gates, head back to its old scale.
+_record(29, "Varlen attention, documents cut at 2048", after=27,
+        attn_gate=True, softcap_sqrt_dim=False, head_lr=0.008,
+        fp8_factors=(448 / 768 ** 0.5, 512.0, 448.0),
+        data_align="document", max_doc_len=2048,
+        window_range=(), window_stages=(3, 7, 11), window_edge="flash",
+        num_iterations=1670, cooldown_steps=751.5)
+
+# 2025-09-10. With #30: no MLP in the first layer.
+_record(31, "YaRN while the window grows", after=29,
+        drop_mlp=True, yarn=True, attn_scale=0.1, final_window=13, cooldown_steps=835)
+
+# 2025-09-29. With #32 to #37: sigmoid skips, smear, the first layer left out, an extension whose
+# learning rate stands at final_lr (0.10018 there).
+_record(38, "Polar Express", after=31,
+        num_layers=11, drop_first=True, drop_mlp=False, unet="sigmoid", smear=True,
+        head_dtype="bf16",
+        muon_method="polar_express", matrix_lr=0.06, adam_eps=1e-8,
+        extension_steps=40, final_long=20, cooldown_steps=815)
+
+# 2025-10-24. With #39: Adam every second step, smaller batch; #40: backout, momentum cooldown.
+# NorMuon looks at Q, K, V and O each by itself (together there until #43).
+_record(41, "NorMuon", after=38,
+        normuon={"attn_in": "col", "attn_out": "col", "mlp_in": "row", "mlp_out": "col",
+                 "attn_gate": "col", "smear_gate": "col"},
+        adam_every=2, adam_betas=(0.65, 0.95), seq_len=32_768, batch_tokens=262_144,
+        backout=True, momentum_cooldown_steps=50, cooldown_in_extension=True,
+        num_iterations=2315, cooldown_steps=1041.75, val_every=250)
+
+# 2025-11-10. With #42: the extension trains with the last window.
+_record(43, "Cautious weight decay", after=41,
+        matrix_weight_decay=1.2, cautious=True,
+        matrix_lr=0.03, muon_multipliers={"mlp_in": 2.0}, cooldown_in_extension=False,
+        extension_window=13, final_window=None,
+        num_iterations=2245, cooldown_steps=1102.5)
+
+# 2025-11-29. With #44; #45: a single skip, residual lambda 1.1. Learning rate, batch and window
+# change together, at thirds (the learning rate a few steps earlier there).
+_record(46, "Batch grows in thirds", after=43,
+        unet="single", resid_lambda=1.1, matrix_lr=0.023,
+        seq_len=49_152, batch_tokens=393_216, batch_stages=(131_072, 262_144, 393_216),
+        lr_stages=(1.0, 1.51, 1.93),
+        num_iterations=2160, cooldown_steps=1166)
+
+# 2025-12-22. With #47 to #52: lambdas on weights, new Muon multipliers, key offset, cautious decay
+# in Adam, the head's table as embedding, scalars that rest after each change.
+_record(53, "Multi-token prediction, embedding untied at two thirds", after=46,
+        num_targets=3, tie_first=True, head_init_std=0.005,
+        qkv_lambda=True, qkv_init_std=1.0, key_offset=True,
+        value_mix="add", value_embed_init_std=0.0,
+        muon_multipliers={"attn_in": 2.0, "attn_out": 2.0, "mlp_in": 2.0, "mlp_out": 4.0},
+        normuon=dict.fromkeys(("attn_in", "attn_out", "mlp_in", "mlp_out", "attn_gate"), "row"),
+        embed_lr=0.008, adam_weight_decay=0.005, freeze_steps=40,
+        adam_roles={"value_embed": {"lr": 0.6},
+                    "smear_gate": {"lr": 8e-5, "weight_decay": 0.0},
+                    "scalar": {"betas": (0.9, 0.99)}},
+        fp8_factors=(4.48, 448 / 1.5, 448 / 0.75), lr_stages=(1.0, 1.52, 1.73),
+        num_iterations=1920, cooldown_steps=1034)
+
+# 2026-01-19. With #54 to #61: shifted softcap, gates on values and skip, all gates under Adam,
+# paired heads.
+_record(62, "Bigram hash embedding", after=53,
+        bigram=True, logit_softcap=23.0, softcap_shift=5.0, value_mix="gate", unet="gate",
+        paired_heads=True, fp8_factors=(4.48, 280.0, 448 / 0.75),
+        muon_multipliers={"mlp_in": 2.0, "mlp_out": 4.0},
+        normuon=dict.fromkeys(("attn_in", "attn_out", "mlp_in", "mlp_out"), "row"),
+        adam_eps=1e-10,
+        adam_roles={"embed": {"betas": (0.5, 0.95), "weight_decay": 0.75},
+                    "head": {"betas": (0.5, 0.95), "weight_decay": 0.75},
+                    "value_embed": {"lr": 0.6, "betas": (0.75, 0.95), "weight_decay": 0.025},
+                    "bigram": {"lr": 0.6, "betas": (0.75, 0.95), "weight_decay": 0.025},
+                    "attn_gate": {"lr": 0.008, "betas": (0.9, 0.99), "weight_decay": 0.005},
+                    "value_gate": {"lr": 0.008, "betas": (0.9, 0.99), "weight_decay": 0.005},
+                    "smear_gate": {"lr": 8e-5, "betas": (0.9, 0.99), "weight_decay": 0.0},
+                    "skip_gate": {"lr": 0.0004, "betas": (0.9, 0.99), "weight_decay": 0.0},
+                    "scalar": {"betas": (0.9, 0.99)}},
+        num_iterations=1600, cooldown_steps=858)
+
+RECORDS = dict(sorted(RECORDS.items()))
+
+# What ./run.sh trains when no record is named: on GPUs the newest complete recipe; on a CPU the one
+# that gets to the pocket target first. In records/LADDER.md #26, #27, #31 and #38 do so in 21 s,
+# #62 in 25; of the four, #27 ends lowest.
+DEFAULT_FULL = 62
+DEFAULT_POCKET = 27
+
+
+# --- scales ---------------------------------------------------------------------------------------
+
+POCKET_TOKENS = 2 ** 19     # every rung of the pocket ladder sees as many
+POCKET_BATCH = 256          # its batches are so many times smaller
+# What a GPT-2 (record #1) with AdamW, learning rate swept, comes to on ten times these tokens,
+# about five minutes on two cores: bench/pocket_target.py.
+POCKET_TARGET = 1.77
+
+
+def pocket(recipe: Recipe) -> Recipe:
+    """The recipe for two CPU cores and the built-in corpus: every idea kept, all sizes shrunk.
+
+    A third of the layers, a sixth of the width, a batch of 1/256, rows, documents and windows a
+    quarter as long (packed rows: four in a batch), half a million tokens; schedules in proportion.
+    Learning rates and decay as they are, but for Muon at unit RMS (#4 to #7): its rate times the
+    root of the width's ratio is the same step in operator norm, which is what carries over between
+    widths (measured on #6, 1M tokens: 1.832 as it was, 1.676 with the rule, 1.685 at twice that).
+    All in fp32, the head included: CPUs only emulate fp8.
+    """
+    width_ratio = recipe.model.model_dim / 128
+    unit_rms = recipe.matrix_rule == "muon" and recipe.muon_scale == "unit_rms"
+    num_iterations = round(
+        POCKET_TOKENS * POCKET_BATCH * recipe.num_iterations / recipe.total_tokens)
+    batch_tokens = recipe.batch_tokens // POCKET_BATCH
+    packed = recipe.model.packed
+    return change(
+        recipe, scale="pocket", track="pocket", corpus="built-in",
+        target=POCKET_TARGET,
+        num_layers=max(2, round(recipe.model.num_layers / 3)), num_heads=2, head_dim=64,
+        vocab_size=257, seq_len=batch_tokens // 4 if packed else recipe.model.seq_len // 4,
+        max_seq_len=1024 if packed else None,
+        attn_scale=recipe.model.attn_scale and recipe.model.attn_scale * 2 ** 0.5,  # 128 -> 64
+        compute_dtype="fp32", stream_dtype="fp32", embed_dtype="fp32", head_dtype="fp32",
+        head="fp32",
+        muon_mode="accurate",
+        matrix_lr=recipe.matrix_lr * (width_ratio ** 0.5 if unit_rms else 1.0),
+        num_iterations=num_iterations, batch_tokens=batch_tokens,
+        batch_stages=tuple(b // POCKET_BATCH for b in recipe.batch_stages),
+        max_doc_len=recipe.max_doc_len and recipe.max_doc_len // 4,
+        window_range=tuple(w // 4 for w in recipe.window_range),
+        window_block=recipe.window_block // 4,
+        val_tokens=131_072, val_seq_len=1024 if packed else None,
+        val_every=math.ceil(num_iterations / 5))
+
+
+SCALES = {"full": lambda recipe: recipe, "pocket": pocket}
+
+
+# --- schedules: what changes from step to step ----------------------------------------------------
+
+def _part(step: int, num_parts: int, recipe: Recipe) -> int:
+    """Which of num_parts equal parts of the scheduled steps `step` lies in."""
+    return min(step * num_parts // recipe.scheduled_steps, num_parts - 1)
+
+
+def batch_tokens(step: int, recipe: Recipe) -> int:
+    stages = recipe.batch_stages or (recipe.batch_tokens,)
+    return stages[_part(step, len(stages), recipe)]
+
+
+def batch_shape(step: int, recipe: Recipe) -> tuple[int, int]:
+    """(rows, tokens a row) of the global batch of `step`, before ranks exist."""
+    return recipe.num_rows, batch_tokens(step, recipe) // recipe.num_rows
+
+
+def lr_multiplier(step: int, recipe: Recipe) -> float:
+    """What the learning rates are multiplied by at the update of `step` (0-based).
+
+    Linear warm-up, hold, then down to final_lr, which would be reached at the end of the schedule.
+    """
+    r = recipe
+    if step < r.warmup_steps:
+        return (step + 1) / r.warmup_steps
+    end = r.num_iterations if r.cooldown_in_extension else r.scheduled_steps
+    left = min(1.0, max(0, end - step) / r.cooldown_steps) if r.cooldown_steps else 1.0
+    if r.cooldown_shape == "cosine":
+        left = (1 - math.cos(math.pi * left)) / 2
+    full = r.lr_stages[_part(step, len(r.lr_stages), r)] if r.lr_stages else 1.0
+    return full * left + r.final_lr * (1 - left)
+
+
+def momentum(step: int, recipe: Recipe) -> float:
+    """Muon's momentum at the update of `step`: linear warm-up and cooldown around muon_momentum."""
+    r = recipe
+    risen = min(1.0, step / r.momentum_warmup_steps) if r.momentum_warmup_steps else 1.0
+    into = step - (r.num_iterations - r.momentum_cooldown_steps)
+    fallen = max(0, into) / r.momentum_cooldown_steps if r.momentum_cooldown_steps else 0.0
+    return r.momentum_start + (r.muon_momentum - r.momentum_start) * (risen - fallen)
+
+
+def windows(step: int, recipe: Recipe, *, last: bool = False) -> tuple[int, int] | None:
+    """(short, long) windows at `step` in tokens, as records count them; `last`: at the final
+    validation. None where attention has no windows."""
+    r, block = recipe, recipe.window_block
+    if r.window_range:
+        first, end, by = r.window_range
+        long = (first * r.scheduled_steps + (end - first) * step) // (by * r.scheduled_steps) * by
+    elif r.window_stages:
+        long = block * r.window_stages[_part(step, len(r.window_stages), r)]
+        if r.extension_window and step >= r.scheduled_steps:
+            long = block * r.extension_window
+    else:
+        return None
+    if last and r.final_window:
+        long = block * r.final_window
+    short = max(1, long // block // 2) * block
+    if last and r.final_long:
+        long = block * r.final_long
+    return short, long
+
+
+def seen_keys(window: int, recipe: Recipe) -> int:
+    """Keys that a query sees, itself included, through a window as records count it.
+
+    flash: one more, since flash attention counts the keys before the query (#29 on). block: from
+    #16 to #27 a query saw its own block and the ones before it, so between window - block + 1 and
+    window keys, depending on where in its block it stands; here their mean for every query.
+    """
+    return window + {"exact": 0, "flash": 1, "block": -(recipe.window_block // 2)}[
+        recipe.window_edge]
+
+
+def _yarn_windows(step: int, recipe: Recipe, last: bool) -> tuple[int, ...]:
+    """The long windows up to `step`, in tokens, for the rotary frequencies."""
+    if not recipe.model.yarn:
+        return ()
+    r = recipe
+    so_far = list(r.window_stages[:_part(step, len(r.window_stages), r) + 1])
+    if step >= r.scheduled_steps:
+        so_far += [r.extension_window] if r.extension_window else []
+    if last:
+        so_far += [r.final_window] if r.final_window else []
+    return tuple(n * r.window_block for n in so_far)
+
+
+def _target_weights(step: int, recipe: Recipe) -> tuple[float, ...]:
+    """Weights of the next token, the one after, ...: halves, the last one fading in its third."""
+    if recipe.num_targets == 1 or step >= recipe.scheduled_steps:
+        return (1.0,)
+    part = _part(step, 3, recipe)
+    weights = [0.5 ** k for k in range(max(1, recipe.num_targets - part))]
+    if len(weights) > 1:
+        weights[-1] *= 1 - (step * 3 / recipe.scheduled_steps - part)
+    return tuple(weights)
+
+
+def untie_step(recipe: Recipe) -> int:
+    """The first step with an embedding of its own, no gradient of Adam's being half collected."""
+    start = -(-2 * recipe.scheduled_steps // 3)
+    return -(-start // recipe.adam_every) * recipe.adam_every
+
+
+def _stage(step: int, recipe: Recipe, last: bool, weights: tuple[float, ...]) -> Stage:
+    short, long = windows(step, recipe, last=last) or (None, None)
+    return Stage(
+        window=long and seen_keys(long, recipe), short_window=short and seen_keys(short, recipe),
+        yarn_windows=_yarn_windows(step, recipe, last), target_weights=weights,
+        tied=recipe.tie_first and step < untie_step(recipe))
+
+
+def stage(step: int, recipe: Recipe) -> Stage:
+    """What the model is told for the training of `step`."""
+    return _stage(step, recipe, False, _target_weights(step, recipe))
+
+
+def eval_stage(step: int, recipe: Recipe) -> Stage:
+    """What it is told for the validation before `step`: one target, and at the end the windows that
+    some records keep for the last validation."""
+    return _stage(step, recipe, step == recipe.num_iterations, (1.0,))
+
+
+def stage_steps(recipe: Recipe) -> list[int]:
+    """A step for each kind of step: the first with its shapes, windows and number of targets. What
+    differs between steps of one kind is numbers only, for which nothing is compiled anew."""
+    kinds = {}
+    for step in range(recipe.num_iterations):
+        s = stage(step, recipe)
+        kind = (batch_shape(step, recipe), s.window, s.short_window, len(s.target_weights), s.tied)
+        kinds.setdefault(kind, step)
+    return list(kinds.values())
+
+
+def _at_rest(step: int, recipe: Recipe) -> bool:
+    """Whether scalars stand still: just after windows, batch or targets changed (#52)."""
+    starts = [-(-third * recipe.scheduled_steps // 3) for third in (1, 2, 3)]
+    return any(0 <= step - start < recipe.freeze_steps for start in starts)
+
+
+# --- the optimizer --------------------------------------------------------------------------------
+
+# Roles of parameters (model.param_role) in the order of their groups. Gates are under Muon unless
+# adam_roles names them.
+MATRICES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
+GATES = ("attn_gate", "value_gate", "skip_gate", "smear_gate")
+ROLES = (*MATRICES, *GATES, "embed", "head", "value_embed", "bigram", "x0_lambda", "scalar")
+
+
+def _is_muon(role: str, recipe: Recipe) -> bool:
+    return recipe.matrix_rule == "muon" and (
+        role in MATRICES or (role in GATES and role not in recipe.adam_roles))
+
+
+def _initial_lr(role: str, recipe: Recipe) -> float:
+    r = recipe
+    if role in MATRICES or _is_muon(role, r):
+        return r.matrix_lr
+    of_role = {"embed": r.embed_lr, "value_embed": r.embed_lr, "bigram": r.embed_lr,
+               "head": r.head_lr, "x0_lambda": r.scalar_lr, "scalar": r.scalar_lr}
+    return r.adam_roles.get(role, {}).get("lr", of_role.get(role))
+
+
+def group_schedule(step: int, role: str, recipe: Recipe) -> dict[str, float | bool]:
+    """What the optimizer group of `role` is set to before the update of `step`."""
+    settings = {"lr": _initial_lr(role, recipe) * lr_multiplier(step, recipe)}
+    if _is_muon(role, recipe):
+        settings["momentum"] = momentum(step, recipe)
+    if role == "scalar" and recipe.freeze_steps:
+        settings["frozen"] = _at_rest(step, recipe)
+    return settings
+
+
+def _settings(role: str, recipe: Recipe) -> dict:
+    """The options of muon.Muon for the group of `role`, those that stay."""
+    r = recipe
+    decay = "lr2" if r.cautious else "lr"
+    if _is_muon(role, r):
+        return {"rule": "muon", "view": "matrix", "weight_decay": r.matrix_weight_decay,
+                "decay": decay, "cautious": r.cautious, "method": r.muon_method,
+                "ns_steps": r.muon_steps, "mode": r.muon_mode, "scale": r.muon_scale,
+                "multiplier": r.muon_multipliers.get(role, 1.0),
+                "second_moment": r.normuon.get(role),
+                "split": 3 if role == "attn_in" and r.split_qkv else None}
+    still = role in ("scalar", "x0_lambda")
+    special = {k: v for k, v in r.adam_roles.get(role, {}).items() if k != "lr"}
+    return {"rule": "adam", "betas": r.adam_betas, "eps": r.adam_eps, "every": r.adam_every,
+            "weight_decay": 0.0 if still else r.adam_weight_decay, "decay": decay,
+            "cautious": "strict" if r.cautious else False, **special}
+
+
+def optimizer_groups(recipe: Recipe, named_parameters) -> list[dict]:
+    """A group per role for muon.Muon; every parameter in exactly one. Roles: model.param_role."""
+    members: dict[str, list] = {role: [] for role in ROLES}
+    for name, p in named_parameters:
+        members[param_role(name)].append((name, p))
+    return [{"params": params, "name": role, **_settings(role, recipe),
+             **group_schedule(0, role, recipe)}
+            for role, params in members.items() if params]
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+def make_model(recipe: Recipe, kernels: frozenset[str] = frozenset()) -> nn.Module:
+    """The recipe's model, its weights not set yet. `kernels`: what runs in Triton, see GPT."""
+    return {"gpt": GPT, "gpt2": GPT2}[recipe.model.architecture](recipe.model, kernels)
+
+
+def build_model(recipe: Recipe, seed: int, kernels: frozenset[str] = frozenset()) -> nn.Module:
+    """The recipe's model as it stands before step 0, on the CPU."""
+    model = make_model(recipe, kernels)
+    init_weights(model, seed)  # on the CPU, so that every device starts from the same numbers
+    model.set_stage(stage(0, recipe))
+    return model
+
+
+def mean_flops_per_token(recipe: Recipe, model: nn.Module) -> float:
+    """model.flops_per_token, averaged over the tokens of all steps with their rows and windows."""
+    tokens: dict[tuple, int] = {}
+    for step in range(recipe.num_iterations):
+        at = stage(step, recipe)
+        kind = (Stage(at.window, at.short_window), batch_shape(step, recipe))
+        tokens[kind] = tokens.get(kind, 0) + math.prod(kind[1])
+    flops = sum(count * flops_per_token(model, at, shape[1])
+                for (at, shape), count in tokens.items())
+    return flops / sum(tokens.values())
+
+
+def enter_stage(model: nn.Module, optimizer, new: Stage) -> None:
+    """Tell the model what changed. An embedding that leaves the head takes its table and state."""
+    if new == model.stage:
+        return
+    if model.stage.tied and not new.tied:
+        model.untie()
+        optimizer.copy_state("lm_head.weight", "embed.weight")
+    model.set_stage(new)
+
+
+# --- as JSON --------------------------------------------------------------------------------------
+
+def to_dict(recipe: Recipe) -> dict:
+    """The resolved recipe, as it stands in the log."""
+    return dataclasses.asdict(recipe)
+
+
+def from_dict(values: dict) -> Recipe:
+    """The recipe of a log or a checkpoint."""
+    def tuples(value):  # JSON knows lists only
+        if isinstance(value, dict):
+            return {k: tuples(v) for k, v in value.items()}
+        return tuple(value) if isinstance(value, list) else value
+
+    values = tuples(values)
+    return Recipe(**{**values, "model": GPTConfig(**values["model"])})

@@ -1,0 +1,710 @@
+"""The log of a run: one definition, used by the trainer to write and by `records` to read.
+
+Our format, version 1. UTF-8 text, lines end in a newline:
+
+    nanogpt speedrun log 1
+    begin source NAME lines=N newline=1 sha256=HEX    one block for each local source of the run
+    ...N lines, any text...                           newline=0: the last line has none in the file
+    end source
+    begin environment lines=N
+    key: value                                        Python, torch, GPUs, commit, ...
+    end environment
+    begin recipe lines=N
+    {...}                                             the resolved recipe as JSON
+    end recipe
+    begin steps
+    step:0/100 val_loss:5.5452 train_time:0ms step_avg:0.00ms
+    step:1/100 train_loss:5.5449 train_time:21ms step_avg:21.00ms
+    ...other text is a note...
+    begin result
+    status: complete                                  complete, preempted or failed; then key: value
+    ...
+    marks: 3f2a...                                    4 hex digits for each line outside the sources
+    digest: HEX                                       sha256 of every byte above this line
+
+Blocks carry their number of lines, so a source may contain anything, this docstring too. In a
+record folder the sources are kept once, beside the logs: a log there says `kept source NAME ...`
+instead of the block, and reading it puts the block back, so the digest is still that of the log as
+it was written.
+
+What the digest proves: the file is, byte for byte, what was closed. A changed digit, a lost line,
+a swapped source or a cut tail is found, and the marks name the line. What it cannot prove: that the
+numbers were ever measured. Whoever rewrites a log can compute a new digest; only running the
+program again (`python -m records reproduce`) answers that.
+
+`parse` reads this format and the public ones: `step:N/M val_loss:X train_time:Yms step_avg:Zms`
+with milliseconds or seconds, and llm.c's `s:N tel:X`. It is strict about what a result line is and
+lenient about everything else; what looks like a result and cannot be read is named in `Run.faults`,
+never guessed. Memory is bounded whatever the file holds.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+from records.lines import (
+    FILE_CAP,
+    LINE_CAP,
+    POINT_CAP,
+    RUN_CAP,
+    Collector,
+    LogError,
+    Point,
+    Run,
+    Source,
+    read_fields,
+    val_point,
+)
+from records.public import parse_public
+
+__all__ = ["LogError", "Point", "Run", "RunLog", "Source", "parse", "train_line", "val_line"]
+
+MAGIC = "nanogpt speedrun log 1"
+STATUSES = ("complete", "preempted", "failed")
+SOURCE_CAP = 1 << 24  # bytes of source text kept in memory when asked for
+MARKS_PER_LINE = 256
+ROUNDING = 5.1e-5  # of a loss printed with four decimals
+
+
+# ---------------------------------------------------------------------------------- result lines
+
+
+def val_line(step: int, num_iterations: int, val_loss: float, train_time_ms: float) -> str:
+    """The validation line of every run; times are milliseconds of training, validation excluded."""
+    return (
+        f"step:{step}/{num_iterations} val_loss:{val_loss:.4f} "
+        f"train_time:{train_time_ms:.0f}ms step_avg:{train_time_ms / max(step, 1):.2f}ms"
+    )
+
+
+def train_line(step: int, num_iterations: int, train_loss: float, train_time_ms: float) -> str:
+    """The training line; `train_loss` is the mean loss of this step's tokens."""
+    return (
+        f"step:{step}/{num_iterations} train_loss:{train_loss:.4f} "
+        f"train_time:{train_time_ms:.0f}ms step_avg:{train_time_ms / max(step, 1):.2f}ms"
+    )
+
+
+# ---------------------------------------------------------------------------------- writing
+
+
+def _clean_name(name: str) -> str:
+    parts = PurePosixPath(name).parts
+    bad = not parts or name.startswith("/") or ".." in parts or re.search(r"[\s\\:\x00-\x1f]", name)
+    if bad or str(PurePosixPath(name)) != name:
+        raise LogError(
+            f"source name: expected a relative path with / and without spaces, got {name!r}"
+        )
+    return name
+
+
+def _one_line(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return repr(value)
+    return " | ".join(str(value).splitlines()).strip()
+
+
+class RunLog:
+    """Writes one log. Until `close` has returned, the file on disk is an incomplete log.
+
+    path          must not exist yet; parents are made
+    sources       name (relative, `/`) -> text, each local source the run uses
+    environment   key -> value; `started` (UTC) is added if missing
+    recipe        anything JSON can hold; NaN is refused
+
+    Every line reaches the operating system before the call returns. A write that fails (disk full)
+    raises OSError, and from then on every call raises: a log with a hole is never closed.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        sources: Mapping[str, str],
+        environment: Mapping[str, object],
+        recipe: Mapping[str, object],
+    ) -> None:
+        self.path = Path(path)
+        environment = {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **environment}
+        head = [f"{MAGIC}\n".encode()]
+        bodies: dict[int, bytes] = {}  # position in head -> source body, which carries no marks
+        for name, text in sources.items():
+            body = text.encode()
+            newline = int(body.endswith(b"\n") or not body)
+            num_lines = body.count(b"\n") + (1 - newline)
+            digest = hashlib.sha256(body).hexdigest()
+            head.append(
+                f"begin source {_clean_name(name)} lines={num_lines} newline={newline} "
+                f"sha256={digest}\n".encode()
+            )
+            bodies[len(head)] = body if newline else body + b"\n"
+            head.append(b"end source\n")
+        env_lines = []
+        for key, value in environment.items():
+            if not re.fullmatch(r"[\w .()/+-]{1,80}", key):
+                raise LogError(f"environment key: expected words, got {key!r}")
+            env_lines.append(f"{key}: {_one_line(value)}")
+        recipe_lines = json.dumps(recipe, indent=1, sort_keys=True, allow_nan=False).split("\n")
+        for title, lines in (("environment", env_lines), ("recipe", recipe_lines)):
+            head.append(f"begin {title} lines={len(lines)}\n".encode())
+            head.extend(f"{line}\n".encode() for line in lines)
+            head.append(f"end {title}\n".encode())
+        head.append(b"begin steps\n")
+
+        self._hash = hashlib.sha256()
+        self._marks = bytearray()
+        self._size = 0
+        self._broken = False
+        self._last_val: tuple[int, int, float] | None = None  # step, num_iterations, loss
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._file = open(self.path, "xb", buffering=0)  # noqa: SIM115 (open for the run)
+        except FileExistsError:
+            raise FileExistsError(
+                f"{self.path} exists already: another run has this name; choose another run id"
+            ) from None
+        chunk = bytearray()
+        for i, line in enumerate(head):
+            chunk += bodies.get(i, b"") + line
+            self._marks += _mark(line)
+        self._write(bytes(chunk))
+
+    def _write(self, data: bytes) -> None:
+        if self._broken or self._file.closed:
+            raise LogError(f"{self.path}: this log is closed or an earlier write to it failed")
+        view = memoryview(data)
+        try:
+            while view:
+                written = self._file.write(view)
+                view = view[written:]
+        except BaseException:  # a full disk, or an interrupt inside a line: the log has a hole
+            self._broken = True
+            raise
+        self._hash.update(data)
+        self._size += len(data)
+
+    def line(self, text: str) -> None:
+        """Write one line (a step line or a note). Several lines in `text` are several notes."""
+        for part in str(text).splitlines() or [""]:
+            if part.startswith(("begin ", "end ", "kept ", "marks:", "digest:", MAGIC)):
+                part = " " + part  # a note must not look like a part of the format
+            raw = f"{part}\n".encode(errors="backslashreplace")
+            self._write(raw)
+            self._marks += _mark(raw)
+            fields = read_fields(raw)
+            if fields and "val_loss" in fields:
+                try:
+                    point = val_point(fields, 0, "val_loss")
+                except LogError as error:
+                    self._broken = True
+                    raise LogError(f"{self.path}: {error}; val_line() makes it") from None
+                self._last_val = (point.step, point.total or -1, point.val_loss)
+
+    def close(self, result: Mapping[str, object]) -> None:
+        """Write the closing block and make it durable. `result["status"]` says how the run ended.
+
+        `complete` is refused (LogError, the file stays incomplete) unless the last validation line
+        is that of the last step and its loss is finite and equal to `final_val_loss`, if given.
+        """
+        status = result.get("status")
+        if status not in STATUSES:
+            raise LogError(f"status: expected one of {', '.join(STATUSES)}, got {status!r}")
+        if status == "complete":
+            problem = self._not_complete(result)
+            if problem:
+                self.abandon()
+                raise LogError(f"{self.path}: cannot be closed as complete: {problem}")
+        lines = [b"begin result\n", f"status: {status}\n".encode()]
+        for key, value in result.items():
+            if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", key) or key in ("marks", "digest"):
+                raise LogError(f"result key: expected lower-case words, got {key!r}")
+            if key != "status":
+                lines.append(f"{key}: {_one_line(value)}\n".encode())
+        for raw in lines:
+            self._marks += _mark(raw)
+        hexed = self._marks.hex()
+        width = 4 * MARKS_PER_LINE
+        lines += [f"marks: {hexed[i : i + width]}\n".encode() for i in range(0, len(hexed), width)]
+        try:
+            self._write(b"".join(lines))
+            os.fsync(self._file.fileno())
+            self._check_untouched()
+            end = self._size
+            self._write(f"digest: {self._hash.hexdigest()}\n".encode())
+            try:
+                os.fsync(self._file.fileno())
+            except OSError:
+                self._file.truncate(end)
+                raise
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close the file without a closing block: the log stays incomplete. Safe to call twice."""
+        self._broken = True
+        self._file.close()
+
+    def _not_complete(self, result: Mapping[str, object]) -> str | None:
+        if self._last_val is None:
+            return "it holds no validation line"
+        step, total, loss = self._last_val
+        if step != total:
+            return f"its last validation is of step {step}, the run has {total}"
+        if not math.isfinite(loss):
+            return f"its final loss is {loss}"
+        final = result.get("final_val_loss", loss)
+        try:
+            agree = abs(float(final) - loss) <= ROUNDING
+        except (TypeError, ValueError):
+            agree = False
+        if not agree:
+            return f"final_val_loss is {final}, its last validation line says {loss}"
+        return None
+
+    def _check_untouched(self) -> None:
+        """What is on disk under this path is what was written here, read back byte for byte."""
+        try:
+            here, ours = os.stat(self.path), os.fstat(self._file.fileno())
+        except FileNotFoundError:
+            raise LogError(f"{self.path}: was removed while the run wrote to it") from None
+        if (here.st_dev, here.st_ino) != (ours.st_dev, ours.st_ino):
+            raise LogError(f"{self.path}: was replaced while the run wrote to it")
+        with open(self.path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").digest()
+        if found != self._hash.digest():
+            raise LogError(
+                f"{self.path}: expected the {self._size} bytes written by this run, found "
+                f"{ours.st_size} others: something else wrote to this log"
+            )
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._file.closed:
+            self.abandon()
+
+
+def _mark(raw: bytes) -> bytes:
+    return hashlib.sha256(raw).digest()[:2]
+
+
+# ---------------------------------------------------------------------------------- reading files
+
+
+def _open(source: object) -> tuple[io.BufferedIOBase, str, Path | None]:
+    if isinstance(source, bytes):
+        return io.BytesIO(source), "<bytes>", None
+    if isinstance(source, str) and "\n" in source:
+        return io.BytesIO(source.encode()), "<text>", None
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected the file of a log, found none")
+    file = open(path, "rb")  # noqa: SIM115 (the caller closes it)
+    if file.read(2) == b"\x1f\x8b":
+        file.close()
+        return gzip.open(path, "rb"), str(path), path
+    file.seek(0)
+    return file, str(path), path
+
+
+def _pieces(file: io.BufferedIOBase) -> Iterator[bytes]:
+    """Lines of at most LINE_CAP bytes; a longer line comes in several pieces."""
+    total = 0
+    while True:
+        try:
+            piece = file.readline(LINE_CAP)
+        except (EOFError, gzip.BadGzipFile, OSError) as error:
+            raise LogError(f"the file cannot be read to its end: {error}") from error
+        if not piece:
+            return
+        total += len(piece)
+        if total > FILE_CAP:
+            raise LogError(f"the file is larger than {FILE_CAP >> 20} MiB, the rest was not read")
+        yield piece
+
+
+def parse(
+    source: str | bytes | os.PathLike, *, loss_key: str = "val_loss", keep_sources: bool = False
+) -> list[Run]:
+    """All runs of a log file (a path, or its text), ours or public, gzip or plain.
+
+    loss_key       the field that counts as the loss (`val_loss`; one public record names another)
+    keep_sources   keep the text of our logs' sources in `Run.sources`, up to SOURCE_CAP bytes
+    A file without a measurement gives []. Raises FileNotFoundError if there is no such file.
+    """
+    file, name, path = _open(source)
+    with file:
+        pieces = _pieces(file)
+        first = b""
+        try:
+            first = next(pieces, b"")
+            if first.rstrip(b"\r\n") == MAGIC.encode():
+                return _parse_ours(first, pieces, name, path, source, loss_key, keep_sources)
+            return parse_public(first, pieces, name, loss_key)
+        except LogError as error:
+            return [Run(name, faults=[str(error)])]
+
+
+# ---------------------------------------------------------------------------------- our format
+
+_SOURCE = re.compile(
+    r"(begin|kept) source (\S{1,200}) lines=(\d{1,9}) newline=([01]) sha256=([0-9a-f]{64})$"
+)
+_BLOCK = re.compile(r"begin (environment|recipe) lines=(\d{1,7})$")
+
+
+def find_kept(path: Path | None, name: str, sha256: str) -> Path | None:
+    """The file of a kept source, in `source/` beside the log or one folder up; maybe a variant."""
+    if path is None:
+        return None
+    for folder in (path.parent / "source", path.parent.parent / "source"):
+        for candidate in (folder / name, folder / "variants" / sha256[:12] / name):
+            if candidate.is_file() and _file_sha256(candidate) == sha256:
+                return candidate
+    return None
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Stream:
+    """The pieces of a log of ours, with its hash, line number and marks kept up to date.
+
+    The hash covers every piece handed out so far but the current one, so that the digest line can
+    be compared with what stands above it.
+    """
+
+    def __init__(self, first: bytes, pieces: Iterator[bytes], marks: bool) -> None:
+        self.pieces, self.pending = pieces, first
+        self.hash = hashlib.sha256()
+        self.current = b""
+        self.line = 0
+        self.want_marks, self.marks, self.mark_lines = marks, bytearray(), []
+
+    def next(self) -> bytes:
+        self.commit()
+        if self.pending:
+            piece, self.pending = self.pending, b""
+        else:
+            piece = next(self.pieces, b"")
+        self.current = piece
+        return piece
+
+    def text(self) -> str | None:
+        """The next whole line without its newline, None at the end of the file or if it is cut."""
+        piece = self.next()
+        if not piece:
+            return None
+        whole = piece.endswith(b"\n")
+        if not whole and len(piece) == LINE_CAP:
+            while piece and not piece.endswith(b"\n"):  # a line nobody wants to read: hash only
+                piece = self.next()
+            self.line += 1
+            return ""
+        self.line += 1
+        if self.want_marks and len(self.marks) < 2 * POINT_CAP:
+            self.marks += _mark(piece)
+            self.mark_lines.append(self.line)
+        return piece[:-1].decode(errors="replace") if whole else None
+
+    def commit(self) -> None:
+        if self.current:
+            self.hash.update(self.current)
+            self.current = b""
+
+    def replace(self, text: str) -> None:
+        """The line as it was when the log was closed (`kept source` was `begin source`)."""
+        self.current = text.encode() + b"\n"
+        if self.want_marks:
+            self.marks[-2:] = _mark(self.current)
+
+
+def _parse_ours(first, pieces, name, path, source, loss_key, keep_sources) -> list[Run]:
+    runs = []
+    while first:
+        stream = _Stream(first, pieces, marks=False)
+        run = Run(name, format="ours")
+        _read_ours(stream, run, path, loss_key, keep_sources)
+        if run.edits and not runs:
+            changed = _locate(source)
+            if changed:
+                run.edit(changed)
+        runs.append(run)
+        # a file may hold a second log after the first one's digest
+        first = next(pieces, b"")
+        if first and first.rstrip(b"\r\n") != MAGIC.encode():
+            run.edit(f"line {stream.line + 1}: text after the closing block")
+            run.digest = None
+            break
+        if len(runs) >= RUN_CAP:
+            break
+    return runs
+
+
+def _read_ours(
+    stream: _Stream, run: Run, path: Path | None, loss_key: str, keep_sources: bool
+) -> list[str]:
+    """Reads one log into `run`; returns the marks of its closing block."""
+    fault = run.fault
+    curve = Collector(run.path, loss_key, fixed_run=run)
+    code = hashlib.sha256()
+    kept_bytes = 0
+    section = "head"
+    marks: list[str] = []
+    stream.text()  # the first line, MAGIC
+    while True:
+        text = stream.text()
+        if text is None:
+            if stream.current:
+                fault(f"line {stream.line}: the log ends in the middle of a line")
+                curve_line = stream.current
+                fields = read_fields(curve_line)
+                if fields and loss_key in fields:
+                    curve.val(fields, curve_line, stream.line, ended=False)
+            return marks
+        if section == "result":
+            key, colon, value = text.partition(": ")
+            if key == "digest" and colon:
+                actual = stream.hash.hexdigest()
+                if value == actual:
+                    run.digest = value
+                else:
+                    run.edit(
+                        f"the digest does not fit (it says {value[:12]}, the log gives "
+                        f"{actual[:12]})"
+                    )
+                break
+            if key == "marks" and colon:
+                if len(value) <= 4 * MARKS_PER_LINE and len(marks) < POINT_CAP // MARKS_PER_LINE:
+                    marks.append(value)
+            elif colon and len(run.result) < 1000:
+                run.result[key] = _value(value[:4096])
+            else:
+                fault(f"line {stream.line}: not a `key: value` of the closing block: {text[:80]!r}")
+            continue
+        if section == "steps":
+            if text == "begin result":
+                section = "result"
+                continue
+            if text:  # "" is an empty line or one too long to be a result
+                curve.read(stream.current, stream.line, ended=True)
+            continue
+        if text == "begin steps":
+            section = "steps"
+            continue
+        header = _SOURCE.match(text)
+        if header:
+            state, source_name, num_lines, newline, sha256 = header.groups()
+            try:
+                _clean_name(source_name)
+            except LogError as error:
+                fault(f"line {stream.line}: {error}")
+                continue
+            if source_name in run.sources:
+                fault(f"line {stream.line}: source {source_name} appears twice")
+            body: list[bytes] = []
+            digest = hashlib.sha256()
+            want = keep_sources and kept_bytes < SOURCE_CAP
+            if state == "kept":
+                kept_bytes += _insert_kept(stream, run, path, text, header, digest, body, want)
+            else:
+                kept_bytes += _read_body(
+                    stream, int(num_lines), newline == "0", digest, body, want
+                )
+                if stream.text() != "end source":
+                    fault(
+                        f"line {stream.line}: source {source_name} does not have the "
+                        f"{num_lines} lines it announces"
+                    )
+            if digest.hexdigest() != sha256:
+                run.edit(f"source {source_name} is not the one this run used (sha256 differs)")
+            full = want and kept_bytes <= SOURCE_CAP
+            run.sources[source_name] = Source(
+                source_name,
+                sha256,
+                int(num_lines),
+                b"".join(body).decode(errors="replace") if full else None,
+            )
+            code.update(f"{source_name} {sha256}\n".encode())
+            continue
+        block = _BLOCK.match(text)
+        if block:
+            lines, size = [], 0
+            for _ in range(int(block[2])):
+                inner = stream.text()
+                if inner is None:
+                    break
+                size += len(inner)
+                if size <= 1 << 20:
+                    lines.append(inner)
+            if stream.text() != f"end {block[1]}":
+                fault(f"line {stream.line}: the {block[1]} does not have the lines it announces")
+            _take_block(run, block[1], lines)
+            continue
+        fault(f"line {stream.line}: not a part of the format: {text[:80]!r}")
+    if run.sources:
+        run.code_sha256 = code.hexdigest()
+    final = run.final
+    claimed = run.result.get("final_val_loss")
+    agree = claimed is None or final is None or (
+        isinstance(claimed, (int, float)) and abs(claimed - final.val_loss) <= ROUNDING
+    )
+    if run.result.get("status") == "complete" and not agree:
+        fault(f"final_val_loss is {claimed}, the last validation line says {final.val_loss}")
+    return marks
+
+
+def _read_body(stream, num_lines, cut_newline, digest, body, want) -> int:
+    size = 0
+    while num_lines:
+        piece = stream.next()
+        if not piece:
+            break
+        ends = piece.endswith(b"\n")
+        if ends:
+            num_lines -= 1
+            stream.line += 1
+        kept = piece[:-1] if ends and cut_newline and not num_lines else piece
+        digest.update(kept)
+        size += len(kept)
+        if want and size <= SOURCE_CAP:
+            body.append(kept)
+    return size
+
+
+def _insert_kept(stream, run, path, text, header, digest, body, want) -> int:
+    """Hashes the block of a source that the record folder keeps, as if it stood in the log."""
+    _, name, num_lines, newline, sha256 = header.groups()
+    file = find_kept(path, name, sha256)
+    if file is None:
+        run.edit(f"source {name} is not in the record folder, or not as it was run")
+        digest.update(b"missing")
+        return 0
+    stream.replace("begin" + text.removeprefix("kept"))
+    stream.commit()
+    data = b""
+    size = 0
+    with open(file, "rb") as content:
+        while data := content.read(1 << 20):
+            digest.update(data)
+            stream.hash.update(data)
+            size += len(data)
+            if want and size <= SOURCE_CAP:
+                body.append(data)
+    if newline == "0":
+        stream.hash.update(b"\n")
+    stream.current = b"end source\n"
+    stream.line += int(num_lines) + 1
+    if stream.want_marks:
+        stream.marks += _mark(stream.current)
+        stream.mark_lines.append(stream.line)
+    return size
+
+
+def _take_block(run: Run, title: str, lines: list[str]) -> None:
+    if title == "recipe":
+        try:
+            recipe = json.loads("\n".join(lines))
+        except (ValueError, RecursionError):
+            recipe = None
+        if not isinstance(recipe, dict):
+            run.fault("the recipe is not JSON")
+        else:
+            run.recipe = recipe
+        return
+    for line in lines:
+        key, colon, value = line.partition(": ")
+        if colon:
+            run.environment[key] = value
+    env = run.environment
+    run.python, run.torch, run.cuda = env.get("python"), env.get("torch"), env.get("cuda")
+    run.gpu = env.get("gpu")
+    count = env.get("gpu_count", "")
+    run.gpu_count = int(count) if re.fullmatch(r"\d{1,6}", count) else None
+
+
+_FLOAT = re.compile(r"-?(?:\d{1,18}\.\d{0,20}|\d{1,18}(?=e))(?:e[+-]?\d{1,3})?|-?inf|nan")
+
+
+def _value(text: str) -> object:
+    if text in ("true", "false"):
+        return text == "true"
+    if text == "none":
+        return None
+    if re.fullmatch(r"-?\d{1,18}", text):
+        return int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    return text
+
+
+def _locate(source: object) -> str | None:
+    """Second reading of a log whose digest does not fit: the first line its marks disagree with."""
+    file, name, path = _open(source)
+    with file:
+        pieces = _pieces(file)
+        stream = _Stream(next(pieces, b""), pieces, marks=True)
+        run = Run(name, format="ours")
+        said = "".join(_read_ours(stream, run, path, "val_loss", False))
+    try:
+        expected = bytes.fromhex(said)
+    except ValueError:
+        return "the marks of the closing block were changed"
+    num_marks = len(said) // 4
+    closing = -(-num_marks // MARKS_PER_LINE) + 1  # the lines of the marks and of the digest
+    pairs = range(0, len(stream.marks) - 2 * closing, 2)
+    actual = [bytes(stream.marks[i : i + 2]) for i in pairs]
+    wanted = [expected[i : i + 2] for i in range(0, len(expected), 2)]
+    if actual == wanted:
+        return None  # a source, named by its own sha256, or the marks or digest themselves
+    at = next(
+        (i for i, (a, b) in enumerate(zip(actual, wanted)) if a != b), min(len(actual), len(wanted))
+    )
+    line = stream.mark_lines[at]
+    gap = len(wanted) - len(actual)
+    if gap > 0 and actual[at:] == wanted[at + gap :]:
+        return f"line {line}: {gap} line{'s' * (gap > 1)} removed before this one"
+    if gap < 0 and actual[at - gap :] == wanted[at:]:
+        return f"line {line}: {-gap} line{'s' * (gap < -1)} added from here"
+    return f"line {line}: changed"
+
+
+def without_sources(path: str | os.PathLike) -> tuple[bytes, dict[str, bytes]]:
+    """A log of ours as a record folder keeps it, and the sources it held, byte for byte.
+
+    Reading the result beside a `source/` folder with these files gives the digest of the whole log.
+    """
+    kept, sources = bytearray(), {}
+    file, name, _ = _open(path)
+    with file:
+        if file.readline(LINE_CAP).rstrip(b"\r\n") != MAGIC.encode():
+            raise LogError(f"{name}: expected a log that starts with {MAGIC!r}")
+        kept += f"{MAGIC}\n".encode()
+        while raw := file.readline():
+            header = _SOURCE.match(raw.decode(errors="replace").rstrip("\n"))
+            if not header or header[1] != "begin":
+                kept += raw
+                if raw == b"begin steps\n":
+                    kept += file.read(FILE_CAP)
+                continue
+            body = b"".join(file.readline() for _ in range(int(header[3])))
+            if file.readline() != b"end source\n":
+                raise LogError(f"{name}: source {header[2]} does not have the lines it announces")
+            sources[_clean_name(header[2])] = body if header[4] == "1" else body[:-1]
+            kept += b"kept" + raw.removeprefix(b"begin")
+    return bytes(kept), sources

@@ -1,0 +1,324 @@
+"""What a run tells: to the person at the terminal, to the log, to Weights & Biases.
+
+On a terminal there is a progress bar below lines that stay; without one the lines are the same.
+"""
+
+import contextlib
+import functools
+import hashlib
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import recipes
+from data import corpus
+from kernels.attention import describe_attention
+from model import GPT, num_parameters
+from ranks import Signal, World
+from recipes import Recipe, batch_shape
+from records.log import LogError, RunLog, train_line, val_line
+from records.standing import rank as rank_in_table
+from records.standing import stand
+from sample import generate
+
+ROOT = Path(__file__).resolve().parent
+WANDB_PATIENCE_S = 30  # how long a finished run waits for its server
+
+
+def secrets_here() -> dict[str, str]:
+    """Environment variables that hold a secret, by their name: WANDB_API_KEY, HF_TOKEN, ..."""
+    return {name: value for name, value in os.environ.items() if len(value) >= 8
+            and re.search(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", name.upper())}
+
+
+def without_secrets(text: str) -> str:
+    """`text` with what must not be published blacked out: values of this environment's secrets,
+    Hugging Face tokens, passwords in URLs, and what stands behind --api_key, token=, password=."""
+    for name, value in secrets_here().items():
+        text = text.replace(value, f"[{name}]")
+    text = re.sub(r"\bhf_[A-Za-z0-9]{16,}", "[token]", text)
+    text = re.sub(r"(\w+://)[^/@\s]+@", r"\1[login]@", text)
+    word = "(?:key|token|password|secret)"
+    return re.sub(rf"(?i)(--[\w-]*{word}[ =]|\b\w*{word}=)\S+", r"\1[secret]", text)
+
+
+@functools.cache  # read once, right after the imports: a later edit is not what runs
+def local_sources() -> dict[str, str]:
+    """Every module of this repository that the run has imported: name -> text, for the log."""
+    files = {Path(m.__file__).resolve() for m in list(sys.modules.values())
+             if getattr(m, "__file__", None)}
+    own = sorted(f.relative_to(ROOT) for f in files
+                 if f.is_relative_to(ROOT) and f.suffix == ".py" and f.is_file()
+                 and not {".venv", "tests"} & set(f.relative_to(ROOT).parts))
+    return {str(f): (ROOT / f).read_text() for f in own}
+
+
+def source_digest(sources: dict[str, str]) -> str:
+    return hashlib.sha256("".join(f"{k}\0{v}\0" for k, v in sources.items()).encode()).hexdigest()
+
+
+def environment(world: World, threads: int) -> dict[str, str]:
+    """Where the run runs: versions, devices, the commit and whether the tree was clean."""
+    def output(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT,
+                                  check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return ""
+
+    facts = {
+        "command": without_secrets(" ".join(["train_gpt.py", *sys.argv[1:]])),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu": next((line.split(":", 1)[1].strip() for line in _read("/proc/cpuinfo").splitlines()
+                     if line.startswith("model name")), platform.processor() or "unknown"),
+        "cpu_cores": str(os.cpu_count()),
+        "threads": str(threads),
+        "world_size": str(world.size),
+        "device": str(world.device.type),
+        "git_commit": output("git", "rev-parse", "HEAD") or "none",
+        "git_dirty": str(bool(output("git", "status", "--porcelain"))).lower(),
+    }
+    if world.device.type == "cuda":
+        facts |= {
+            "cuda": torch.version.cuda or "none",
+            "gpu": torch.cuda.get_device_name(world.device),
+            "gpus": "; ".join(output("nvidia-smi", "--query-gpu=name,driver_version,memory.total",
+                                     "--format=csv,noheader").splitlines()),
+        }
+    return facts
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+class Screen:
+    """Prints on the first rank, stays silent on the others."""
+
+    def __init__(self, speaks: bool):
+        self.speaks = speaks
+        self.bar: tqdm | None = None
+
+    def line(self, text: str = "") -> None:
+        """One line that stays, above the bar where there is one."""
+        self._write(text, sys.stdout)
+
+    def warn(self, text: str) -> None:
+        self._write(f"warning: {text}", sys.stderr)
+
+    def _write(self, text: str, stream: TextIO) -> None:
+        if not self.speaks:
+            return
+        try:
+            tqdm.write(text, file=stream)
+            stream.flush()
+        except BrokenPipeError:  # whoever read this is gone: stop as when a terminal goes away
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            signal.raise_signal(signal.SIGHUP)
+
+    def facts(self, rows: dict[str, object]) -> None:
+        """Aligned `name  value` rows, wrapped to the terminal's width."""
+        width = max(len(name) for name in rows) + 2
+        columns = max(shutil.get_terminal_size((80, 24)).columns, width + 20)
+        for name, value in rows.items():
+            wrapped = textwrap.wrap(str(value), columns - width - 1) or [""]
+            for i, part in enumerate(wrapped):
+                self.line(f"{name if i == 0 else '':<{width}}{part}")
+
+    def start(self, total_tokens: int, done_tokens: int = 0) -> None:
+        """Show the bar; there is none without a terminal."""
+        if self.speaks and sys.stderr.isatty():
+            self.bar = tqdm(total=total_tokens, initial=done_tokens, unit="tok", unit_scale=True,
+                            dynamic_ncols=True, leave=False, mininterval=0.25, smoothing=0.1,
+                            desc="training")
+
+    def advance(self, tokens: int, loss: float | None) -> None:
+        if self.bar is not None:
+            if loss is not None:
+                self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            self.bar.update(tokens)
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class Reporter:
+    """Screen, log and, if asked for, Weights & Biases: one call for each thing that happens.
+
+    Made on every rank; only the first one's has a log and speaks.
+    """
+
+    def __init__(self, recipe: Recipe, screen: Screen, run_id: str, with_wandb: bool,
+                 data_digest: str):
+        self.recipe, self.screen, self.data_digest = recipe, screen, data_digest
+        self.log: RunLog | None = None
+        self.fault = ""
+        self.wandb_run = self._start_wandb(run_id) if with_wandb and screen.speaks else None
+        self.history: list[tuple[int, float]] = []
+
+    def open_log(self, path: Path, sources: dict[str, str], environment: dict[str, str]) -> None:
+        """Raises ValueError where the log cannot be made, or would publish a secret."""
+        for name, text in sources.items():
+            for secret, value in secrets_here().items():
+                if value in text:
+                    raise ValueError(f"{name} contains the value of {secret}, and every log "
+                                     "contains the sources: take it out")
+        try:
+            self.log = RunLog(path, sources, environment, recipes.to_dict(self.recipe))
+        except OSError as error:
+            path.unlink(missing_ok=True) if not isinstance(error, FileExistsError) else None
+            raise ValueError(f"--log_dir: the log {path} cannot be written "
+                             f"({error.strerror or error})") from None
+
+    def _start_wandb(self, run_id: str):
+        """It can fail; a training run does not fail with it."""
+        try:
+            import wandb
+            return wandb.init(project="nanogpt-speedrun", name=run_id,
+                              config=recipes.to_dict(self.recipe))
+        except Exception as error:
+            self.screen.line(without_secrets(
+                f"wandb: not logging ({type(error).__name__}: {error})"))
+            return None
+
+    def _write(self, line: str) -> None:
+        """A log that cannot be written ends the run: `fault` says so to the loop."""
+        if self.log is None or self.fault:
+            return
+        try:
+            self.log.line(line)
+        except (OSError, LogError) as error:
+            self.fault = f"the log cannot be written ({error})"
+            self.screen.warn(f"{self.fault}: the run stops, because a run without a log is lost")
+
+    def say(self, text: str) -> None:
+        text = without_secrets(text)
+        self.screen.line(text)
+        self._write(text)
+
+    def trained(self, signal: Signal) -> None:
+        self._write(train_line(signal.step + 1, self.recipe.num_iterations, signal.loss,
+                               signal.ms))
+        self.screen.advance(math.prod(batch_shape(signal.step, self.recipe)), signal.loss)
+        self._to_wandb(signal.step + 1, train_loss=signal.loss)
+
+    def validated(self, step: int, val_loss: float, ms: float, tokens: int) -> None:
+        self.say(val_line(step, self.recipe.num_iterations, val_loss, ms))
+        self.screen.line("  " + stand(
+            self.recipe.track, val_loss, ms, tokens, history=self.history,
+            target=self.recipe.target, num_iterations=self.recipe.num_iterations, step=step,
+            data_digest=self.data_digest))
+        self.history.append((step, val_loss))
+        self._to_wandb(step, val_loss=val_loss, train_time_ms=ms)
+
+    def _to_wandb(self, step: int, **values: float) -> None:
+        if self.wandb_run is None:
+            return
+        try:
+            self.wandb_run.log(values, step=step)
+        except Exception as error:  # whatever it is, it is not worth a training run
+            self.screen.line(without_secrets(
+                f"wandb: stopped logging ({type(error).__name__}: {error})"))
+            self.wandb_run = None
+
+    def close(self, result: dict[str, object]) -> bool:
+        """Close the log, then tell Weights & Biases. Returns whether the log is whole."""
+        self.screen.stop()
+        if self.log is not None:
+            try:
+                if self.fault:
+                    self.log.abandon()
+                else:
+                    self.log.close(result)
+            except (OSError, LogError) as error:
+                self.fault = f"the log cannot be closed ({error})"
+                self.screen.warn(self.fault)
+        if self.wandb_run is not None:
+            # It waits for its server, which may never answer.
+            end = threading.Thread(target=self._finish_wandb, daemon=True)
+            end.start()
+            end.join(timeout=WANDB_PATIENCE_S)
+        return not self.fault
+
+    def _finish_wandb(self) -> None:
+        with contextlib.suppress(Exception):
+            self.wandb_run.finish(quiet=True)
+
+
+def header(recipe: Recipe, seed: int, model: GPT, data: str, world: World, how: str,
+           where: dict[str, str]) -> dict[str, str]:
+    """What stands above a run: recipe, sizes, device, and every backend with its reason."""
+    on_gpu = world.device.type == "cuda"
+    return {
+        "recipe": f"record #{recipe.record} ({recipe.title}), {recipe.scale} scale, seed {seed}",
+        "model": f"{num_parameters(model) / 1e6:.1f}M parameters, {recipe.model.num_layers} "
+                 f"layers of width {recipe.model.model_dim}",
+        "steps": f"{recipe.num_iterations:,} of {recipe.batch_tokens:,} tokens in rows of "
+                 f"{recipe.model.seq_len}: {recipe.total_tokens:,} tokens",
+        "device": f"{world.size} x {where['gpu']}" if on_gpu else (
+            f"{where['cpu']}; {world.size} rank{'s' * (world.size > 1)} of {where['threads']} "
+            f"thread{'s' * (where['threads'] != '1')}"),
+        "backends": f"{recipe.model.compute_dtype} products; {how}; "
+                    f"attention: {describe_attention(world.device, recipe.model)}; "
+                    f"collectives: {dist.get_backend() if world.size > 1 else 'none (one rank)'}",
+        "data": data,
+        "target": "not fixed yet" if recipe.target is None else f"val_loss {recipe.target}",
+    }
+
+
+def show_end(screen: Screen, recipe: Recipe, result: dict, log_path: Path, model: GPT) -> None:
+    """What the run came to, and what to type next."""
+    seconds = float(result["train_time_ms"]) / 1000
+    loss = float(result["final_val_loss"])
+    target = "no target is fixed for this track yet" if recipe.target is None else (
+        f"target {recipe.target} {'reached' if result['reached'] else 'not reached'}")
+    outside = f"warm-up {result['warmup_s']} s and validation {result['validation_s']} s"
+    screen.line()
+    screen.facts({
+        "result": f"{result['status']}: val_loss {loss:.4f}; {target}",
+        # Training and validation count from step 0, the rest from where a run was resumed.
+        "time": f"{seconds:.1f} s of training; " + (
+            f"validation {result['validation_s']} s; since it was resumed "
+            f"{result['wall_time_s']} s in all, of which warm-up {result['warmup_s']} s"
+            if result["resumed"] else f"{result['wall_time_s']} s in all, of which {outside}"),
+        "speed": f"{float(result['tokens_per_s']):,.0f} tokens/s, MFU {result['mfu']}, peak "
+                 f"memory {result['peak_memory_mib']} MiB",
+        "standing": rank_in_table(recipe.track, float(result["train_time_ms"]),
+                                  result["tokens"], loss),
+        "log": log_path,
+        "model": result["checkpoint"],
+    })
+    if recipe.model.vocab_size == corpus.VOCAB_SIZE and result["status"] == "complete":
+        prompt = "Return the "
+        screen.line("\nwhat it would write now:\n")
+        text = generate(model, prompt, num_tokens=240, temperature=0.7, seed=0)
+        for line in (prompt + text).splitlines():
+            screen.line("    " + line)
+    kept = any(log_path.parent.glob(f"{log_path.stem}.step*.ckpt"))
+    if result["status"] == "preempted" and kept:
+        screen.line("\nnext: the same command with --resume auto goes on from here")
+    else:
+        python = ".venv/bin/python" if Path(sys.prefix).name == ".venv" else "python"
+        screen.line(f"\nnext: {python} sample.py {log_path.with_suffix('')} "
+                    "--prompt \"Compute \"")
+    screen.line(f"log: {log_path}")
