@@ -39,6 +39,7 @@ def third_party(path) -> set[str]:
     ("profiling.py", {"ranks"}),
     ("options.py", {"kernels", "model", "recipes"}),
     ("sample.py", {"checkpoint", "data", "model", "recipes", "gpt2"}),
+    ("hellaswag.py", {"model", "sample"}),
 ])
 def test_a_file_imports_only_what_stands_below_it(name, allowed):
     assert imports(ROOT / name) & LOCAL <= allowed
