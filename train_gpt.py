@@ -175,7 +175,7 @@ def wants_compile(run: options.Run, device: torch.device) -> tuple[bool, str]:
 
 def compiles_optimizer(run: options.Run, device: torch.device) -> bool:
     """Fused, an update reads and writes each number once: record #62 on one of eight ranks takes
-    195 kernels instead of 639 (bench/null_gpu.py), and a sixth of the bytes."""
+    159 kernels instead of 603 (bench/NULL_GPU.md)."""
     wanted = {"on": True, "off": False, "auto": device.type == "cuda"}[run.compile_optimizer]
     return wanted and wants_compile(run, device)[0]
 

@@ -1,6 +1,6 @@
 """Everything that a GPU has to show, in one script: checks, kernels, optimizer, speed, loss.
 
-    python bench/gpu.py --data_dir shards              all parts, in order: 25 minutes (estimated)
+    python bench/gpu.py --data_dir shards              all parts, in order: half an hour (estimated)
     python bench/gpu.py speed variants --out results   these parts; again: what is missing of them
     python bench/gpu.py report --out results           write bench/RESULTS.md from what was measured
     python bench/gpu.py --toy                          a CPU: does the script still run?
