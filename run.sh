@@ -61,7 +61,7 @@ if [ "$nnodes" != 1 ]; then
 fi
 
 # Wrong options, missing data and too many ranks are said once, before any rank starts.
-WORLD_SIZE="$nproc_here" python train_gpt.py --prepare "$@"
+WORLD_SIZE="$((nproc_here * nnodes))" python train_gpt.py --prepare "$@"
 if [ "$nnodes" = 1 ]; then
     exec python launch.py --standalone --max_restarts "$restarts" --nproc_per_node "$nproc_here" \
         train_gpt.py "$@"
