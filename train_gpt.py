@@ -668,6 +668,8 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
                 timed_loop(job, at, loader, reporter, keeper, stop_request, profile)
         except Exception as error:
             crash, at.reason = error, f"{type(error).__name__}: {error}"
+    if crash is None:  # the others have nothing more to do, the first rank has: it saves
+        world.limit_waiting(FIRST_STEP_TIMEOUT_S)
     at.reason = at.clock.fault or at.reason
     if at.reason:
         reporter.say(f"stopped after step {at.step}: {at.reason}")
@@ -752,7 +754,6 @@ def main(argv: list[str]) -> int:
                 status = train(run, recipe, seed, data, world, screen, stop_request)
                 if status != "complete":
                     return int(status == "failed")
-                world.limit_waiting(FIRST_STEP_TIMEOUT_S)  # the first rank may still be saving
                 gc.collect()  # a compiled model refers to itself, and would stay beside the next
         return 0
     except (ValueError, OSError) as error:  # what a user or the network can cause
