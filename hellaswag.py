@@ -6,8 +6,8 @@
 
 A scene has four endings, one of them right (Zellers et al. 2019). The model takes the one whose
 tokens it finds likeliest: in the mean ("normalised", the figure that is quoted) or in the sum.
-Chance is 25%; OpenAI's GPT-2 (124M) takes 29.55% by the mean and 28.59% by the sum, measured this
-way in llm.c.
+Chance is 25%; OpenAI's GPT-2 (124M) takes 29.55% by the mean and 28.59% by the sum as llm.c
+measured it: this way, but without the token that opens a document, which these models know.
 """
 
 import argparse

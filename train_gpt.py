@@ -182,8 +182,8 @@ def compiles_optimizer(run: options.Run, device: torch.device) -> bool:
 
 def describe_speed(run: options.Run, job: "Job") -> str:
     """What of a run changes its speed and not what it trains, for its header."""
-    rows = len(rank_rows(job.recipe.num_rows, job.world.rank, job.world.size))
-    at_once = rows_at_once(rows, job.recipe.model.seq_len, job.micro_tokens)
+    at_once = rows_at_once(own_rows(job.recipe.num_rows, job.world), job.recipe.model.seq_len,
+                           job.micro_tokens)
     rows = f"{at_once} row{'s' * (at_once > 1)} at once"
     again = job.model.recomputed
     return "; ".join([
@@ -245,7 +245,13 @@ def fit_memory(recipe: Recipe, run: options.Run, device: torch.device) -> tuple[
         recomputed = next((n for n in range(layers) if seq_len * channels * kept(n) <= free),
                           layers)
     tokens = min(65_536, int(free / (kept(recomputed) * channels)))
-    return max(seq_len, tokens), recomputed
+    # A power of two, which divides validation into equal batches too.
+    return max(seq_len, 2 ** int(math.log2(max(1, tokens)))), recomputed
+
+
+def own_rows(num_rows: int, world: World) -> int:
+    """How many of a step's rows are this rank's."""
+    return len(rank_rows(num_rows, world.rank, world.size))
 
 
 def rows_at_once(num_rows: int, seq_len: int, micro_tokens: int) -> int:
@@ -354,8 +360,7 @@ def compile_ahead(model: GPT, optimizer: Muon, recipe: Recipe, world: World,
         else:
             model.set_stage(recipes.stage(step, recipe))
             num_rows, seq_len = batch_shape(step, recipe)
-            mine = len(rank_rows(num_rows, world.rank, world.size))
-            shape = rows_at_once(mine, seq_len, micro_tokens), seq_len
+            shape = rows_at_once(own_rows(num_rows, world), seq_len, micro_tokens), seq_len
         batch = throw_away(shape, recipe, world.device, generator)
         model.train(step is not None)
         with torch.set_grad_enabled(step is not None):
@@ -390,8 +395,7 @@ def warm_up(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: Worl
     for step in steps + [0] * (slowest - len(steps)):
         recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
         num_rows, seq_len = batch_shape(step, recipe)
-        mine = len(rank_rows(num_rows, world.rank, world.size))
-        batch = throw_away((mine, seq_len), recipe, world.device, generator)
+        batch = throw_away((own_rows(num_rows, world), seq_len), recipe, world.device, generator)
         train_step(model, optimizer, recipe, batch, micro_tokens, num_rows * seq_len, signals)
     val_tokens = recipe.val_row * min(max(1, micro_tokens // recipe.val_row) * world.size,
                                       recipe.val_tokens // recipe.val_row)
@@ -493,7 +497,7 @@ def next_batch(loader: Loader, step: int, job: Job) -> Batch:
     except (ValueError, OSError) as error:
         job.signals.fault = str(error)
         num_rows, seq_len = batch_shape(step, job.recipe)
-        rows = len(rank_rows(num_rows, job.world.rank, job.world.size))
+        rows = own_rows(num_rows, job.world)
         zeros_BT = torch.zeros(rows, seq_len, dtype=torch.int32, device=job.world.device)
         return Batch(zeros_BT, zeros_BT.long(), torch.tensor([[1, seq_len]] * rows))
 
