@@ -213,6 +213,12 @@ def compile_segments(model: GPT, num_layers: int = 1, backend: str = "inductor")
     model.loss_bodies = compiled(model.loss_bodies, backend)
 
 
+def compiled_graphs() -> int:
+    """How many graphs this process has compiled, or found in the cache."""
+    utils = sys.modules.get("torch._dynamo.utils")  # an eager run does not pay for its import
+    return utils.counters["stats"]["unique_graphs"] if utils else 0
+
+
 # --- one step -------------------------------------------------------------------------------------
 
 # Bytes that backward keeps of a token, for each layer and channel: 39 to 49 measured with compiled
@@ -338,12 +344,12 @@ def short_of_memory(device: torch.device) -> bool:
 
 def throw_away(shape: tuple[int, int], recipe: Recipe, device: torch.device,
                generator: torch.Generator) -> Batch:
-    """Random tokens, as a loader would give them."""
-    num_rows, seq_len = shape
-    tokens = torch.randint(recipe.model.vocab_size, (num_rows, seq_len + 1), generator=generator)
-    inputs_BT = tokens[:, :-1].int().contiguous()
+    """Random tokens, laid out as a loader's: for other strides other code is compiled, even where
+    there is one row, to which its stride means nothing."""
+    inputs_BT, targets_BT = torch.randint(recipe.model.vocab_size, (2, *shape), generator=generator)
+    inputs_BT = inputs_BT.int()
     docs_B2 = row_documents(inputs_BT.numpy(), recipe.model.bos_id)
-    return Batch(inputs_BT.to(device), tokens[:, 1:].contiguous().to(device), docs_B2)
+    return Batch(inputs_BT.to(device), targets_BT.to(device), docs_B2)
 
 
 def compile_ahead(model: GPT, optimizer: Muon, recipe: Recipe, world: World,
@@ -447,6 +453,7 @@ class Progress:
     memory: PeakMemory
     step: int = 0               # updates done
     validation_s: float = 0.0
+    graphs: int = 0             # compiled in a step, which the warm-up should have
     reason: str = ""            # why it stopped before its end
 
     @property
@@ -576,8 +583,10 @@ def timed_loop(job: Job, at: Progress, loader: Loader, reporter: Reporter, keepe
             group.update(recipes.group_schedule(step, group["name"], recipe))
         batch = next_batch(loader, step, job)
         signals.fault = signals.fault or clock.fault or reporter.fault
+        graphs = compiled_graphs()
         train_step(model, optimizer, recipe, batch, job.micro_tokens,
                    math.prod(batch_shape(step, recipe)), signals, stop_request.asked)
+        at.graphs += compiled_graphs() - graphs
         at.step += 1
         job.world.mark(at.step)
         at.reason = heed(signals.receive()) or at.reason  # of the step before: the host never waits
@@ -677,6 +686,9 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
     at.reason = at.clock.fault or at.reason
     if at.reason:
         reporter.say(f"stopped after step {at.step}: {at.reason}")
+    if at.graphs:
+        reporter.say(f"the clock holds compiling: {at.graphs} graphs that the warm-up did not "
+                     "build")
     if profile is not None:
         for line in profile.finish(log_path.with_suffix(".trace.json.gz"),
                                    recipe.model.padded_vocab_size):
@@ -706,6 +718,7 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
         "tokens_per_s": f"{tokens_per_s:.0f}",
         "mfu": "unknown" if peak is None else f"{tokens_per_s * flops / peak / world.size:.4f}",
         "peak_memory_mib": f"{at.memory.all:.0f}", "peak_step_mib": f"{at.memory.steps:.0f}",
+        "graphs_in_clock": at.graphs,
         "parameters": num_parameters(job.model), "data_digest": data.digest,
         "resumed": earlier is not None, "profiled_steps": run.profile, "checkpoint": model_path,
     }

@@ -1,6 +1,8 @@
 """Compiled in pieces of one layer, several or all, the model computes what it did, and a schedule
 that moves does not compile again."""
 
+import functools
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -119,6 +121,21 @@ def test_a_schedule_that_moves_builds_no_graph_that_the_warm_up_did_not(record):
         loss_and_gradients(model, rows(recipe, seed=step))
     assert len(windows) > 1
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("record, rows", [(6, 4), (62, 1)])
+def test_nothing_is_compiled_while_the_clock_runs(record, rows, tiny_data, tmp_path, monkeypatch):
+    """One row a rank, as on eight GPUs, and several."""
+    monkeypatch.setattr(train_gpt, "compile_segments", functools.partial(
+        train_gpt.compile_segments, backend="aot_eager"))
+    stages = ["--batch_stages", f"{16 * rows},{32 * rows},{32 * rows}"] if record == 62 else []
+    words = tiny_options("--record", record, "--compile", "on", "--compile_optimizer", "off",
+                         "--batch_tokens", 32 * rows, *stages, "--data_dir", tiny_data,
+                         "--log_dir", tmp_path)
+    assert train_gpt.main(words) == 0
+    assert counters["stats"]["unique_graphs"] > 4
+    log, = tmp_path.glob("*.txt")
+    assert "graphs_in_clock:0" in log.read_text().replace(" ", "")
 
 
 def test_the_compiled_optimizer_of_the_newest_record_is_the_eager_one():
