@@ -20,9 +20,9 @@ import hashlib
 import math
 import os
 import secrets
-import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,15 @@ import checkpoint
 import options
 import recipes
 from checkpoint import Keeper
+from compiling import (
+    Helpers,
+    compile_ahead,
+    compile_segments,
+    compiled_graphs,
+    compiles_optimizer,
+    start_helpers,
+    wants_compile,
+)
 from data import corpus, fineweb
 from data.loader import (
     Batch,
@@ -43,15 +52,14 @@ from data.loader import (
     OutOfTokens,
     check_enough_tokens,
     rank_rows,
-    row_documents,
     val_batches,
 )
 from data.shards import check_disjoint, data_digest
 from kernels import check_kernels, peak_flops, symmetric
 from kernels.attention import activate_flash_attention
 from kernels.fp8 import check_fp8
-from kernels.loss import compiled
-from model import GPT, num_parameters
+from micro_steps import fit_memory, micro_batches, own_rows, rows_at_once, throw_away
+from model import GPT, num_bytes, num_parameters
 from muon import Muon
 from profiling import Profile, check_profile
 from ranks import (
@@ -158,28 +166,6 @@ def build_optimizer(model: GPT, recipe: Recipe, kernels: frozenset[str] = frozen
                 compile=compiled)
 
 
-def wants_compile(run: options.Run, device: torch.device) -> tuple[bool, str]:
-    """Whether to compile, and the reason to show."""
-    if run.compile == "off":
-        return False, "eager (--compile off)"
-    if run.compile == "auto" and device.type == "cpu":
-        return False, "eager (the default on CPU: compiling takes longer than it saves here)"
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        return False, "eager (no C++ compiler found: install g++ to compile)"
-    if device.type == "cpu" and " " in torch.__file__:  # the linker gets -L/a folder in two words
-        return False, "eager (torch.compile cannot link torch in a folder with a space in its name)"
-    layers = {0: "all layers", 1: "one layer"}.get(run.compile_layers,
-                                                   f"{run.compile_layers} layers")
-    return True, f"torch.compile, {layers} a graph"
-
-
-def compiles_optimizer(run: options.Run, device: torch.device) -> bool:
-    """Fused, an update reads and writes each number once: record #62 on one of eight ranks takes
-    159 kernels instead of 603 (bench/NULL_GPU.md)."""
-    wanted = {"on": True, "off": False, "auto": device.type == "cuda"}[run.compile_optimizer]
-    return wanted and wants_compile(run, device)[0]
-
-
 def describe_speed(run: options.Run, job: "Job") -> str:
     """What of a run changes its speed and not what it trains, for its header."""
     at_once = rows_at_once(own_rows(job.recipe.num_rows, job.world), job.recipe.model.seq_len,
@@ -194,86 +180,7 @@ def describe_speed(run: options.Run, job: "Job") -> str:
         f"Triton: {', '.join(sorted(run.triton_kernels)) or 'none'}"])
 
 
-def compile_segments(model: GPT, num_layers: int = 1, backend: str = "inductor") -> None:
-    """Compile the start, the layers and the head by themselves. One layer a graph: alike ones share
-    it, and gradients arrive layer by layer, so that their reduction overlaps with the rest of the
-    backward pass. Several layers a graph (0: all) fuse across them, compile longer, arrive later.
-    """
-    # A layer that no longer fits the cache would run eager with only a warning.
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    torch._dynamo.config.recompile_limit = 64  # kinds of layers x shapes of batches
-    L = len(model.blocks)
-    n = min(num_layers or L, L)
-    model.segments = [range(first, min(first + n, L)) for first in range(0, L, n)]
-    if n == 1:
-        for block in model.blocks:
-            block.compile(dynamic=False, backend=backend)
-    for name in ("enter", *["run_layers"] * (n > 1), "leave"):
-        setattr(model, name, torch.compile(getattr(model, name), dynamic=False, backend=backend))
-    model.loss_bodies = compiled(model.loss_bodies, backend)
-
-
-def compiled_graphs() -> int:
-    """How many graphs this process has compiled, or found in the cache."""
-    utils = sys.modules.get("torch._dynamo.utils")  # an eager run does not pay for its import
-    return utils.counters["stats"]["unique_graphs"] if utils else 0
-
-
 # --- one step -------------------------------------------------------------------------------------
-
-# Bytes that backward keeps of a token, for each layer and channel: 39 to 49 measured with compiled
-# layers (bench/memory.py). A layer that is computed again keeps its input alone.
-KEPT_BYTES, INPUT_BYTES = 50, 4
-
-
-def fit_memory(recipe: Recipe, run: options.Run, device: torch.device) -> tuple[int, int]:
-    """(tokens that a rank computes at once, layers that backward computes again).
-
-    On a GPU as many as its free memory holds, up to 64 rows of 1,024 as in the records. Packed
-    recipes have rows of 48K or 64K tokens, which cannot be cut: where one does not fit, as many
-    layers are computed again as must. Both change nothing but rounding.
-
-    Those are the first layers: backward comes to them last, when all that the others kept is free.
-    """
-    layers, channels = recipe.model.num_layers, recipe.model.model_dim
-    recomputed, seq_len = layers if run.recompute == "on" else 0, recipe.model.seq_len
-    if run.micro_batch_tokens is not None or device.type == "cpu":
-        return max(seq_len, run.micro_batch_tokens or 8192), recomputed
-    total = torch.cuda.get_device_properties(device).total_memory
-    free = 0.85 * total - torch.cuda.memory_allocated(device) - 3 * 2**30  # the head's chunk
-
-    def kept(recomputed: int) -> int:
-        """Bytes of a token and channel, at the end of forward or in the first layers' backward."""
-        inputs = INPUT_BYTES * recomputed
-        return inputs + KEPT_BYTES * max(layers - recomputed, 2 * (recomputed > 0))
-
-    if run.recompute == "auto":
-        recomputed = next((n for n in range(layers) if seq_len * channels * kept(n) <= free),
-                          layers)
-    tokens = min(65_536, int(free / (kept(recomputed) * channels)))
-    # A power of two, which divides validation into equal batches too.
-    return max(seq_len, 2 ** int(math.log2(max(1, tokens)))), recomputed
-
-
-def own_rows(num_rows: int, world: World) -> int:
-    """How many of a step's rows are this rank's."""
-    return len(rank_rows(num_rows, world.rank, world.size))
-
-
-def rows_at_once(num_rows: int, seq_len: int, micro_tokens: int) -> int:
-    """Rows of one micro-step: as many as micro_tokens allow, or fewer where a third more parts at
-    most make them equal, since compiled code is made for each number of rows."""
-    fewest = math.ceil(num_rows / max(1, micro_tokens // seq_len))
-    parts = next((n for n in range(fewest, 4 * fewest // 3 + 1) if num_rows % n == 0), fewest)
-    return math.ceil(num_rows / parts)
-
-
-def micro_batches(batch: Batch, micro_tokens: int) -> list[tuple[Tensor, ...]]:
-    """The batch in parts of about so many tokens: what the model takes."""
-    rows = rows_at_once(*batch.inputs_BT.shape, micro_tokens)
-    tensors = (batch.inputs_BT, batch.targets_BT, batch.docs_B2)
-    return list(zip(*(t.split(rows) for t in tensors if t is not None)))
-
 
 def clip_gradients(model: GPT, largest: float) -> None:
     """Scale all gradients down so that the norm of their sum over ranks is at most `largest`.
@@ -340,41 +247,6 @@ def short_of_memory(device: torch.device) -> bool:
     record #62's model, gradients and optimizer (6.9 GB) and a step or a copy of them, not all."""
     return device.type == "cuda" and 4 * torch.cuda.memory_allocated(device) > (
         torch.cuda.get_device_properties(device).total_memory)
-
-
-def throw_away(shape: tuple[int, int], recipe: Recipe, device: torch.device,
-               generator: torch.Generator) -> Batch:
-    """Random tokens, laid out as a loader's: for other strides other code is compiled, even where
-    there is one row, to which its stride means nothing."""
-    inputs_BT, targets_BT = torch.randint(recipe.model.vocab_size, (2, *shape), generator=generator)
-    inputs_BT = inputs_BT.int()
-    docs_B2 = row_documents(inputs_BT.numpy(), recipe.model.bos_id)
-    return Batch(inputs_BT.to(device), targets_BT.to(device), docs_B2)
-
-
-def compile_ahead(model: GPT, optimizer: Muon, recipe: Recipe, world: World,
-                  micro_tokens: int) -> None:
-    """Build the model's graphs, each rank of a machine beginning with another stage: what one has
-    compiled the others find in torch's cache on the disk. No rank waits for another here."""
-    generator = torch.Generator().manual_seed(0)
-    parts: list[int | None] = [*recipes.stage_steps(recipe), None]  # None: validation
-    first = world.local_rank * len(parts) // world.local_size
-    for step in parts[first:] + parts[:first]:
-        if step is None:
-            model.set_stage(recipes.eval_stage(0, recipe))
-            shape = max(1, micro_tokens // recipe.val_row), recipe.val_row
-        else:
-            model.set_stage(recipes.stage(step, recipe))
-            num_rows, seq_len = batch_shape(step, recipe)
-            shape = rows_at_once(own_rows(num_rows, world), seq_len, micro_tokens), seq_len
-        batch = throw_away(shape, recipe, world.device, generator)
-        model.train(step is not None)
-        with torch.set_grad_enabled(step is not None):
-            loss = model(batch.inputs_BT, batch.targets_BT, batch.docs_B2)
-        if step is not None:
-            loss.backward()
-    model.train()
-    optimizer.zero_grad()
 
 
 def warm_up(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: World,
@@ -474,16 +346,17 @@ class Crash(RuntimeError):
     """Something nobody foresaw; what it was stands above it in the traceback."""
 
 
-def make_job(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World) -> Job:
+def make_job(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
+             backend: str | Callable = "inductor") -> Job:
     activate_flash_attention(world.device)
     model = build_model(recipe, seed, world.device, run.triton_kernels)
     if wants_compile(run, world.device)[0]:
-        compile_segments(model, run.compile_layers)
+        compile_segments(model, run.compile_layers, backend)
     signals = Signals(world, model.named_parameters())
     optimizer = build_optimizer(model, recipe, run.triton_kernels,
                                 compiles_optimizer(run, world.device))
     signals.guard(optimizer)
-    micro_tokens, model.recomputed = fit_memory(recipe, run, world.device)
+    micro_tokens, model.recomputed = fit_memory(recipe, run, world.device, num_bytes(model))
     return Job(run, recipe, seed, data, world, model, optimizer, signals, micro_tokens)
 
 
@@ -623,7 +496,7 @@ def tensors_of(path: str, world: World) -> dict:
 
 
 def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World, screen: Screen,
-          stop_request: StopRequest) -> str:
+          stop_request: StopRequest, helpers: Helpers) -> str:
     """One training from seed to log: complete, preempted or failed."""
     wall_start = time.perf_counter()
     log_dir = Path(run.log_dir)
@@ -640,7 +513,7 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
                     "nothing is left to do (another --seed trains another model)")
         return "complete"
 
-    job = make_job(run, recipe, seed, data, world)
+    job = make_job(run, recipe, seed, data, world, helpers.backend)
     where = environment(world, torch.get_num_threads())
     screen.line()
     screen.facts(header(recipe, seed, job.model, f"{run.data_dir or recipe.corpus}, "
@@ -650,9 +523,11 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
 
     warmup_start = time.perf_counter()
     if wants_compile(run, world.device)[0] and world.local_size > 1:
-        compile_ahead(job.model, job.optimizer, recipe, world, job.micro_tokens)
+        compile_ahead(job.model, recipe, world, job.micro_tokens)
     warm_up(job.model, job.optimizer, recipe, data, world, job.micro_tokens, job.signals)
     world.synchronize()
+    for why in helpers.end(warm=True):
+        screen.warn(f"a process that should help to compile failed: {why}")
     warmup_s = time.perf_counter() - warmup_start
     screen.line(f"warm-up done in {warmup_s:.1f} s; everything put back as it was")
 
@@ -757,21 +632,22 @@ def main(argv: list[str]) -> int:
             rank_rows(batch_shape(0, recipe)[0], 0, int(os.environ.get("WORLD_SIZE", 1)))
             return 0
         with join_world(run.device) as world, StopRequest() as stop_request, world.watched():
-            facts = recipes.to_dict(recipe)
+            facts, code = recipes.to_dict(recipe), source_digest(local_sources())
             world.agree(facts.pop("model") | facts
                         | {name: getattr(run, name) for name in
                            ("seed", "runs", "resume", "checkpoint_every", "timeout_s", "compile",
                             "compile_layers", "compile_optimizer", "kernels", "recompute",
                             "profile")}
-                        | {"the code": source_digest(local_sources())})
-            data = world.first(lambda: find_data(recipe, run))
-            world.agree({"the data": world.every(lambda: data_here(data))})
+                        | {"the code": code})
             rank_rows(batch_shape(0, recipe)[0], world.rank, world.size)
-            for seed in range(run.seed, run.seed + run.runs):
-                status = train(run, recipe, seed, data, world, screen, stop_request)
-                if status != "complete":
-                    return int(status == "failed")
-                gc.collect()  # a compiled model refers to itself, and would stay beside the next
+            with start_helpers(run, recipe, world, argv, code) as helpers:
+                data = world.first(lambda: find_data(recipe, run))
+                world.agree({"the data": world.every(lambda: data_here(data))})
+                for seed in range(run.seed, run.seed + run.runs):
+                    status = train(run, recipe, seed, data, world, screen, stop_request, helpers)
+                    if status != "complete":
+                        return int(status == "failed")
+                    gc.collect()  # a compiled model refers to itself: it would stay beside the next
         return 0
     except (ValueError, OSError) as error:  # what a user or the network can cause
         if first:

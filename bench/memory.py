@@ -3,7 +3,7 @@
     python bench/memory.py                       #6, #12, #38, #62 at full width; minutes on a CPU
     python bench/memory.py --records 6 --eager   without compiling: seconds
 
-The number of tokens that a card computes at once follows from it (train_gpt.KEPT_BYTES). Counted,
+The number of tokens that a card computes at once follows from it (micro_steps.KEPT_BYTES). Counted,
 not timed: storages that autograd saves in the layers of a model of 4 layers of width 768, the
 difference between rows of 1,024 and of 512 tokens; parameters and the head are left out. The last
 column is what the whole recipe keeps of one row.
@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import compiling
 import recipes
-import train_gpt
 from recipes import RECORDS, Recipe
 
 LAYERS, LENGTHS, WINDOW = 4, (512, 1024), 128
@@ -53,7 +53,7 @@ def measure(recipe: Recipe, way: str) -> float:
                                       if getattr(stage, name)}))
     model.recomputed = LAYERS if way == "recomputed" else 0
     if way == "compiled":
-        train_gpt.compile_segments(model)
+        compiling.compile_segments(model)
     short, long = (kept_bytes(model, seq_len) for seq_len in LENGTHS)
     return (long - short) / (LENGTHS[1] - LENGTHS[0]) / LAYERS / recipe.model.model_dim
 

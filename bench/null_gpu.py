@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,7 +40,8 @@ RECORDS = (6, 12, 23, 62)
 STEPS = 8
 COUNTS = ("launches", "products", "copies", "waits")
 HEAD = ("record", "ranks", "GiB", "tokens at once", "peak GiB, step", "peak GiB, validation",
-        "graphs", "compile and warm-up s, cold", "warm", "kernels a step", "products", "copies",
+        "graphs", "compile and warm-up s, cold", "warm", "start to first step s, cold", "warm",
+        "kernels a step", "products", "copies",
         "waits", "host ms a step", "kernels of the optimizer", "its host ms")
 
 
@@ -104,13 +106,16 @@ class Meter:
         rows.append({name: now - before[name] for name, now in self.read().items()})
 
 
-def child(arguments: Sequence[str], rank: int, ranks: int, out: Path) -> int:
+def child(arguments: Sequence[str], rank: int, ranks: int, helpers: int | None,
+          out: Path) -> int:
     """Train by these options with the meter at a step, at the optimizer and at the memory."""
     import torch
     import torch.distributed as dist
     from torch._dynamo.utils import counters
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    import compiling
+    import micro_steps
     import muon
     import ranks as ranks_module
     import train_gpt
@@ -132,7 +137,8 @@ def child(arguments: Sequence[str], rank: int, ranks: int, out: Path) -> int:
 
     @contextlib.contextmanager
     def join_world(device: str):
-        os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                       "LOCAL_WORLD_SIZE": str(ranks)}  # for the helpers, which are processes
         dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
         yield OneOfMany(rank, rank, ranks, torch.device("cuda", 0))
         dist.destroy_process_group()
@@ -163,9 +169,10 @@ def child(arguments: Sequence[str], rank: int, ranks: int, out: Path) -> int:
         start = said.pop("start", time.perf_counter())
         original_warm_up(*given, **named)
         said["warmup_s"] = time.perf_counter() - start
+        said["start_s"] = time.time() - float(os.environ["NULL_GPU_STARTED"])
         recipe, world = given[2], given[4]
         seq_len, mine = recipe.model.seq_len, recipe.num_rows // world.size
-        said["tokens_at_once"] = seq_len * train_gpt.rows_at_once(mine, seq_len, given[5])
+        said["tokens_at_once"] = seq_len * micro_steps.rows_at_once(mine, seq_len, given[5])
 
     # Memory that no kernel wrote says anything, also that a step was bad: it must not end the run.
     def metered_evaluate(*given, **named):
@@ -183,6 +190,10 @@ def child(arguments: Sequence[str], rank: int, ranks: int, out: Path) -> int:
     train_gpt.evaluate = metered_evaluate
     if ranks > 1:
         train_gpt.join_world = join_world
+        # Ranks that do not know of each other share the claims all the same.
+        compiling.secrets = SimpleNamespace(token_hex=lambda _: f"{os.getppid()}-{out.parent.name}")
+    if helpers is not None:
+        compiling.how_many = lambda *_: helpers
     status = train_gpt.main(list(arguments))
     out.write_text(json.dumps({
         **said, "status": status, "seconds": time.perf_counter() - began,
@@ -195,8 +206,8 @@ def child(arguments: Sequence[str], rank: int, ranks: int, out: Path) -> int:
 
 # --- the table ------------------------------------------------------------------------------------
 
-def measure(record: int, options: Sequence[str], ranks: int, at_once: int, gib: float,
-            library: Path, data: Path, folder: Path) -> dict:
+def measure(record: int, options: Sequence[str], ranks: int, at_once: int, helpers: int | None,
+            gib: float, library: Path, data: Path, folder: Path) -> dict:
     """`at_once` ranks with an empty cache, of which the slowest counts, and one with what they
     left; the last one's figures."""
     words = ["--record", str(record), "--scale", "full", "--num_iterations", str(STEPS),
@@ -210,7 +221,8 @@ def measure(record: int, options: Sequence[str], ranks: int, at_once: int, gib: 
         outs = {rank: folder / f"{cache}{rank}.json" for rank in range(0, ranks, ranks // together)}
         started = [subprocess.Popen(
             [sys.executable, __file__, "--child", str(out), "--ranks", str(ranks), "--rank",
-             str(rank), "--", *words], env=env, text=True, stdout=subprocess.PIPE,
+             str(rank), *([] if helpers is None else ["--helpers", str(helpers)]), "--", *words],
+            env=env | {"NULL_GPU_STARTED": str(time.time())}, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT) for rank, out in outs.items()]
         said = [process.communicate()[0] for process in started]
         for out, words_of_it in zip(outs.values(), said):
@@ -221,6 +233,7 @@ def measure(record: int, options: Sequence[str], ranks: int, at_once: int, gib: 
         if row["status"]:
             return row | {"failed": f"the run ended early, with status {row['status']}"}
         row[f"{cache}_s"] = max(result["warmup_s"] for result in results)
+        row[f"{cache}_start_s"] = max(result["start_s"] for result in results)
     return row
 
 
@@ -231,7 +244,8 @@ def cells(row: dict) -> list[str]:
     step, update = row["step"], row["update"]
     return [*first, f"{row['tokens_at_once']:,}", f"{row['peak_step'] / 2**30:.1f}",
             f"{row['peak_validation'] / 2**30:.1f}", str(row["graphs"]), f"{row['cold_s']:.0f}",
-            f"{row['warm_s']:.1f}", *(f"{step[name]:,}" for name in COUNTS),
+            f"{row['warm_s']:.1f}", f"{row['cold_start_s']:.0f}", f"{row['warm_start_s']:.0f}",
+            *(f"{step[name]:,}" for name in COUNTS),
             f"{step['host_ms']:.1f}", f"{update['launches']:,}", f"{update['host_ms']:.1f}"]
 
 
@@ -241,6 +255,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=1, help="of one node; one of them runs")
     parser.add_argument("--at_once", type=int, default=1, help="ranks that start from empty caches "
                         "at the same time, spread over --ranks")
+    parser.add_argument("--helpers", type=int, help="processes that compile ahead of a rank; "
+                        "default: the trainer's choice")
     parser.add_argument("--gib", type=float, default=139.0, help="memory of the GPU")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     parser.add_argument("--exec", nargs=argparse.REMAINDER, help="run a command on the null GPU")
@@ -249,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("options", nargs="*", help="after --: more options of train_gpt.py")
     args = parser.parse_args(arguments)
     if args.child:
-        return child(args.options, args.rank, args.ranks, args.child)
+        return child(args.options, args.rank, args.ranks, args.helpers, args.child)
     if not 1 <= args.at_once <= args.ranks:
         parser.error(f"--at_once: expected 1 to {args.ranks} of --ranks, got {args.at_once}")
     import torch
@@ -267,8 +283,8 @@ def main(arguments: list[str] | None = None) -> int:
         for record in args.records:
             own = folder / str(record)
             own.mkdir(exist_ok=True)
-            rows.append(measure(record, args.options, args.ranks, args.at_once, args.gib, library,
-                                folder, own))
+            rows.append(measure(record, args.options, args.ranks, args.at_once, args.helpers,
+                                args.gib, library, folder, own))
             print(" | ".join(cells(rows[-1])), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import compiling
 import recipes
-import train_gpt
 from model import GPT, flops_per_token, init_weights, num_parameters
 
 SIZES = [(2, 2, 64), (4, 2, 64), (6, 2, 64), (4, 3, 64), (4, 4, 64), (6, 4, 64)]
@@ -34,7 +34,7 @@ def measure(size: tuple[int, int, int], precision: str, compiled: bool) -> tuple
     model = GPT(recipe.model)
     init_weights(model, 0)
     if compiled:
-        train_gpt.compile_segments(model)
+        compiling.compile_segments(model)
     tokens = torch.randint(257, (TOKENS // SEQ_LEN, SEQ_LEN + 1))
     times = []
     for _ in range(REPEATS + 1):

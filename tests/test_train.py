@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import compiling
 import options
 import ranks
 import recipes
@@ -18,6 +19,7 @@ import sample
 import train_gpt
 from conftest import ROOT, clean_environment, start, tiny_options
 from data.shards import read_shard, write_shard
+from micro_steps import fit_memory, rows_at_once
 from model import GPT, init_weights
 from records.log import parse
 
@@ -194,14 +196,13 @@ def test_as_many_rows_as_the_memory_holds(gib, seq_len, expected, monkeypatch):
     """A row of 64K tokens trains on a card of 24 GB: half of its layers are computed again."""
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda _: SimpleNamespace(total_memory=gib * 2**30))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * 2**30)
     recipe = SimpleNamespace(model=SimpleNamespace(seq_len=seq_len, num_layers=12, model_dim=768))
     gpu = torch.device("cuda", 0)
-    tokens, recomputed = train_gpt.fit_memory(recipe, options.Run(), gpu)
-    assert (train_gpt.rows_at_once(512, seq_len, tokens), recomputed) == expected
-    tokens, recomputed = train_gpt.fit_memory(
-        recipe, options.Run(recompute="on", micro_batch_tokens=2048), gpu)
-    rows = train_gpt.rows_at_once(512, seq_len, tokens)
+    tokens, recomputed = fit_memory(recipe, options.Run(), gpu, model_bytes=2 * 2**30)
+    assert (rows_at_once(512, seq_len, tokens), recomputed) == expected
+    tokens, recomputed = fit_memory(
+        recipe, options.Run(recompute="on", micro_batch_tokens=2048), gpu, model_bytes=2 * 2**30)
+    rows = rows_at_once(512, seq_len, tokens)
     assert (rows, recomputed) == (max(1, 2048 // seq_len), 12)
 
 
@@ -210,18 +211,18 @@ def test_as_many_rows_as_the_memory_holds(gib, seq_len, expected, monkeypatch):
     (3, 1024, 3), (1, 65_536, 1), (5, 100_000, 1)])
 def test_rows_come_in_equal_parts_of_at_most_64k_tokens(num_rows, seq_len, rows):
     """Short rows of an early stage go several at once; 8 rows never as 3, 3 and 2."""
-    assert train_gpt.rows_at_once(num_rows, seq_len, 65_536) == rows
+    assert rows_at_once(num_rows, seq_len, 65_536) == rows
 
 
 def test_without_a_compiler_it_runs_eager_and_says_so(monkeypatch):
     on = options.Run(compile="on")
-    monkeypatch.setattr(train_gpt.shutil, "which", lambda name: None)
-    compiled, how = train_gpt.wants_compile(on, ONE.device)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    compiled, how = compiling.wants_compile(on, ONE.device)
     assert not compiled and "no C++ compiler" in how
-    monkeypatch.setattr(train_gpt.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert train_gpt.wants_compile(on, ONE.device)[0]
-    monkeypatch.setattr(train_gpt.torch, "__file__", "/home/me/my clone/.venv/torch/__init__.py")
-    compiled, how = train_gpt.wants_compile(on, ONE.device)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert compiling.wants_compile(on, ONE.device)[0]
+    monkeypatch.setattr(compiling.torch, "__file__", "/home/me/my clone/.venv/torch/__init__.py")
+    compiled, how = compiling.wants_compile(on, ONE.device)
     assert not compiled and "a space in its name" in how
 
 
