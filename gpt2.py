@@ -14,7 +14,7 @@ from kernels import DTYPES
 from kernels.attention import attention
 from kernels.loss import KERNELS, TWINS, Softcap
 from model import GPT, GPTConfig, Layer, Stage, run_block
-from pieces import Linear, Then
+from pieces import Linear, Table, Then
 
 
 class BiasLinear(Linear):
@@ -68,8 +68,8 @@ class GPT2(nn.Module):
     def __init__(self, config: GPTConfig, kernels: frozenset[str] = frozenset()):
         super().__init__()
         self.config, dim = config, config.model_dim
-        self.embed = nn.Embedding(config.padded_vocab_size, dim)
-        self.position = nn.Embedding(config.seq_len, dim)
+        self.embed = Table(config.padded_vocab_size, dim)
+        self.position = Table(config.seq_len, dim)
         self.blocks = nn.ModuleList(GPT2Block(config) for _ in range(config.num_layers))
         self.ln = nn.LayerNorm(dim)
         self.lm_head = Linear(dim, config.padded_vocab_size, DTYPES[config.head])

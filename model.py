@@ -29,7 +29,7 @@ from kernels import DTYPES
 from kernels.attention import Keys, document_ids, packed_keys
 from kernels.loss import KERNELS, TWINS, Softcap, head_loss, targets_ahead
 from kernels.relu2 import mlp_relu2
-from pieces import Given, Linear, Norm, Then, norm
+from pieces import Given, Linear, Norm, Table, Then, norm
 
 
 @dataclass(frozen=True)
@@ -346,13 +346,13 @@ class GPT(nn.Module):
         self.stream_dtype = DTYPES[config.stream_dtype]
         self.plan = layer_plan(config)
 
-        self.embed = nn.Embedding(rows, dim, dtype=table_dtype)
+        self.embed = Table(rows, dim, dtype=table_dtype)
         self.on_embed = Then({"smear": pieces.Smear()} if config.smear else {})
         if config.embed_norm:
             self.on_embed["norm"] = Norm()
         tables = {layer.value_table for layer in self.plan} - {None}
         self.value_embeds = nn.ModuleDict({
-            str(i): nn.Embedding(rows, dim, dtype=table_dtype) for i in sorted(tables)})
+            str(i): Table(rows, dim, dtype=table_dtype) for i in sorted(tables)})
         self.blocks = nn.ModuleList(
             Block(config, i, layer, kernels) for i, layer in enumerate(self.plan))
         self.on_end = Then({"backout": pieces.Backout(backout_layer(config))}
