@@ -153,6 +153,9 @@ class Claims:
     def claim(self, key: str, waits: bool) -> Iterator[bool]:
         """Whether graph `key` is this process's to compile. With `waits` not before it is, or is
         compiled."""
+        if not self.folder.is_dir():  # the first rank of the machine is through with it
+            yield True
+            return
         with open(self.folder / key, "a+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -187,6 +188,13 @@ def prepare_cuda() -> None:
     if 1 < several <= torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(several)))
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank].strip()
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started, Python's and torch's imports included."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # after the machine's start
+    return float(Path("/proc/uptime").read_text().split()[0]) - started_s
 
 
 def device_for(device: str, local_rank: int = 0) -> torch.device:

@@ -74,6 +74,7 @@ from ranks import (
     device_for,
     join_world,
     prepare_cuda,
+    process_age_s,
 )
 from recipes import Recipe, batch_shape
 from report import (
@@ -496,9 +497,9 @@ def tensors_of(path: str, world: World) -> dict:
 
 
 def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World, screen: Screen,
-          stop_request: StopRequest, helpers: Helpers) -> str:
-    """One training from seed to log: complete, preempted or failed."""
-    wall_start = time.perf_counter()
+          stop_request: StopRequest, helpers: Helpers, wall_start: float) -> str:
+    """One training from seed to log: complete, preempted or failed. `wall_start`: when it began,
+    by time.perf_counter."""
     log_dir = Path(run.log_dir)
     run_id = world.first(lambda: new_run_id(recipe, seed))
     log_path = log_dir / f"{run_id}.txt"
@@ -528,8 +529,10 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
     world.synchronize()
     for why in helpers.end(warm=True):
         screen.warn(f"a process that should help to compile failed: {why}")
-    warmup_s = time.perf_counter() - warmup_start
-    screen.line(f"warm-up done in {warmup_s:.1f} s; everything put back as it was")
+    now = time.perf_counter()
+    warmup_s, start_s = now - warmup_start, now - wall_start
+    screen.line(f"warm-up done in {warmup_s:.1f} s, {start_s:.1f} s from the start; everything put "
+                "back as it was")
 
     at = Progress(Clock(world), PeakMemory(world.device))
     reporter = Reporter(recipe, screen, run_id, run.wandb, data.digest)
@@ -589,7 +592,8 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
         "final_val_loss": f"{val_loss:.6f}", "num_iterations": recipe.num_iterations,
         "tokens": tokens, "train_time_ms": f"{1000 * at.clock.elapsed_s:.0f}",
         "wall_time_s": f"{time.perf_counter() - wall_start:.1f}",
-        "warmup_s": f"{warmup_s:.1f}", "validation_s": f"{at.validation_s:.1f}",
+        "start_s": f"{start_s:.1f}", "warmup_s": f"{warmup_s:.1f}",
+        "validation_s": f"{at.validation_s:.1f}",
         "tokens_per_s": f"{tokens_per_s:.0f}",
         "mfu": "unknown" if peak is None else f"{tokens_per_s * flops / peak / world.size:.4f}",
         "peak_memory_mib": f"{at.memory.all:.0f}", "peak_step_mib": f"{at.memory.steps:.0f}",
@@ -643,8 +647,11 @@ def main(argv: list[str]) -> int:
             with start_helpers(run, recipe, world, argv, code) as helpers:
                 data = world.first(lambda: find_data(recipe, run))
                 world.agree({"the data": world.every(lambda: data_here(data))})
+                began = time.perf_counter() - process_age_s()
                 for seed in range(run.seed, run.seed + run.runs):
-                    status = train(run, recipe, seed, data, world, screen, stop_request, helpers)
+                    status = train(run, recipe, seed, data, world, screen, stop_request, helpers,
+                                   began)
+                    began = time.perf_counter()
                     if status != "complete":
                         return int(status == "failed")
                     gc.collect()  # a compiled model refers to itself: it would stay beside the next

@@ -168,8 +168,8 @@ def steps_for(record: int, num_tokens: int, folder: Path) -> int:
 
 # --- the parts ------------------------------------------------------------------------------------
 
-KEPT = ("tokens_per_s", "mfu", "peak_memory_mib", "peak_step_mib", "warmup_s", "train_time_ms",
-        "num_iterations", "tokens", "final_val_loss", "wall_time_s")
+KEPT = ("tokens_per_s", "mfu", "peak_memory_mib", "peak_step_mib", "start_s", "warmup_s",
+        "train_time_ms", "num_iterations", "tokens", "final_val_loss", "wall_time_s")
 
 
 def said_by(command: Sequence[str | os.PathLike], limit_s: float) -> str:
@@ -344,6 +344,7 @@ COLUMNS: dict[str, Callable[[dict], object]] = {
     "MFU": lambda row: row["mfu"],
     "ms a step": lambda row: f"{float(row['train_time_ms']) / int(row['num_iterations']):.1f}",
     "peak GiB": lambda row: f"{train_speed.peak_mib(row) / 1024:.1f}",
+    "start to first step s": lambda row: row["start_s"],
     "compile and warm-up s": lambda row: row["warmup_s"],
     "val loss": lambda row: f"{float(row['final_val_loss']):.4f}"}
 SPEED_COLUMNS = ("tokens/s", "MFU", "ms a step", "peak GiB")
@@ -406,7 +407,8 @@ def page(out: Path) -> str:
         f"{STEPS} steps on random tokens in documents of FineWeb's lengths, true shapes. Cold "
         "compiles with empty caches, warm with what the cold run left.", "",
         *part("speed", lambda rows: runs(rows, record | {"cache": lambda row: row["cache"]},
-                                         (*SPEED_COLUMNS, "compile and warm-up s"))),
+                                         (*SPEED_COLUMNS, "start to first step s",
+                                          "compile and warm-up s"))),
         "## The newest recipe, one thing changed", "",
         "Compiled with what the machine's caches held already, so how long that took says nothing "
         "and is left out, as in the table of losses.", "",

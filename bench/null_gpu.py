@@ -169,7 +169,7 @@ def child(arguments: Sequence[str], rank: int, ranks: int, helpers: int | None,
         start = said.pop("start", time.perf_counter())
         original_warm_up(*given, **named)
         said["warmup_s"] = time.perf_counter() - start
-        said["start_s"] = time.time() - float(os.environ["NULL_GPU_STARTED"])
+        said["start_s"] = ranks_module.process_age_s()
         recipe, world = given[2], given[4]
         seq_len, mine = recipe.model.seq_len, recipe.num_rows // world.size
         said["tokens_at_once"] = seq_len * micro_steps.rows_at_once(mine, seq_len, given[5])
@@ -222,8 +222,8 @@ def measure(record: int, options: Sequence[str], ranks: int, at_once: int, helpe
         started = [subprocess.Popen(
             [sys.executable, __file__, "--child", str(out), "--ranks", str(ranks), "--rank",
              str(rank), *([] if helpers is None else ["--helpers", str(helpers)]), "--", *words],
-            env=env | {"NULL_GPU_STARTED": str(time.time())}, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT) for rank, out in outs.items()]
+            env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for rank, out in outs.items()]
         said = [process.communicate()[0] for process in started]
         for out, words_of_it in zip(outs.values(), said):
             if not out.is_file():

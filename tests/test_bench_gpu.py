@@ -128,7 +128,7 @@ def test_a_part_of_which_every_row_failed_has_a_page(part, tmp_path):
 
 
 TRAINED = {"tokens_per_s": 1, "mfu": 0, "train_time_ms": 1, "num_iterations": 1, "warmup_s": 1,
-           "final_val_loss": 1, "peak_memory_mib": "22700", "peak_step_mib": "2048",
+           "start_s": 2, "final_val_loss": 1, "peak_memory_mib": "22700", "peak_step_mib": "2048",
            "record": 6, "cache": "cold"}
 
 

@@ -1,12 +1,16 @@
 """What a rank sets up before it meets the others, and what it measures."""
 
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
 import ranks
 import train_gpt
+from conftest import ROOT
 
 
 @pytest.mark.parametrize("gpus, local, several, visible, sees", [
@@ -57,3 +61,13 @@ def test_memory_of_steps_is_told_from_the_rest(monkeypatch):
         peak["mib"] = mib
         memory.look(steps=steps)
     assert (memory.steps, memory.all) == (400, 500)
+
+
+def test_the_start_of_a_process_counts_from_before_its_imports():
+    code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); began = time.perf_counter()\n"
+            "import ranks\n"
+            "print(time.perf_counter() - began, ranks.process_age_s())")
+    began = time.perf_counter()
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imports_s, age_s = map(float, said.stdout.split())
+    assert imports_s - 0.02 <= age_s <= time.perf_counter() - began + 0.02  # counted in 10 ms
