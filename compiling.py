@@ -265,7 +265,8 @@ def start_helpers(run: options.Run, recipe: Recipe, world: World, argv: list[str
             with open(output, "wb") as file:
                 process = subprocess.Popen(
                     [sys.executable, __file__, str(folder), str(number), *argv], env=env,
-                    stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+                    stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                    start_new_session=True)  # Ctrl-C is for the ranks, which end their helpers
             helpers.processes[process] = output
     try:
         yield helpers
