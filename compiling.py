@@ -18,10 +18,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import nn
@@ -140,6 +141,7 @@ def compile_ahead(model: GPT, recipe: Recipe, world: World, micro_tokens: int) -
 # --- who compiles what ----------------------------------------------------------------------------
 
 DONE = b"done"
+PATIENCE_S = 120.0  # with one graph; the slowest of record #62 took 9
 
 
 class Claims:
@@ -151,8 +153,8 @@ class Claims:
 
     @contextlib.contextmanager
     def claim(self, key: str, waits: bool) -> Iterator[bool]:
-        """Whether graph `key` is this process's to compile. With `waits` not before it is, or is
-        compiled."""
+        """Whether graph `key` is this process's to compile; with `waits` not before somebody has,
+        or has had the time."""
         if not self.folder.is_dir():  # the first rank of the machine is through with it
             yield True
             return
@@ -160,17 +162,28 @@ class Claims:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not waits:
-                    yield False
-                    return
-                fcntl.flock(file, fcntl.LOCK_EX)
+                until = time.monotonic() + PATIENCE_S
+                while waits and held(file) and time.monotonic() < until:
+                    time.sleep(0.02)
+                yield False
+                return
             file.seek(0)
             mine = file.read() != DONE
             if not mine:
-                fcntl.flock(file, fcntl.LOCK_UN)  # all who waited load it at the same time
+                fcntl.flock(file, fcntl.LOCK_UN)  # others may want to look at the same time
             yield mine
             if mine:
                 file.write(DONE)
+
+
+def held(file: BinaryIO) -> bool:
+    """Whether another process has locked the file for itself."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(file, fcntl.LOCK_UN)
+    return False
 
 
 def graph_key(graph: torch.fx.GraphModule, inputs: list) -> str:
@@ -232,12 +245,13 @@ class Helpers:
         return failed
 
 
-def how_many(num_parts: int, local_size: int) -> int:
+def how_many(num_parts: int, local_size: int, gpu_bytes: int) -> int:
     """Helpers of a machine: at most two processes for each part, ranks included, which all need
-    all parts, so that more of them than parts do not add up; and no more processes than cores."""
+    all parts, so that more of them than parts do not add up; no more processes than cores; and one
+    for 16 GiB of the first GPU, where each has a context, of half a GiB, beside a step."""
     cores = len(os.sched_getaffinity(0))
     return max(0, min(MOST_HELPERS, 2 * num_parts - min(num_parts, local_size),
-                      cores - local_size))
+                      cores - local_size, gpu_bytes // 2**34))
 
 
 @contextlib.contextmanager
@@ -253,11 +267,12 @@ def start_helpers(run: options.Run, recipe: Recipe, world: World, argv: list[str
     folder = Path(tempfile.gettempdir(), world.first(lambda: f"claims-{secrets.token_hex(8)}"))
     folder.mkdir(exist_ok=True)
     helpers = Helpers(partial(rank_backend, Claims(folder)))
-    what = (digest, torch.__version__, recipe, world.size, run.triton_kernels, run.compile_layers,
-            run.recompute, run.micro_batch_tokens, torch.cuda.get_device_properties(world.device))
+    gpu = torch.cuda.get_device_properties(world.device)
+    what = (digest, torch.__version__, recipe, world.size, run.kernels, run.compile_layers,
+            run.recompute, run.micro_batch_tokens, gpu.name, gpu.total_memory)
     helpers.marker = Path(cache_dir(), "warm-" + hashlib.sha256(repr(what).encode()).hexdigest())
     if world.local_rank == 0 and not helpers.marker.exists():
-        count = how_many(len(recipes.stage_steps(recipe)) + 1, world.local_size)
+        count = how_many(len(recipes.stage_steps(recipe)) + 1, world.local_size, gpu.total_memory)
         threads = max(1, len(os.sched_getaffinity(0)) // (count + world.local_size))
         env = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": str(threads)} | os.environ
         for number in range(count):

@@ -45,6 +45,13 @@ def test_a_rank_waits_for_the_one_who_compiles(tmp_path):
     assert heard == [False] * 3
 
 
+def test_nobody_waits_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "PATIENCE_S", 0.1)
+    claims = Claims(tmp_path)
+    with claims.claim("graph", waits=False), claims.claim("graph", waits=True) as mine:
+        assert not mine
+
+
 def test_what_a_process_left_undone_is_free_again(tmp_path):
     with pytest.raises(RuntimeError), Claims(tmp_path).claim("graph", waits=False):
         raise RuntimeError
@@ -63,10 +70,11 @@ def test_what_a_process_left_undone_is_free_again(tmp_path):
 @pytest.mark.parametrize("cores, parts, ranks, expected", [
     (1, 4, 1, 0), (2, 4, 1, 1), (4, 4, 1, 3), (16, 4, 1, 7), (16, 2, 1, 3), (208, 4, 8, 4),
     (208, 4, 2, 6), (208, 9, 1, 7), (8, 4, 8, 0)])
-def test_helpers_are_as_many_as_cores_and_parts_make_use_of(cores, parts, ranks, expected,
-                                                            monkeypatch):
+@pytest.mark.parametrize("gib, most", [(139, 7), (79, 4), (24, 1), (11, 0)])
+def test_helpers_are_as_many_as_can_be_of_use(cores, parts, ranks, expected, gib, most,
+                                              monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
-    assert compiling.how_many(parts, ranks) == expected
+    assert compiling.how_many(parts, ranks, gib * 2**30) == min(expected, most)
 
 
 def test_no_helper_outlives_the_warm_up_and_a_failure_is_told(tmp_path):
