@@ -12,6 +12,7 @@ on the disk. A helper that fails costs time and nothing else.
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -31,9 +32,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import options
 import recipes
 from data.loader import Batch
-from kernels.loss import compiled
-from micro_steps import fit_memory, own_rows, rows_at_once, throw_away
-from model import GPT, Stage, num_bytes
+from kernels.loss import Products, compiled
+from micro_steps import own_rows, rows_at_once, throw_away
+from model import GPT, Stage
 from ranks import World, device_for, prepare_cuda
 from recipes import Recipe, batch_shape
 
@@ -220,13 +221,24 @@ def helper_backend(claims: Claims, graph: torch.fx.GraphModule, inputs: list) ->
 
 # --- helpers --------------------------------------------------------------------------------------
 
+FITS = "fits.json"
+
+
 class Helpers:
     """A machine's helpers, as one of its ranks sees them; `backend` is for compile_segments."""
 
     def __init__(self, backend: str | Callable = "inductor"):
         self.backend = backend
+        self.folder: Path | None = None     # what they and the ranks of the machine share
         self.processes: dict[subprocess.Popen, Path] = {}   # and what each writes to
         self.marker: Path | None = None     # says that a run like this one has filled the cache
+
+    def begin(self, micro_tokens: int, recomputed: int) -> None:
+        """Tell them what the rank found to fit its memory; until then they import and wait."""
+        if self.processes:
+            words = json.dumps({"micro_tokens": micro_tokens, "recomputed": recomputed})
+            (self.folder / "fits.tmp").write_text(words)
+            (self.folder / "fits.tmp").rename(self.folder / FITS)
 
     def end(self, warm: bool = False) -> list[str]:
         """No helper outlives the warm-up. `warm`: all graphs are in the cache now. Returns why
@@ -267,6 +279,7 @@ def start_helpers(run: options.Run, recipe: Recipe, world: World, argv: list[str
     folder = Path(tempfile.gettempdir(), world.first(lambda: f"claims-{secrets.token_hex(8)}"))
     folder.mkdir(exist_ok=True)
     helpers = Helpers(partial(rank_backend, Claims(folder)))
+    helpers.folder = folder
     gpu = torch.cuda.get_device_properties(world.device)
     what = (digest, torch.__version__, recipe, world.size, run.kernels, run.compile_layers,
             run.recompute, run.micro_batch_tokens, gpu.name, gpu.total_memory)
@@ -291,14 +304,17 @@ def start_helpers(run: options.Run, recipe: Recipe, world: World, argv: list[str
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def help_compile(run: options.Run, recipe: Recipe, world: World, claims: Claims,
-                 first: int) -> None:
+def help_compile(run: options.Run, recipe: Recipe, world: World, claims: Claims, first: int,
+                 micro_tokens: int, recomputed: int) -> None:
     """Compile what nobody else has claimed, beginning with part `first`; `world` is the rank that
     the code is for."""
+    # Not what runs outside of graphs and cannot without numbers: the loss in Triton, and the head's
+    # gradients (torch 2.11 has no fake of addmm into another dtype).
+    Products.add_grads = lambda *_: None
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, world.device:
-        model = recipes.make_model(recipe, run.triton_kernels)
-    micro_tokens, model.recomputed = fit_memory(recipe, run, world.device, num_bytes(model))
+        model = recipes.make_model(recipe, run.triton_kernels - {"loss"})
+    model.recomputed = recomputed
     compile_segments(model, run.compile_layers, partial(helper_backend, claims))
     parts = run_parts(recipe, world, micro_tokens)
     parts = turned(parts, first % len(parts))
@@ -313,13 +329,20 @@ def help_compile(run: options.Run, recipe: Recipe, world: World, claims: Claims,
 
 def main(argv: list[str]) -> None:
     folder, number, *words = argv
+    parent = os.getppid()
     prepare_cuda()
     run, recipe = options.parse(words, has_cuda=torch.cuda.is_available())
     rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in (
         ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     world = World(rank, local_rank, size, device_for(run.device, local_rank))
+    fits = Path(folder, FITS)
+    while not fits.exists():
+        if not fits.parent.exists() or os.getppid() != parent:  # the run ended before it began
+            return
+        time.sleep(0.05)
     # The rank begins with the first part.
-    help_compile(run, recipe, world, Claims(Path(folder)), first=int(number) + 1)
+    help_compile(run, recipe, world, Claims(Path(folder)), int(number) + 1,
+                 **json.loads(fits.read_text()))
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ from recipes import Recipe
 KEPT_BYTES, INPUT_BYTES = 50, 4
 
 
-def fit_memory(recipe: Recipe, run: options.Run, device: torch.device,
-               model_bytes: int) -> tuple[int, int]:
+def fit_memory(recipe: Recipe, run: options.Run, device: torch.device) -> tuple[int, int]:
     """(tokens that a rank computes at once, layers that backward computes again).
 
-    On a GPU as many as its memory holds beside the model, up to 64 rows of 1,024 as in the records.
-    Packed recipes have rows of 48K or 64K tokens, which cannot be cut: where one does not fit, as
-    many layers are computed again as must. Both change nothing but rounding.
+    On a GPU as many as its free memory holds, up to 64 rows of 1,024 as in the records. Packed
+    recipes have rows of 48K or 64K tokens, which cannot be cut: where one does not fit, as many
+    layers are computed again as must. Both change nothing but rounding. Call it where model and
+    optimizer are there.
 
     Those are the first layers: backward comes to them last, when all that the others kept is free.
     """
@@ -34,7 +34,7 @@ def fit_memory(recipe: Recipe, run: options.Run, device: torch.device,
     if run.micro_batch_tokens is not None or device.type == "cpu":
         return max(seq_len, run.micro_batch_tokens or 8192), recomputed
     total = torch.cuda.get_device_properties(device).total_memory
-    free = 0.85 * total - model_bytes - 3 * 2**30  # the head's chunk
+    free = 0.85 * total - torch.cuda.memory_allocated(device) - 3 * 2**30  # the head's chunk
 
     def kept(recomputed: int) -> int:
         """Bytes of a token and channel, at the end of forward or in the first layers' backward."""

@@ -577,11 +577,6 @@ def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def num_bytes(model: nn.Module) -> int:
-    """Of parameters and buffers."""
-    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-
-
 def mean_keys(seq_len: int, window: int | None) -> float:
     """Keys a token sees on average in a row without document bounds."""
     W = min(window or seq_len, seq_len)

@@ -59,7 +59,7 @@ from kernels import check_kernels, peak_flops, symmetric
 from kernels.attention import activate_flash_attention
 from kernels.fp8 import check_fp8
 from micro_steps import fit_memory, micro_batches, own_rows, rows_at_once, throw_away
-from model import GPT, num_bytes, num_parameters
+from model import GPT, num_parameters
 from muon import Muon
 from profiling import Profile, check_profile
 from ranks import (
@@ -357,7 +357,7 @@ def make_job(run: options.Run, recipe: Recipe, seed: int, data: Data, world: Wor
     optimizer = build_optimizer(model, recipe, run.triton_kernels,
                                 compiles_optimizer(run, world.device))
     signals.guard(optimizer)
-    micro_tokens, model.recomputed = fit_memory(recipe, run, world.device, num_bytes(model))
+    micro_tokens, model.recomputed = fit_memory(recipe, run, world.device)
     return Job(run, recipe, seed, data, world, model, optimizer, signals, micro_tokens)
 
 
@@ -515,6 +515,7 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
         return "complete"
 
     job = make_job(run, recipe, seed, data, world, helpers.backend)
+    helpers.begin(job.micro_tokens, job.model.recomputed)
     where = environment(world, torch.get_num_threads())
     screen.line()
     screen.facts(header(recipe, seed, job.model, f"{run.data_dir or recipe.corpus}, "

@@ -225,6 +225,9 @@ def measure(record: int, options: Sequence[str], ranks: int, at_once: int, helpe
             env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             for rank, out in outs.items()]
         said = [process.communicate()[0] for process in started]
+        for line in "".join(said).splitlines():
+            if line.startswith("warning: "):
+                print(line, file=sys.stderr, flush=True)
         for out, words_of_it in zip(outs.values(), said):
             if not out.is_file():
                 return row | {"failed": (words_of_it.strip() or "?").splitlines()[-1]}

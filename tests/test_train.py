@@ -196,12 +196,13 @@ def test_as_many_rows_as_the_memory_holds(gib, seq_len, expected, monkeypatch):
     """A row of 64K tokens trains on a card of 24 GB: half of its layers are computed again."""
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda _: SimpleNamespace(total_memory=gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * 2**30)
     recipe = SimpleNamespace(model=SimpleNamespace(seq_len=seq_len, num_layers=12, model_dim=768))
     gpu = torch.device("cuda", 0)
-    tokens, recomputed = fit_memory(recipe, options.Run(), gpu, model_bytes=2 * 2**30)
+    tokens, recomputed = fit_memory(recipe, options.Run(), gpu)
     assert (rows_at_once(512, seq_len, tokens), recomputed) == expected
     tokens, recomputed = fit_memory(
-        recipe, options.Run(recompute="on", micro_batch_tokens=2048), gpu, model_bytes=2 * 2**30)
+        recipe, options.Run(recompute="on", micro_batch_tokens=2048), gpu)
     rows = rows_at_once(512, seq_len, tokens)
     assert (rows, recomputed) == (max(1, 2048 // seq_len), 12)
 
