@@ -2,9 +2,9 @@
 
 A recipe of several stages is dozens of graphs, each of which keeps one thread of Python busy for
 seconds. Helpers are processes that run the same model on fake tensors, which have shapes and no
-numbers, and so take no memory of the GPU. Nobody plans who compiles what: whoever comes to a graph
-first claims it; a helper goes on to the next graph then, a rank waits and finds it in torch's cache
-on the disk. A helper that fails costs time and nothing else.
+numbers: of the GPU each takes a context and no more. Nobody plans who compiles what: whoever comes
+to a graph first claims it; a helper goes on to the next graph then, a rank waits and finds it in
+torch's cache on the disk. A helper that fails costs time and nothing else.
 
     python compiling.py CLAIMS NUMBER OPTIONS OF train_gpt.py      what a helper runs
 """
@@ -308,11 +308,9 @@ def help_compile(run: options.Run, recipe: Recipe, world: World, claims: Claims,
                  micro_tokens: int, recomputed: int) -> None:
     """Compile what nobody else has claimed, beginning with part `first`; `world` is the rank that
     the code is for."""
-    # Not what runs outside of graphs and cannot without numbers: the loss in Triton, and the head's
-    # gradients (torch 2.11 has no fake of addmm into another dtype).
-    Products.add_grads = lambda *_: None
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, world.device:
+        # The loss in Triton stands outside of all graphs, and cannot run without numbers.
         model = recipes.make_model(recipe, run.triton_kernels - {"loss"})
     model.recomputed = recomputed
     compile_segments(model, run.compile_layers, partial(helper_backend, claims))
@@ -340,6 +338,8 @@ def main(argv: list[str]) -> None:
         if not fits.parent.exists() or os.getppid() != parent:  # the run ended before it began
             return
         time.sleep(0.05)
+    # Nor can the head's gradients: torch 2.11 has no fake of addmm into another dtype.
+    Products.add_grads = lambda *_: None
     # The rank begins with the first part.
     help_compile(run, recipe, world, Claims(Path(folder)), int(number) + 1,
                  **json.loads(fits.read_text()))

@@ -194,7 +194,8 @@ def process_age_s() -> float:
     """Seconds since this process was started, Python's and torch's imports included."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # after the machine's start
-    return float(Path("/proc/uptime").read_text().split()[0]) - started_s
+    # Not /proc/uptime: some containers put their own there.
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started_s)
 
 
 def device_for(device: str, local_rank: int = 0) -> torch.device:
