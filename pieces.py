@@ -76,13 +76,15 @@ def gate(weight: Tensor, x_BTC: Tensor) -> Tensor:
 # --- matrices -------------------------------------------------------------------------------------
 
 class Linear(nn.Module):
-    """y = x W^T without bias; W (out, in) is cast where it is used."""
+    """y = x W^T without bias; W (out, in), at least fp32 if no dtype is given, is cast where it is
+    used."""
 
     fp8_factors = None  # of the head's products in training; see Fp8Head
 
     def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype,
-                 dtype: torch.dtype = torch.float32):
+                 dtype: torch.dtype | None = None):
         super().__init__()
+        dtype = dtype or torch.promote_types(compute_dtype, torch.float32)
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=dtype))
         self.compute_dtype = compute_dtype
 
@@ -112,7 +114,7 @@ class Fp8Head(Linear):
     compute_dtype in validation. Factors: of x, w and the summed loss's gradient."""
 
     def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype,
-                 fp8_factors: tuple[float, float, float], dtype: torch.dtype = torch.float32):
+                 fp8_factors: tuple[float, float, float], dtype: torch.dtype | None = None):
         super().__init__(in_dim, out_dim, compute_dtype, dtype)
         self.fp8_factors = fp8_factors
 

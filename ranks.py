@@ -382,7 +382,9 @@ class Signals:
         self.fault = ""
         self.gate = torch.ones((), dtype=torch.bool, device=world.device)
         self.names, parameters = zip(*named_parameters)
-        self._norms = torch.zeros(len(self.names), device=world.device)
+        wide = max((p.dtype for p in parameters), key=lambda dtype: dtype.itemsize)
+        self._norms = torch.zeros(len(self.names), device=world.device,
+                                  dtype=torch.promote_types(wide, torch.float32))
         self._blamed = self._norms.clone()  # of the last good or the first bad step
         self._loss = torch.zeros((), device=world.device)
         self._armed = False
@@ -394,7 +396,7 @@ class Signals:
     def _hook(self, norm: Tensor) -> Callable[[Tensor], None]:
         def look(parameter: Tensor) -> None:
             if self._armed:
-                torch.linalg.vector_norm(parameter.grad, dtype=torch.float32, out=norm)
+                torch.linalg.vector_norm(parameter.grad, dtype=norm.dtype, out=norm)
         return look
 
     def guard(self, optimizer) -> None:

@@ -140,11 +140,11 @@ def check(recipe: Recipe) -> None:
          "turn)", m.head_dim)
     must(not m.paired_heads or m.num_heads % 2 == 0, "num_heads", "an even number (heads are "
          "paired)", m.num_heads)
-    one_of(m, "compute_dtype", "fp32", "bf16")
-    one_of(m, "stream_dtype", "fp32", "bf16")
-    one_of(m, "embed_dtype", "fp32", "bf16")
-    one_of(m, "head_dtype", "fp32", "bf16")
-    one_of(m, "head", "fp32", "bf16", "fp8")
+    one_of(m, "compute_dtype", "fp64", "fp32", "bf16")
+    one_of(m, "stream_dtype", "fp64", "fp32", "bf16")
+    one_of(m, "embed_dtype", "fp64", "fp32", "bf16")
+    one_of(m, "head_dtype", "fp64", "fp32", "bf16")
+    one_of(m, "head", "fp64", "fp32", "bf16", "fp8")
     must(m.head != "fp8" or len(m.fp8_factors) == 3, "head",
          "fp32 or bf16 (this recipe has no factors for fp8)", m.head)
     must(m.head != "fp8" or m.padded_vocab_size % 16 == 0, "pad_vocab",

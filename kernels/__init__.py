@@ -31,7 +31,7 @@ def check_kernels(names: frozenset[str], device: torch.device) -> None:
                          "to look at them: a step takes minutes)")
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets; MFU is stated against it.
 # A device that is not listed has no MFU rather than a guessed one.
