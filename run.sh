@@ -2,7 +2,7 @@
 # From a fresh clone to a trained GPT: environment, data, launch. ./run.sh --help explains.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-. ./env.sh
+. ./tools/env.sh
 
 for argument in "$@"; do
     case "$argument" in
@@ -63,9 +63,9 @@ fi
 # Wrong options, missing data and too many ranks are said once, before any rank starts.
 WORLD_SIZE="$((nproc_here * nnodes))" python train_gpt.py --prepare "$@"
 if [ "$nnodes" = 1 ]; then
-    exec python launch.py --standalone --max_restarts "$restarts" --nproc_per_node "$nproc_here" \
+    exec python tools/launch.py --standalone --max_restarts "$restarts" --nproc_per_node "$nproc_here" \
         train_gpt.py "$@"
 fi
-exec python launch.py --nnodes "$nnodes" --node_rank "$NODE_RANK" --nproc_per_node "$nproc_here" \
+exec python tools/launch.py --nnodes "$nnodes" --node_rank "$NODE_RANK" --nproc_per_node "$nproc_here" \
     --max_restarts "$restarts" \
     --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" train_gpt.py "$@"

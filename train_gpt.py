@@ -32,19 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-import checkpoint
-import options
 import recipes
-from checkpoint import Keeper
-from compiling import (
-    Helpers,
-    compile_ahead,
-    compile_segments,
-    compiled_graphs,
-    compiles_optimizer,
-    start_helpers,
-    wants_compile,
-)
 from data import corpus, fineweb
 from data.loader import (
     Batch,
@@ -58,11 +46,22 @@ from data.shards import check_disjoint, data_digest
 from kernels import check_kernels, peak_flops, symmetric
 from kernels.attention import activate_flash_attention
 from kernels.fp8 import check_fp8
-from micro_steps import fit_memory, micro_batches, own_rows, rows_at_once, throw_away
 from model import GPT, num_parameters
 from muon import Muon
-from profiling import Profile, check_profile
-from ranks import (
+from recipes import Recipe, batch_shape
+from tools.sample import generate
+from trainer import checkpoint, options
+from trainer.checkpoint import Keeper
+from trainer.compile import (
+    Helpers,
+    compile_ahead,
+    compile_segments,
+    compiled_graphs,
+    compiles_optimizer,
+    start_helpers,
+    wants_compile,
+)
+from trainer.dist import (
     FIRST_STEP_TIMEOUT_S,
     Clock,
     LostRank,
@@ -76,8 +75,9 @@ from ranks import (
     prepare_cuda,
     process_age_s,
 )
-from recipes import Recipe, batch_shape
-from report import (
+from trainer.memory import fit_memory, micro_batches, own_rows, rows_at_once, throw_away
+from trainer.profile import Profile, check_profile
+from trainer.report import (
     Reporter,
     Screen,
     environment,
@@ -89,6 +89,7 @@ from report import (
 )
 
 ROOT = Path(__file__).resolve().parent
+PROMPT = "Return the "  # of the text that a pocket model writes at the end
 
 
 # --- what a run stands on -------------------------------------------------------------------------
@@ -606,7 +607,9 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
     if crash is not None:
         raise crash if isinstance(crash, LostRank) else Crash(f"rank {world.rank}") from crash
     if world.is_first and profile is None:
-        show_end(screen, recipe, result, log_path, job.model)
+        text = PROMPT + generate(job.model, PROMPT, num_tokens=240, temperature=0.7, seed=0) if (
+            recipe.model.vocab_size == corpus.VOCAB_SIZE and at.status == "complete") else ""
+        show_end(screen, recipe, result, log_path, text)
     return at.status if whole else "failed"
 
 

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import compiling
 import recipes
 from recipes import RECORDS, Recipe
+from trainer import compile as compiling
 
 LAYERS, LENGTHS, WINDOW = 4, (512, 1024), 128
 

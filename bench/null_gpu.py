@@ -114,11 +114,11 @@ def child(arguments: Sequence[str], rank: int, ranks: int, helpers: int | None,
     from torch._dynamo.utils import counters
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    import compiling
-    import micro_steps
     import muon
-    import ranks as ranks_module
     import train_gpt
+    from trainer import compile as compiling
+    from trainer import dist as ranks_module
+    from trainer import memory as micro_steps
 
     class OneOfMany(ranks_module.World):
         """The others say what this one says."""

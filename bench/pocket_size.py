@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import compiling
 import recipes
 from model import GPT, flops_per_token, init_weights, num_parameters
+from trainer import compile as compiling
 
 SIZES = [(2, 2, 64), (4, 2, 64), (6, 2, 64), (4, 3, 64), (4, 4, 64), (6, 4, 64)]
 TOKENS, SEQ_LEN, REPEATS = 4096, 256, 5

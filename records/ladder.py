@@ -42,7 +42,7 @@ ALPHA = 0.05    # a gain counts where chance would give one as large less often 
 # --- running --------------------------------------------------------------------------------------
 
 _RECIPES = """
-import json, sys, options, recipes
+import json, sys, recipes; from trainer import options
 print(json.dumps({record: recipes.to_dict(options.parse(
     ["--record", str(record), "--scale", "pocket", *sys.argv[1:]], has_cuda=False)[1])
     for record in recipes.RECORDS}))
@@ -68,7 +68,7 @@ def fingerprint(recipe: dict) -> str:
 def run_once(record: int, seed: int, options: Sequence[str], threads: int) -> dict:
     """Train one rung; what is kept of its log. Raises ValueError where it does not end well."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive",
-                   "GOMP_SPINCOUNT": "20000"}  # as env.sh has it
+                   "GOMP_SPINCOUNT": "20000"}  # as in tools/env.sh
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train_gpt.py", "--record", str(record), "--scale", "pocket",
                    "--seed", str(seed), "--log_dir", folder, *options]

@@ -204,7 +204,7 @@ def execute(
     log: Path | None = None
     output.parent.mkdir(parents=True, exist_ok=True)
     # a thread that waits by spinning slows everybody on a busy machine down
-    environment = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000",  # as env.sh has it
+    environment = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000",  # as in tools/env.sh
                    **os.environ, "PYTHONUNBUFFERED": "1"}
     with _terminating(), open(output, "w", buffering=1) as file:
         process = subprocess.Popen(

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import recipes  # noqa: E402
 import train_gpt  # noqa: E402
 from data.shards import write_shard  # noqa: E402
-from ranks import World  # noqa: E402
+from trainer.dist import World  # noqa: E402
 
 FILE = Path(__file__).with_suffix(".json")
 STEPS = 6

@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import compiling
-import micro_steps
-import options
-import ranks
 import recipes
 import train_gpt
 from conftest import tiny_options
 from data.loader import Batch
+from trainer import compile as compiling
+from trainer import dist as ranks
+from trainer import memory as micro_steps
+from trainer import options
 
 # torch's tracer warns of what it does itself
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning",

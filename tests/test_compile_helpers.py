@@ -9,10 +9,10 @@ import threading
 import pytest
 import torch
 
-import compiling
-import options
-from compiling import Claims, Helpers
 from conftest import ROOT, clean_environment, tiny_options
+from trainer import compile as compiling
+from trainer import options
+from trainer.compile import Claims, Helpers
 
 # --- claims ---------------------------------------------------------------------------------------
 
@@ -99,7 +99,7 @@ sys.path.insert(0, ROOT)
 from functools import partial
 from pathlib import Path
 import torch, compiling, options, recipes
-from ranks import World
+from trainer.dist import World
 from torch._dynamo.utils import counters
 
 run, recipe = options.parse(WORDS, has_cuda=False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from muon_helpers import run_ranks
 
-from ranks import World
+from trainer.dist import World
 
 EXPECTED = json.loads(golden.FILE.read_text())
 

@@ -7,12 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import hellaswag
-import options
 import recipes
 from conftest import tiny_options
 from data import corpus
+from tools import hellaswag
+from trainer import checkpoint, options
 
 CONTEXTS = ["A man", "She opens the door and then", "",
             "Two children play with a ball. One of them"]

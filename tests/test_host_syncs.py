@@ -17,12 +17,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.attention
-import ranks
 import recipes
 import train_gpt
 from conftest import tiny_options
 from data.loader import Batch
 from recipes import RECORDS, edit
+from trainer import dist as ranks
 
 aten = torch.ops.aten
 RECIPES = [2, 6, 12, 24, 38, 53, 62]

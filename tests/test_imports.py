@@ -8,7 +8,7 @@ import pytest
 
 from conftest import ROOT
 
-PACKAGES = ("kernels", "data", "records")
+PACKAGES = ("kernels", "data", "records", "trainer", "tools")
 FILES = sorted(f for folder in (".", *PACKAGES) for f in (ROOT / folder).glob("*.py"))
 LOCAL = {f.stem for f in ROOT.glob("*.py")} | set(PACKAGES)
 
@@ -34,15 +34,20 @@ def third_party(path) -> set[str]:
     ("model.py", {"kernels", "pieces"}),
     ("gpt2.py", {"kernels", "pieces", "model"}),
     ("recipes.py", {"model", "gpt2"}),
-    ("checkpoint.py", set()),
-    ("ranks.py", set()),
-    ("profiling.py", {"ranks"}),
-    ("options.py", {"kernels", "model", "recipes"}),
-    ("sample.py", {"checkpoint", "data", "model", "recipes", "gpt2"}),
-    ("hellaswag.py", {"model", "sample"}),
+    *((f"trainer/{name}.py", {"trainer", "recipes", "model", "kernels", "data", "records"})
+      for name in ("options", "checkpoint", "dist", "memory", "compile", "profile", "report")),
+    *((f"tools/{name}.py", {"tools", "trainer", "recipes", "model", "data"})
+      for name in ("sample", "hellaswag", "launch")),
+    ("train_gpt.py", LOCAL - {"bench", "train_gpt"}),
 ])
-def test_a_file_imports_only_what_stands_below_it(name, allowed):
+def test_a_file_imports_only_what_is_below_it(name, allowed):
     assert imports(ROOT / name) & LOCAL <= allowed
+
+
+def test_no_two_modules_import_each_other():
+    names = {str(path.relative_to(ROOT)): path for path in FILES if path.name != "__init__.py"}
+    reached = {name: closure(path) & names.keys() - {name} for name, path in names.items()}
+    assert [(a, b) for a in names for b in reached[a] if a in reached[b]] == []
 
 
 def test_muon_imports_torch_alone():

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-import options
 import recipes
 import train_gpt
 from conftest import tiny_options
@@ -13,6 +12,7 @@ from data.loader import Batch
 from model import param_role
 from recipes import RECORDS
 from records.log import parse
+from trainer import options
 
 LADDER = list(RECORDS)
 # Rows long enough for windows and documents; one layer of each kind.

@@ -2,8 +2,8 @@
 
 import pytest
 
-import options
 import recipes
+from trainer import options
 
 
 def parse(*words: str, has_cuda: bool = False):
@@ -66,7 +66,7 @@ def test_fewer_steps_keep_the_shape_of_the_schedule():
     (("--embed_lr", "nan"), "above 0, got nan"),
     (("--cooldown_steps", "100000"), "--cooldown_steps: expected 0 to"),
     (("--batch_tokens", "1000"), "expected a multiple of"),
-    (("--compute_dtype", "fp16"), "expected fp32 or bf16, got fp16"),
+    (("--compute_dtype", "fp16"), "expected fp64 or fp32 or bf16, got fp16"),
     (("--tied_head", "maybe"), "expected true or false"),
     (("--scale", "huge"), "expected one of auto"),
     (("--seed", "1", "--seed", "2"), "given twice"),

@@ -11,14 +11,14 @@ import time
 import numpy as np
 import pytest
 
-import options
-import profiling
 import train_gpt
 from conftest import ROOT, clean_environment, tiny_options
 from data.shards import write_shard
-from profiling import STEP, length, self_times, table, uncovered, union
 from records import check
 from records.log import parse
+from trainer import options
+from trainer import profile as profiling
+from trainer.profile import STEP, length, self_times, table, uncovered, union
 
 VOCAB = 50304
 

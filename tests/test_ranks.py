@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-import ranks
 import train_gpt
 from conftest import ROOT
+from trainer import dist as ranks
 
 
 @pytest.mark.parametrize("gpus, local, several, visible, sees", [

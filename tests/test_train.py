@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-import compiling
-import options
-import ranks
 import recipes
-import sample
 import train_gpt
 from conftest import ROOT, clean_environment, start, tiny_options
 from data.shards import read_shard, write_shard
-from micro_steps import fit_memory, rows_at_once
 from model import GPT, init_weights
 from records.log import parse
+from tools import sample
+from trainer import compile as compiling
+from trainer import dist as ranks
+from trainer import options
+from trainer.memory import fit_memory, rows_at_once
 
 ONE = ranks.World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
@@ -56,8 +56,8 @@ def test_a_run_leaves_a_whole_log_and_a_model_that_writes(train, tmp_path):
     lines = re.findall(r"^step:(\d+)/(\d+) val_loss:(\d+\.\d+) train_time:(\d+)ms "
                        r"step_avg:(\d+\.\d+)ms$", log.read_text(), re.M)
     assert [int(line[0]) for line in lines] == [0, 3, 6]
-    wrote = subprocess.run([sys.executable, "sample.py", log.with_suffix(""), "--prompt", "abc",
-                            "--num_tokens", "20", "--temperature", "0"],
+    wrote = subprocess.run([sys.executable, "-m", "tools.sample", log.with_suffix(""),
+                            "--prompt", "abc", "--num_tokens", "20", "--temperature", "0"],
                            cwd=ROOT, capture_output=True, timeout=60, env=clean_environment())
     assert wrote.returncode == 0 and wrote.stdout.startswith(b"abc"), wrote.stderr
 
@@ -81,7 +81,7 @@ def test_sample_writes_from_a_checkpoint_too(train, capsys):
 ])
 def test_sample_refuses_in_one_line(words, says, capsys):
     assert sample.main(["logs/nothing", *words]) == 2
-    assert capsys.readouterr().err == f"sample.py: {says}\n"
+    assert capsys.readouterr().err == f"tools.sample: {says}\n"
 
 
 def test_sample_without_gpt2s_ranks_is_one_line(monkeypatch, capsys):
@@ -90,7 +90,7 @@ def test_sample_without_gpt2s_ranks_is_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr(sample, "load_model", no_network)
     assert sample.main(["logs/x"]) == 2
-    assert capsys.readouterr().err == "sample.py: tiktoken cannot get GPT-2's ranks\n"
+    assert capsys.readouterr().err == "tools.sample: tiktoken cannot get GPT-2's ranks\n"
 
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit(train, tmp_path):
@@ -314,7 +314,7 @@ def test_the_clock_counts_training_alone(monkeypatch):
 
 
 def test_the_system_clock_does_not_move_a_run(train):
-    for name in ("train_gpt.py", "ranks.py"):
+    for name in ("train_gpt.py", "trainer/dist.py"):
         assert "time.time(" not in (ROOT / name).read_text()  # perf_counter alone
     began = time.perf_counter()
     _, (log,) = train("--num_iterations", "2")

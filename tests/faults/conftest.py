@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import report
 from data.shards import write_shard
 from faults.helpers import Ranks, marked_processes, train_here, wait_until
+from trainer import report
 
 SLOW = ("--num_iterations", "400", "--val_every", "400", "--timeout_s", "20")
 

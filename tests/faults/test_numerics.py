@@ -100,8 +100,8 @@ def test_N1_N2_all_ranks_stop_together_and_the_one_is_named(ranks, tmp_path, fau
 
 def test_the_gate_does_not_change_a_good_step(tiny_data):
     """The same bits as without."""
-    import options
     from conftest import tiny_options
+    from trainer import options
 
     _, recipe = options.parse(tiny_options("--record", "6"), has_cuda=False)
     world = train_gpt.World(0, 0, 1, torch.device("cpu"))
@@ -125,8 +125,8 @@ def test_the_gate_does_not_change_a_good_step(tiny_data):
 
 def test_a_bad_step_in_the_warm_up_leaves_the_gate_open(tiny_data):
     """Else every step of the run would be void, and nobody would say so."""
-    import options
     from conftest import tiny_options
+    from trainer import options
 
     _, recipe = options.parse(tiny_options("--record", "6", "--matrix_lr", "1e30"), has_cuda=False)
     files = {part: sorted(tiny_data.glob(f"*{part}*.bin")) for part in ("train", "val")}

@@ -5,9 +5,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-import report
 import train_gpt
 from faults.helpers import assert_refused, result_of
+from trainer import report
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 

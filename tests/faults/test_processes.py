@@ -30,8 +30,8 @@ FORTY = ("--num_iterations", "40", "--val_every", "40", "--timeout_s", "20")
 def torchrun(*words: object, nproc: int = 2, options=(), **environment: str) -> subprocess.Popen:
     """inject.py under launch.py, as run.sh starts several ranks, its output in one pipe."""
     return subprocess.Popen(
-        [sys.executable, "launch.py", "--standalone", "--nproc_per_node", str(nproc), *options,
-         INJECT, *map(str, words)], cwd=ROOT, text=True,
+        [sys.executable, "tools/launch.py", "--standalone", "--nproc_per_node", str(nproc),
+         *options, INJECT, *map(str, words)], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=clean_environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", **environment))
 
@@ -251,7 +251,7 @@ def test_P2_kill_9_while_a_checkpoint_is_written(ranks, tmp_path, train):
 def test_P2_the_file_of_a_living_writer_is_not_removed(tmp_path):
     import fcntl
 
-    import checkpoint
+    from trainer import checkpoint
 
     living, dead = tmp_path / ".a.ckpt.1.tmp", tmp_path / ".b.ckpt.2.tmp"
     dead.write_bytes(b"half")

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import train_gpt
 from faults.helpers import (
     assert_refused,
@@ -24,6 +23,7 @@ from faults.helpers import (
     tiny,
 )
 from records.log import parse
+from trainer import checkpoint
 
 # The newest recipe with all that changes on the way: windows, batches, targets, an embedding that
 # leaves the head, Adam every second step.

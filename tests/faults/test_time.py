@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import ranks
 from faults.helpers import body_of, checkpoints, logs_in, result_of
 from records.check import run_reasons
 from records.log import parse
+from trainer import dist as ranks
 
 
 @pytest.mark.parametrize("jump", [-3600.0, 86400.0])

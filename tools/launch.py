@@ -1,6 +1,6 @@
 """torchrun without the tracebacks that it adds: each rank has said already why it stopped.
 
-    python launch.py --standalone --nproc_per_node 8 train_gpt.py [OPTIONS]
+    python tools/launch.py --standalone --nproc_per_node 8 train_gpt.py [OPTIONS]
 
 The arguments are torchrun's. Its own last words, twenty-five lines, would push what the first rank
 says at the end out of sight. Exit status: that of the first rank that failed (128 + n for one that

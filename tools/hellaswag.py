@@ -1,8 +1,8 @@
 """What a model that was trained here knows of everyday life: its HellaSwag score.
 
-    python hellaswag.py logs/RUN                      the 10,042 validation scenes, fetched once
-    python hellaswag.py logs/RUN --limit 500          the first of them, on a CPU
-    python hellaswag.py logs/RUN --file scenes.jsonl  scenes of a file, without a network
+    python -m tools.hellaswag logs/RUN              the 10,042 validation scenes, fetched once
+    python -m tools.hellaswag logs/RUN --limit 500  the first of them, on a CPU
+    python -m tools.hellaswag logs/RUN --file FILE  scenes of a file, without a network
 
 A scene has four endings, one of them right (Zellers et al. 2019). The model takes the one whose
 tokens it finds likeliest: in the mean ("normalised", the figure that is quoted) or in the sum.
@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import GPT
-from sample import codec, load_model
+from tools.sample import codec, load_model
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 NUM_SCENES = 10_042
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}  # padded tokens in one forward pass
@@ -168,7 +168,7 @@ def main(argv: list[str]) -> int:
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         print(report(score(model, scenes), len(scenes)))
     except (ValueError, OSError) as error:  # no such model or file; no network
-        print(f"hellaswag.py: {error}", file=sys.stderr)
+        print(f"tools.hellaswag: {error}", file=sys.stderr)
         return 2
     return 0
 

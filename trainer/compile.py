@@ -29,14 +29,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import options
 import recipes
 from data.loader import Batch
 from kernels.loss import Products, compiled
-from micro_steps import own_rows, rows_at_once, throw_away
 from model import GPT, Stage
-from ranks import World, device_for, prepare_cuda
 from recipes import Recipe, batch_shape
+from trainer import options
+from trainer.dist import World, device_for, prepare_cuda
+from trainer.memory import own_rows, rows_at_once, throw_away
 
 MOST_HELPERS = 7
 

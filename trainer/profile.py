@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from ranks import World
+from trainer.dist import World
 
 # Steps before the first profiled one: they allocate, and learn the order. The profiler records the
 # last of them too, which nobody counts: its own first use takes time (CUPTI's, on a GPU).

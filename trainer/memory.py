@@ -9,10 +9,10 @@ import math
 import torch
 from torch import Tensor
 
-import options
 from data.loader import Batch, rank_rows, row_documents
-from ranks import World
 from recipes import Recipe
+from trainer import options
+from trainer.dist import World
 
 # Bytes that backward keeps of a token, for each layer and channel: 39 to 49 measured with compiled
 # layers (bench/memory.py). A layer that is computed again keeps its input alone.

@@ -24,17 +24,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import recipes
-from data import corpus
 from kernels.attention import describe_attention
 from model import GPT, num_parameters
-from ranks import Signal, World
 from recipes import Recipe, batch_shape
 from records.log import LogError, RunLog, train_line, val_line
 from records.standing import rank as rank_in_table
 from records.standing import stand
-from sample import generate
+from trainer.dist import Signal, World
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 WANDB_PATIENCE_S = 30  # how long a finished run waits for its server
 
 
@@ -286,8 +284,8 @@ def header(recipe: Recipe, seed: int, model: GPT, data: str, world: World, how: 
     }
 
 
-def show_end(screen: Screen, recipe: Recipe, result: dict, log_path: Path, model: GPT) -> None:
-    """What the run came to, and what to type next."""
+def show_end(screen: Screen, recipe: Recipe, result: dict, log_path: Path, text: str) -> None:
+    """Print the result, `text` that the model wrote, and the next command to type."""
     seconds = float(result["train_time_ms"]) / 1000
     loss = float(result["final_val_loss"])
     target = "no target is fixed for this track yet" if recipe.target is None else (
@@ -308,17 +306,15 @@ def show_end(screen: Screen, recipe: Recipe, result: dict, log_path: Path, model
         "log": log_path,
         "model": result["checkpoint"],
     })
-    if recipe.model.vocab_size == corpus.VOCAB_SIZE and result["status"] == "complete":
-        prompt = "Return the "
-        screen.line("\nwhat it would write now:\n")
-        text = generate(model, prompt, num_tokens=240, temperature=0.7, seed=0)
-        for line in (prompt + text).splitlines():
+    if text:
+        screen.line("\nthe model now writes:\n")
+        for line in text.splitlines():
             screen.line("    " + line)
     kept = any(log_path.parent.glob(f"{log_path.stem}.step*.ckpt"))
     if result["status"] == "preempted" and kept:
         screen.line("\nnext: the same command with --resume auto goes on from here")
     else:
         python = ".venv/bin/python" if Path(sys.prefix).name == ".venv" else "python"
-        screen.line(f"\nnext: {python} sample.py {log_path.with_suffix('')} "
+        screen.line(f"\nnext: {python} -m tools.sample {log_path.with_suffix('')} "
                     "--prompt \"Compute \"")
     screen.line(f"log: {log_path}")

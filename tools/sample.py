@@ -1,6 +1,6 @@
 """Write text with a model that was trained here.
 
-    python sample.py logs/RUN --prompt "Return the "
+    python -m tools.sample logs/RUN --prompt "Return the "
 
 RUN is the run's id: its model is logs/RUN.pt. Models of the built-in corpus speak bytes and need
 nothing else; models of FineWeb speak GPT-2 tokens and need tiktoken's GPT-2 ranks.
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import recipes
 from data import corpus, fineweb
 from model import GPT
+from trainer import checkpoint
 
 
 def load_model(run: str) -> tuple[GPT, recipes.Recipe]:
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
         print(args.prompt + generate(model, args.prompt, args.num_tokens, args.temperature,
                                      args.seed))
     except (ValueError, OSError) as error:  # no such model; no network for GPT-2's ranks
-        print(f"sample.py: {error}", file=sys.stderr)
+        print(f"tools.sample: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,0 +1,1 @@
+"""What is done with a trained model, and how a training is launched."""

@@ -1,0 +1,1 @@
+"""The trainer's machinery: nothing in this folder changes what is learned."""
