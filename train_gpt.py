@@ -22,7 +22,6 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,12 +52,10 @@ from tools.sample import generate
 from trainer import checkpoint, options
 from trainer.checkpoint import Keeper
 from trainer.compile import (
-    Helpers,
     compile_ahead,
     compile_segments,
     compiled_graphs,
     compiles_optimizer,
-    start_helpers,
     wants_compile,
 )
 from trainer.dist import (
@@ -348,12 +345,11 @@ class Crash(RuntimeError):
     """Something nobody foresaw; what it was stands above it in the traceback."""
 
 
-def make_job(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
-             backend: str | Callable = "inductor") -> Job:
+def make_job(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World) -> Job:
     activate_flash_attention(world.device)
     model = build_model(recipe, seed, world.device, run.triton_kernels)
     if wants_compile(run, world.device)[0]:
-        compile_segments(model, run.compile_layers, backend)
+        compile_segments(model, run.compile_layers)
     signals = Signals(world, model.named_parameters())
     optimizer = build_optimizer(model, recipe, run.triton_kernels,
                                 compiles_optimizer(run, world.device))
@@ -498,7 +494,7 @@ def tensors_of(path: str, world: World) -> dict:
 
 
 def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World, screen: Screen,
-          stop_request: StopRequest, helpers: Helpers, wall_start: float) -> str:
+          stop_request: StopRequest, wall_start: float) -> str:
     """One training from seed to log: complete, preempted or failed. `wall_start`: when it began,
     by time.perf_counter."""
     log_dir = Path(run.log_dir)
@@ -515,8 +511,7 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
                     "nothing is left to do (another --seed trains another model)")
         return "complete"
 
-    job = make_job(run, recipe, seed, data, world, helpers.backend)
-    helpers.begin(job.micro_tokens, job.model.recomputed)
+    job = make_job(run, recipe, seed, data, world)
     where = environment(world, torch.get_num_threads())
     screen.line()
     screen.facts(header(recipe, seed, job.model, f"{run.data_dir or recipe.corpus}, "
@@ -529,8 +524,6 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
         compile_ahead(job.model, recipe, world, job.micro_tokens)
     warm_up(job.model, job.optimizer, recipe, data, world, job.micro_tokens, job.signals)
     world.synchronize()
-    for why in helpers.end(warm=True):
-        screen.warn(f"a process that should help to compile failed: {why}")
     now = time.perf_counter()
     warmup_s, start_s = now - warmup_start, now - wall_start
     screen.line(f"warm-up done in {warmup_s:.1f} s, {start_s:.1f} s from the start; everything put "
@@ -640,25 +633,23 @@ def main(argv: list[str]) -> int:
             rank_rows(batch_shape(0, recipe)[0], 0, int(os.environ.get("WORLD_SIZE", 1)))
             return 0
         with join_world(run.device) as world, StopRequest() as stop_request, world.watched():
-            facts, code = recipes.to_dict(recipe), source_digest(local_sources())
+            facts = recipes.to_dict(recipe)
             world.agree(facts.pop("model") | facts
                         | {name: getattr(run, name) for name in
                            ("seed", "runs", "resume", "checkpoint_every", "timeout_s", "compile",
                             "compile_layers", "compile_optimizer", "kernels", "recompute",
                             "profile")}
-                        | {"the code": code})
+                        | {"the code": source_digest(local_sources())})
             rank_rows(batch_shape(0, recipe)[0], world.rank, world.size)
-            with start_helpers(run, recipe, world, argv, code) as helpers:
-                data = world.first(lambda: find_data(recipe, run))
-                world.agree({"the data": world.every(lambda: data_here(data))})
-                began = time.perf_counter() - process_age_s()
-                for seed in range(run.seed, run.seed + run.runs):
-                    status = train(run, recipe, seed, data, world, screen, stop_request, helpers,
-                                   began)
-                    began = time.perf_counter()
-                    if status != "complete":
-                        return int(status == "failed")
-                    gc.collect()  # a compiled model refers to itself: it would stay beside the next
+            data = world.first(lambda: find_data(recipe, run))
+            world.agree({"the data": world.every(lambda: data_here(data))})
+            began = time.perf_counter() - process_age_s()
+            for seed in range(run.seed, run.seed + run.runs):
+                status = train(run, recipe, seed, data, world, screen, stop_request, began)
+                began = time.perf_counter()
+                if status != "complete":
+                    return int(status == "failed")
+                gc.collect()  # a compiled model refers to itself: it would stay beside the next
         return 0
     except (ValueError, OSError) as error:  # what a user or the network can cause
         if first:

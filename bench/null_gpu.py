@@ -29,7 +29,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -106,8 +105,7 @@ class Meter:
         rows.append({name: now - before[name] for name, now in self.read().items()})
 
 
-def child(arguments: Sequence[str], rank: int, ranks: int, helpers: int | None,
-          out: Path) -> int:
+def child(arguments: Sequence[str], rank: int, ranks: int, out: Path) -> int:
     """Train by these options with the meter at a step, at the optimizer and at the memory."""
     import torch
     import torch.distributed as dist
@@ -116,7 +114,6 @@ def child(arguments: Sequence[str], rank: int, ranks: int, helpers: int | None,
 
     import muon
     import train_gpt
-    from trainer import compile as compiling
     from trainer import dist as ranks_module
     from trainer import memory as micro_steps
 
@@ -138,7 +135,7 @@ def child(arguments: Sequence[str], rank: int, ranks: int, helpers: int | None,
     @contextlib.contextmanager
     def join_world(device: str):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                       "LOCAL_WORLD_SIZE": str(ranks)}  # for the helpers, which are processes
+                       "LOCAL_WORLD_SIZE": str(ranks)}
         dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
         yield OneOfMany(rank, rank, ranks, torch.device("cuda", 0))
         dist.destroy_process_group()
@@ -190,10 +187,6 @@ def child(arguments: Sequence[str], rank: int, ranks: int, helpers: int | None,
     train_gpt.evaluate = metered_evaluate
     if ranks > 1:
         train_gpt.join_world = join_world
-        # Ranks that do not know of each other share the claims all the same.
-        compiling.secrets = SimpleNamespace(token_hex=lambda _: f"{os.getppid()}-{out.parent.name}")
-    if helpers is not None:
-        compiling.how_many = lambda *_: helpers
     status = train_gpt.main(list(arguments))
     out.write_text(json.dumps({
         **said, "status": status, "seconds": time.perf_counter() - began,
@@ -206,8 +199,8 @@ def child(arguments: Sequence[str], rank: int, ranks: int, helpers: int | None,
 
 # --- the table ------------------------------------------------------------------------------------
 
-def measure(record: int, options: Sequence[str], ranks: int, at_once: int, helpers: int | None,
-            gib: float, library: Path, data: Path, folder: Path) -> dict:
+def measure(record: int, options: Sequence[str], ranks: int, at_once: int, gib: float,
+            library: Path, data: Path, folder: Path) -> dict:
     """`at_once` ranks with an empty cache, of which the slowest counts, and one with what they
     left; the last one's figures."""
     words = ["--record", str(record), "--scale", "full", "--num_iterations", str(STEPS),
@@ -221,7 +214,7 @@ def measure(record: int, options: Sequence[str], ranks: int, at_once: int, helpe
         outs = {rank: folder / f"{cache}{rank}.json" for rank in range(0, ranks, ranks // together)}
         started = [subprocess.Popen(
             [sys.executable, __file__, "--child", str(out), "--ranks", str(ranks), "--rank",
-             str(rank), *([] if helpers is None else ["--helpers", str(helpers)]), "--", *words],
+             str(rank), "--", *words],
             env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             for rank, out in outs.items()]
         said = [process.communicate()[0] for process in started]
@@ -258,8 +251,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=1, help="of one node; one of them runs")
     parser.add_argument("--at_once", type=int, default=1, help="ranks that start from empty caches "
                         "at the same time, spread over --ranks")
-    parser.add_argument("--helpers", type=int, help="processes that compile ahead of a rank; "
-                        "default: the trainer's choice")
     parser.add_argument("--gib", type=float, default=139.0, help="memory of the GPU")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     parser.add_argument("--exec", nargs=argparse.REMAINDER, help="run a command on the null GPU")
@@ -268,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("options", nargs="*", help="after --: more options of train_gpt.py")
     args = parser.parse_args(arguments)
     if args.child:
-        return child(args.options, args.rank, args.ranks, args.helpers, args.child)
+        return child(args.options, args.rank, args.ranks, args.child)
     if not 1 <= args.at_once <= args.ranks:
         parser.error(f"--at_once: expected 1 to {args.ranks} of --ranks, got {args.at_once}")
     import torch
@@ -286,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
         for record in args.records:
             own = folder / str(record)
             own.mkdir(exist_ok=True)
-            rows.append(measure(record, args.options, args.ranks, args.at_once, args.helpers,
+            rows.append(measure(record, args.options, args.ranks, args.at_once,
                                 args.gib, library, folder, own))
             print(" | ".join(cells(rows[-1])), flush=True)
     if args.json:
