@@ -1,12 +1,13 @@
-"""The model: GPT-2's shape with what the speedrun found, every idea one named, deletable piece.
+"""The model: GPT-2's shape with what the speedrun found, each idea an `if` on the config.
 
-A model is a list of blocks, a block a list of pieces (pieces.py), and a piece a few lines that act
-on the residual stream. `GPT(config)` is decided when it is built: a piece that a recipe does not
-use is not there, and the forward pass has no branch that asks. `print(model)` reads as what the
-recipe computes. To add an idea: write a piece, put it where it acts (`Block`, `Attention`, `GPT`),
-and give its parameters a rule in `init_rules` and a role in `param_role`.
+`forward` reads from top to bottom as the model computes: GPT embeds tokens and runs the blocks, a
+Block is Attention and MLP on the residual stream, the head gives the loss. Every idea is guarded by
+its field of GPTConfig and stands where it acts, with the record that brought it and its source.
 
-What changes while training (windows, rotary frequencies, targets, tied or not) is a `Stage`:
+To add an idea: a field in GPTConfig, an `if` where it acts, and, if it has parameters, one line
+each in `parameter_table` (initialisation, and role for the optimizer). recipes.py turns it on.
+
+What changes during training (windows, rotary frequencies, targets, tied or not) is a `Stage`:
 `model.set_stage(stage)` between two steps.
 
 Shapes: B rows, T tokens a row, C model_dim, H heads, D head_dim, V vocabulary (padded).
@@ -15,8 +16,8 @@ A tensor's name ends in its shape: x_BTC, q_BTHD, logits_BTV.
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
@@ -24,12 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import pieces
 from kernels import DTYPES
-from kernels.attention import Keys, document_ids, packed_keys
-from kernels.loss import KERNELS, TWINS, Softcap, head_loss, targets_ahead
-from kernels.relu2 import mlp_relu2
-from pieces import Given, Linear, Norm, Table, Then, norm
+from kernels.attention import Keys, attention, document_ids, packed_keys
+from kernels.loss import KERNELS, TWINS, Softcap, head_loss, softcapped, targets_ahead
+from kernels.norm import rms_norm as norm
+from kernels.relu2 import mlp_relu2, relu_squared
+
+GATE_DIM = 12  # first channels of the stream, which gates look at (#28)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,12 @@ class GPTConfig:
     seq_len: int = 1024             # tokens of the longest row in training
     max_seq_len: int | None = None  # of any row, in validation; none: seq_len
     mlp_ratio: int = 4
-    architecture: str = "gpt"       # gpt, or gpt2: record #1's, in gpt2.py
+
+    # GPT-2 as record #1 trained it; all of it went with #2
+    learned_positions: bool = False     # an embedding of positions in place of rotary
+    layer_norm: bool = False        # LayerNorm with weight and bias in place of RMSNorm
+    biases: bool = False            # in all matrices but the head
+    gpt2_init: bool = False         # normal with 0.02
 
     # positions
     rotary_base: float = 10_000.0
@@ -84,7 +91,7 @@ class GPTConfig:
     drop_first: bool = False        # the first layer is gone; num_layers counts what is left (#35)
 
     # MLP, head, loss
-    activation: str = "gelu"        # gelu, or relu2 (#5)
+    activation: str = "gelu"        # gelu, gelu_tanh (#1), or relu2 (#5)
     tied_head: bool = True          # head and embedding share one table; untied from #8
     logit_softcap: float | None = None  # cap * tanh(z / cap) (#9), or cap * sigmoid (#19)
     softcap_kind: str = "tanh"
@@ -100,11 +107,11 @@ class GPTConfig:
     value_embed_init_std: float = 1.0   # 0 from #53
 
     # precision
-    compute_dtype: str = "bf16"     # of matrix products and attention; matrices stay fp32
+    compute_dtype: str = "bf16"     # of matmuls and attention; matrices are stored in fp32
     stream_dtype: str = "fp32"      # of the residual stream; bf16 from #10
     embed_dtype: str = "fp32"       # of the embedding tables; bf16 from #10
     head_dtype: str = "fp32"        # of the head's table; bf16 from #32
-    head: str = "bf16"              # of the head's product in training; fp8 from #19
+    head: str = "bf16"              # of the head's matmul in training; fp8 from #19
     fp8_factors: tuple[float, ...] = ()  # of x, w and the summed loss's gradient, before the cast
 
     @property
@@ -113,7 +120,7 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the tables: a multiple of 64 keeps the head's products on fast tiles."""
+        """Rows of the tables: a multiple of 64 keeps the head's matmuls on fast tiles."""
         return 64 * math.ceil(self.vocab_size / 64) if self.pad_vocab else self.vocab_size
 
     @property
@@ -124,6 +131,16 @@ class GPTConfig:
     @property
     def bigram_rows(self) -> int:
         return self.bigram_factor * self.padded_vocab_size
+
+    @property
+    def softcap(self) -> Softcap:
+        """The curve of the logits: cap * tanh(z / div) (Gemma 2; #9), or from #19 cap * sigmoid(z /
+        div), the same curve moved up, which softmax does not see; #54 shifts it."""
+        if self.logit_softcap is None:
+            return Softcap()
+        div = self.logit_softcap if self.softcap_div is None else self.softcap_div
+        div *= math.sqrt(self.model_dim) if self.softcap_sqrt_dim else 1.0
+        return Softcap(self.softcap_kind, self.logit_softcap, div, self.softcap_shift)
 
 
 class Stage(NamedTuple):
@@ -136,12 +153,12 @@ class Stage(NamedTuple):
     tied: bool = False                  # the embedding is the head's table for now (#51)
 
 
-# --- which layer has what: lists derived from num_layers ------------------------------------------
+# --- which layer has what: derived from num_layers ------------------------------------------------
 
 class Layer(NamedTuple):
-    """What one layer takes besides the stream."""
+    """How one layer differs from the others."""
 
-    keys: str = "long"                  # long, short, paired: what its attention sees
+    keys: str = "long"                  # long, short, paired: which keys its queries see
     value_table: int | None = None
     skip_from: int | None = None        # the layer whose output comes back here
 
@@ -179,14 +196,154 @@ def dropped_attention(config: GPTConfig) -> int:
 
 
 def backout_layer(config: GPTConfig) -> int:
+    """The layer whose output record #40 subtracts at the end: 8 of 12, 7 of 11."""
     return 2 * config.num_layers // 3
 
 
-# --- positions ------------------------------------------------------------------------------------
+# --- parameters: initialisation and role ----------------------------------------------------------
+
+class Init(NamedTuple):
+    """How a parameter starts: uniform or normal with a standard deviation, or a constant."""
+
+    kind: str
+    number: float
+
+
+def parameter_table(config: GPTConfig) -> dict[str, tuple[str, Init]]:
+    """Pattern of a parameter's name -> (role, initialisation).
+
+    The role chooses the parameter's optimizer group, see recipes.optimizer_groups. A parameter that
+    no pattern fits is refused, since it would train from garbage or by somebody else's rule.
+    """
+    c, dim = config, config.model_dim
+    zero = Init("constant", 0.0)
+
+    def matrix(std: float, fan_in: int) -> Init:
+        return Init("uniform", std * fan_in ** -0.5)
+
+    if c.gpt2_init:  # (#1) what is added to the stream smaller by sqrt(2 num_layers)
+        embed = into_layer = Init("normal", 0.02)
+        out = proj = Init("normal", 0.02 * (2 * c.num_layers) ** -0.5)
+        qkv = into_layer
+    else:
+        # fp32 tables of an untied embedding: standard normal (#8)
+        embed = matrix(3 ** -0.5, dim) if c.tied_head else Init("normal", 1.0)
+        into_layer = matrix(c.init_std, dim)
+        qkv = into_layer if c.qkv_init_std is None else matrix(c.qkv_init_std, dim)
+        out = zero if c.zero_proj else matrix(c.init_std, dim)
+        proj = zero if c.zero_proj else matrix(c.init_std, c.mlp_ratio * dim)
+    return {
+        "embed.weight": ("embed", embed),
+        "position.weight": ("embed", embed),
+        "lm_head.weight": ("head", Init("normal", c.head_init_std)),
+        "value_embeds.*.weight": ("value_embed", Init("normal", c.value_embed_init_std)),
+        "bigram.weight": ("bigram", zero),
+        "*.qkv.weight": ("attn_in", qkv),
+        "*.out.weight": ("attn_out", out),
+        "*.fc.weight": ("mlp_in", into_layer),
+        "*.proj.weight": ("mlp_out", proj),
+        "*.bias": ("scalar", zero),
+        "*ln.weight": ("scalar", Init("constant", 1.0)),
+        "*.attn_gate": ("attn_gate", zero),
+        "*.value_gate": ("value_gate", zero),
+        "*.skip_gate": ("skip_gate", zero),
+        "smear_gate": ("smear_gate", zero),
+        "*.qkv.factor": ("scalar", Init("constant", 0.5)),
+        "*.out.factor": ("scalar", Init("constant", 1.0)),
+        "*.value_lambda": ("scalar", Init("constant", 0.5)),
+        "*.embed_lambda": ("scalar", Init("constant", 0.5)),
+        "*.resid_lambda": ("scalar", Init("constant", c.resid_lambda)),
+        "*.x0_lambda": ("x0_lambda", zero),
+        "*.bigram_lambda": ("scalar", Init("constant", 0.1)),
+        "*.skip_lambda": ("scalar", Init("constant", 1.0 if c.unet == "weight" else -1.5)),
+        "smear_lambda": ("scalar", zero),
+        "backout_lambda": ("scalar", Init("constant", 0.5)),
+    }
+
+
+def parameter_entry(name: str, config: GPTConfig) -> tuple[str, Init]:
+    """(role, initialisation) of the parameter `name`; ValueError where the table has none."""
+    for pattern, entry in parameter_table(config).items():
+        if fnmatchcase(name, pattern):
+            return entry
+    raise ValueError(f"no role and no initialisation for parameter {name}: add a line to "
+                     "parameter_table in model.py")
+
+
+@torch.no_grad()
+def init_weights(model: "GPT", seed: int) -> None:
+    """Set every parameter, by name, from one seed; the same values on every device and rank."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        _, (kind, number) = parameter_entry(name, model.config)
+        if kind == "constant" or number == 0:
+            p.fill_(number)
+        elif kind == "uniform":
+            bound = math.sqrt(3) * number
+            p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
+        else:
+            p.copy_(torch.empty(p.shape).normal_(0, number, generator=generator))
+
+
+# --- building blocks ------------------------------------------------------------------------------
+
+class Linear(nn.Module):
+    """y = x W^T; the weight (out, in) is cast where it is used."""
+
+    def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype,
+                 dtype: torch.dtype | None = None, bias: bool = False, factor: bool = False):
+        super().__init__()
+        dtype = dtype or torch.promote_types(compute_dtype, torch.float32)
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_dim)) if bias else None
+        self.factor = scalar() if factor else None
+        self.compute_dtype = compute_dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.compute_dtype
+        # (#47) on QKV the factor acts on the values alone, because q and k are normed
+        weight = self.weight if self.factor is None else self.factor * self.weight
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(x.to(dtype), weight.to(dtype), bias)
+
+    def extra_repr(self) -> str:
+        out_dim, in_dim = self.weight.shape
+        return f"{in_dim} -> {out_dim}, {str(self.compute_dtype).removeprefix('torch.')}"
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding without its default initialisation, which takes 7 s for #62's tables."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+def scalar() -> nn.Parameter:
+    """A learned number. 0-dimensional, so that it does not lift a bf16 stream to fp32."""
+    return nn.Parameter(torch.empty(()))
+
+
+def gate_weight(num_gates: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(num_gates, GATE_DIM))
+
+
+def gate(weight: Tensor, x_BTC: Tensor) -> Tensor:
+    """(B, T, gates) between 0 and 1, from the first channels of the stream (#28)."""
+    x = x_BTC[..., :GATE_DIM]
+    return torch.sigmoid(F.linear(x, weight.to(x.dtype)))
+
+
+def rotary(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pair (i, i + D/2) by the angle of its position (Su et al. 2021; #2)."""
+    cos_T1D, sin_T1D = cos[:x_BTHD.size(1), None], sin[:x_BTHD.size(1), None]
+    x1, x2 = x_BTHD.chunk(2, dim=-1)
+    y1, y2 = x1 * cos_T1D + x2 * sin_T1D, x2 * cos_T1D - x1 * sin_T1D
+    return torch.cat([y1, y2], dim=-1).type_as(x_BTHD)
+
 
 def rotary_frequencies(config: GPTConfig) -> Tensor:
-    """(D/2,) radians a position, fp64: geometric from 1 down to 1/base (record #2). With
-    rotary_half the second half of the pairs stays put, and the rest spans the whole range (#17)."""
+    """(D/2,) radians a position, fp64: geometric from 1 down to 1/base (#2). With rotary_half the
+    second half of the pairs stays put, and the rest spans the whole range (#17)."""
     if config.rotary_half:
         turning = config.rotary_base ** -torch.linspace(0, 1, config.head_dim // 4,
                                                         dtype=torch.float64)
@@ -198,141 +355,195 @@ def rotary_frequencies(config: GPTConfig) -> Tensor:
 def yarn(freqs: Tensor, windows: tuple[int, ...]) -> tuple[Tensor, float]:
     """Frequencies and attention's temperature after the window grew through `windows` (tokens).
 
-    YaRN (Peng et al. 2023; record #31): a pair that turns more than 32 times in the old window
-    keeps its frequency, one that turns once or less slows down by old/new, between them linear;
-    attention gets sharper by 1 + 0.2 ln(new/old).
+    YaRN (Peng et al. 2023; #31): a pair that turns more than 32 times in the old window keeps its
+    frequency, one that turns once or less slows down by old/new, between them linear; the logits of
+    attention grow by 1 + 0.2 ln(new/old).
     """
-    sharper = 1.0
+    attn_temperature = 1.0
     for old, new in itertools.pairwise(windows):
         if new != old:
             turns = old * freqs / (2 * math.pi)
             keep = ((turns - 1) / 31).clamp(0, 1)
             freqs = freqs * (old / new + keep * (1 - old / new))
-            sharper *= 1 + 0.2 * math.log(new / old)
-    return freqs, sharper
+            attn_temperature *= 1 + 0.2 * math.log(new / old)
+    return freqs, attn_temperature
+
+
+def shift_still_half(k_BTHD: Tensor) -> Tensor:
+    """Take the dimensions that do not rotate from the position before, so that a head can look for
+    "what followed this token" in one layer (#49)."""
+    t1, s1, t2, s2 = k_BTHD.chunk(4, dim=-1)  # turning, still, turning, still
+    s1, s2 = (torch.cat([s[:, :1], s[:, :-1]], dim=1) for s in (s1, s2))
+    return torch.cat([t1, s1, t2, s2], dim=-1)
+
+
+def smear(e_BTC: Tensor, weight: Tensor, strength: Tensor) -> Tensor:
+    """e_t + l sigmoid(W e_t) e_{t-1} (#34). Documents are not kept apart here."""
+    now, before = e_BTC[:, 1:], e_BTC[:, :-1]
+    return torch.cat([e_BTC[:, :1], now + strength * gate(weight, now) * before], dim=1)
+
+
+def bigram_hash(tokens_BT: Tensor, num_rows: int) -> Tensor:
+    """(B, T) row of the bigram table for (token before, token); the last row opens a row (#62)."""
+    last = num_rows - 1
+    now, before = tokens_BT[:, 1:].long(), tokens_BT[:, :-1].long()
+    hashed = torch.bitwise_xor(36313 * now, 27191 * before) % last
+    return F.pad(hashed, (1, 0), value=last)
 
 
 # --- a layer --------------------------------------------------------------------------------------
-
-def value_piece(config: GPTConfig, layer: Layer) -> dict[str, nn.Module]:
-    if config.value_residual:
-        return {"residual": pieces.MixOne("first_v_BTHD")}
-    if layer.value_table is None:
-        sparse = config.value_embeds == "ends" and config.value_mix == "two"
-        return {"scale": pieces.ScaleValue()} if sparse else {}
-    make = {"one": lambda: pieces.MixOne("value_BTHD"), "two": pieces.MixTwo,
-            "add": pieces.AddValue, "gate": lambda: pieces.GateValue(config.num_heads)}
-    return {"embed": make[config.value_mix]()}
-
+# Blocks take tensors or None, never ints: an int that differs from layer to layer, or changes while
+# training, makes torch.compile build a graph for each value; alike blocks share one graph.
 
 class Attention(nn.Module):
     """Causal self-attention; adds to the residual stream."""
 
     def __init__(self, config: GPTConfig, layer: Layer):
         super().__init__()
-        dim, dtype, heads = config.model_dim, DTYPES[config.compute_dtype], config.num_heads
-        linear = pieces.ScaledLinear if config.qkv_lambda else Linear
-        scale = config.head_dim ** -0.5 if config.attn_scale is None else config.attn_scale
-        self.head_dim = config.head_dim
-        self.qkv = linear(dim, 3 * dim, dtype)
-        self.on_v = Then(value_piece(config, layer))
-        # A pair of heads in one stream of 2T positions: queries of one see keys of both (#58).
-        # Which two heads share a stream is only a name; here it is h and h + H/2.
-        self.streams = heads // 2 if layer.keys == "paired" else heads
-        self.on_qk = Then({
-            "none": lambda: {"rotary": pieces.Rotary()},
-            "after": lambda: {"rotary": pieces.Rotary(), "norm": Norm()},
-            "before": lambda: {"norm": Norm(), "rotary": pieces.Rotary()}}[config.qk_norm]())
-        looks_back = config.key_offset and layer.keys == "long"
-        self.on_k = Then({"offset": pieces.KeyOffset()} if looks_back else {})
-        self.scores = pieces.Scores(scale)
-        self.on_y = Then({"gate": pieces.HeadGate(heads)} if config.attn_gate else {})
-        self.out = linear(dim, dim, dtype)
-        self.on_out = Then({"damping": pieces.Damping((2 * config.num_layers) ** -0.5)}
-                           if config.attn_damping else {})
+        c = self.config = config
+        dim, dtype = c.model_dim, DTYPES[c.compute_dtype]
+        self.scale = c.head_dim ** -0.5 if c.attn_scale is None else c.attn_scale
+        self.paired = layer.keys == "paired"
+        self.shifts_keys = c.key_offset and layer.keys == "long"
+        # (#17) two lambdas: layers without a table keep the factor of their values
+        self.scales_value = c.value_embeds == "ends" and c.value_mix == "two"
+        has_table = layer.value_table is not None
+        if c.layer_norm:
+            self.ln = nn.LayerNorm(dim)
+        self.qkv = Linear(dim, 3 * dim, dtype, bias=c.biases, factor=c.qkv_lambda)
+        if c.value_residual or (has_table and c.value_mix in ("one", "two")) or self.scales_value:
+            self.value_lambda = scalar()
+        if has_table and c.value_mix == "two":
+            self.embed_lambda = scalar()
+        if has_table and c.value_mix == "gate":
+            self.value_gate = gate_weight(c.num_heads)
+        if c.attn_gate:
+            self.attn_gate = gate_weight(c.num_heads)
+        self.out = Linear(dim, dim, dtype, bias=c.biases, factor=c.qkv_lambda)
 
-    def forward(self, x_BTC: Tensor, given: Given) -> Tensor:
-        h_BTC = norm(x_BTC)
-        q_BTHD, k_BTHD, v_BTHD = self.qkv(h_BTC).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
-        v_BTHD = self.on_v(v_BTHD, h_BTC, given).type_as(q_BTHD)
-        q, k, v = (x.reshape(x.size(0), -1, self.streams, self.head_dim)
-                   for x in (q_BTHD, k_BTHD, v_BTHD))
-        q, k = self.on_qk(q, given), self.on_k(self.on_qk(k, given), given)
-        y_BTHD = self.on_y(self.scores(q, k, v, given).reshape_as(q_BTHD), h_BTC)
-        return x_BTC + self.on_out(self.out(y_BTHD.flatten(-2)))
+    def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
+                keys: Keys | None) -> Tensor:
+        c = self.config
+        h_BTC = self.ln(x_BTC) if c.layer_norm else norm(x_BTC)
+        q_BTHD, k_BTHD, v_BTHD = self.qkv(h_BTC).unflatten(-1, (3, -1, c.head_dim)).unbind(2)
+
+        if c.value_residual:  # (#9) Zhou et al. 2024
+            v_BTHD = (1 - self.value_lambda) * v_BTHD + self.value_lambda * shared["v1"]
+        elif ve_BTHD is not None:
+            if c.value_mix == "one":  # (#14)
+                v_BTHD = (1 - self.value_lambda) * v_BTHD + self.value_lambda * ve_BTHD
+            elif c.value_mix == "two":  # (#15)
+                v_BTHD = self.value_lambda * v_BTHD + self.embed_lambda * ve_BTHD
+            elif c.value_mix == "add":  # (#47)
+                v_BTHD = v_BTHD + ve_BTHD
+            else:  # (#55) a gate for each head, 1 at the start
+                v_BTHD = v_BTHD + 2 * gate(self.value_gate, h_BTC).unsqueeze(-1) * ve_BTHD
+        elif self.scales_value:  # (#17)
+            v_BTHD = self.value_lambda * v_BTHD
+        v_BTHD = v_BTHD.type_as(q_BTHD)
+
+        q, k, v = q_BTHD, k_BTHD, v_BTHD
+        if self.paired:  # (#58) heads h and h + H/2 in one stream of 2T positions see each other
+            q, k, v = (x.reshape(x.size(0), -1, c.num_heads // 2, c.head_dim) for x in (q, k, v))
+        if c.qk_norm == "before":  # (#6)
+            q, k = norm(q), norm(k)
+        if not c.learned_positions:  # (#2)
+            q, k = rotary(q, shared["cos"], shared["sin"]), rotary(k, shared["cos"], shared["sin"])
+        if c.qk_norm == "after":  # (#5)
+            q, k = norm(q), norm(k)
+        if self.shifts_keys:  # (#49)
+            k = shift_still_half(k)
+
+        y_BTHD = attention(q, k, v, self.scale, keys).reshape(q_BTHD.shape)
+        if c.attn_gate:  # (#28) each head's output times sigmoid(W h)
+            y_BTHD = y_BTHD * gate(self.attn_gate, h_BTC).unsqueeze(-1)
+        y_BTC = self.out(y_BTHD.flatten(-2))
+        if c.attn_damping:  # (#2)
+            y_BTC = y_BTC * (2 * c.num_layers) ** -0.5
+        return x_BTC + y_BTC
 
 
 class MLP(nn.Module):
-    """Two matrices with GELU or ReLU^2 (So et al. 2021; record #5) between them."""
+    """Two matrices with an activation between; adds to the residual stream."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, triton: bool = False):
         super().__init__()
-        dim, dtype = config.model_dim, DTYPES[config.compute_dtype]
-        self.fc = Linear(dim, config.mlp_ratio * dim, dtype)
-        self.activation = {"gelu": nn.GELU, "relu2": pieces.ReLU2}[config.activation]()
-        self.proj = Linear(config.mlp_ratio * dim, dim, dtype)
+        c = self.config = config
+        dim, dtype = c.model_dim, DTYPES[c.compute_dtype]
+        if c.layer_norm:
+            self.ln = nn.LayerNorm(dim)
+        self.fc = Linear(dim, c.mlp_ratio * dim, dtype, bias=c.biases)
+        self.proj = Linear(c.mlp_ratio * dim, dim, dtype, bias=c.biases)
+        self.triton = triton and c.activation == "relu2"
 
-    def forward(self, x_BTC: Tensor, given: Given) -> Tensor:
-        return x_BTC + self.proj(self.activation(self.fc(norm(x_BTC))))
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        c = self.config
+        h_BTC = self.ln(x_BTC) if c.layer_norm else norm(x_BTC)
+        if self.triton:  # relu^2 inside the matmuls
+            dtype = self.fc.compute_dtype
+            weights = self.fc.weight.to(dtype), self.proj.weight.to(dtype)
+            return x_BTC + mlp_relu2(h_BTC.to(dtype).flatten(0, 1), *weights).view_as(x_BTC)
+        h = self.fc(h_BTC)
+        if c.activation == "relu2":  # (#5) So et al. 2021
+            h = relu_squared(h)
+        elif c.activation == "gelu_tanh":  # (#1)
+            h = F.gelu(h, approximate="tanh")
+        else:
+            h = F.gelu(h)
+        return x_BTC + self.proj(h)
 
 
-class FusedMLP(MLP):
-    """The same with ReLU^2 inside the products, in Triton."""
+class Block(nn.Module):
+    """One layer: what other layers contribute to the stream, then attention and MLP."""
 
-    def forward(self, x_BTC: Tensor, given: Given) -> Tensor:
-        dtype = self.fc.compute_dtype
-        fc_FC, proj_CF = self.fc.weight.to(dtype), self.proj.weight.to(dtype)
-        y_NC = mlp_relu2(norm(x_BTC).to(dtype).flatten(0, 1), fc_FC, proj_CF)
-        return x_BTC + y_NC.view_as(x_BTC)
-
-
-class Block(Then):
-    """One layer: its pieces, in the order in which they act on x."""
-
-    def __init__(self, config: GPTConfig, index: int, layer: Layer,
-                 kernels: frozenset[str] = frozenset()):
-        parts: dict[str, nn.Module] = {}
-        if layer.skip_from is not None:
-            kinds = {"weight": pieces.Skip, "gate": pieces.GatedSkip}
-            parts["skip"] = kinds.get(config.unet, pieces.SigmoidSkip)()
-        if config.x0_lambdas:
-            parts["x0"] = pieces.MixX0()
-        if config.bigram:
-            parts["bigram"] = pieces.AddBigram()
-        if not (config.drop_attention and index == dropped_attention(config)):
-            parts["attn"] = Attention(config, layer)
-        if not (config.drop_mlp and index == 0):
-            fused = "relu2" in kernels and config.activation == "relu2"
-            parts["mlp"] = (FusedMLP if fused else MLP)(config)
-        super().__init__(parts)
+    def __init__(self, config: GPTConfig, index: int, layer: Layer, triton_mlp: bool = False):
+        super().__init__()
+        c = self.config = config
         self.layer = layer
+        if layer.skip_from is not None:
+            self.skip_lambda = scalar()
+            if c.unet == "gate":
+                self.skip_gate = gate_weight(1)
+        if c.x0_lambdas:
+            self.resid_lambda, self.x0_lambda = scalar(), scalar()
+        if c.bigram:
+            self.bigram_lambda = scalar()
+        self.attn = self.mlp = None
+        if not (c.drop_attention and index == dropped_attention(c)):  # (#17)
+            self.attn = Attention(c, layer)
+        if not (c.drop_mlp and index == 0):  # (#30)
+            self.mlp = MLP(c, triton_mlp)
+
+    def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
+                keys: Keys | None, skip_BTC: Tensor | None) -> Tensor:
+        c = self.config
+        if skip_BTC is not None:  # output of an earlier layer (U-net, #11)
+            if c.unet == "weight":  # (#11)
+                x_BTC = x_BTC + self.skip_lambda * skip_BTC
+            elif c.unet == "gate":  # (#55)
+                opened = 2 * torch.sigmoid(self.skip_lambda) * gate(self.skip_gate, shared["x0"])
+                x_BTC = x_BTC + opened * skip_BTC
+            else:  # (#32); a single skip from #45 on
+                x_BTC = x_BTC + torch.sigmoid(self.skip_lambda) * skip_BTC
+        if c.x0_lambdas:  # the embedding again (#9)
+            x_BTC = self.resid_lambda * x_BTC + self.x0_lambda * shared["x0"]
+        if c.bigram:  # (#62)
+            x_BTC = x_BTC + self.bigram_lambda * shared["bigram"]
+        if self.attn is not None:
+            x_BTC = self.attn(x_BTC, shared, ve_BTHD, keys)
+        if self.mlp is not None:
+            x_BTC = self.mlp(x_BTC)
+        return x_BTC
 
     def extra_repr(self) -> str:
         table, source = self.layer.value_table, self.layer.skip_from
         return ", ".join(
-            [f"{self.layer.keys} window"] * ("attn" in self)
+            [f"{self.layer.keys} window"] * (self.attn is not None)
             + [f"value table {table}"] * (table is not None)
             + [f"skip from layer {source}"] * (source is not None))
 
 
-def run_block(block: nn.Module, recompute: bool, x_BTC: Tensor, *given) -> Tensor:
-    """One layer. With `recompute` backward has only its input and computes the layer again: a third
-    more work, a tenth of the memory."""
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(block, x_BTC, *given, use_reentrant=False, preserve_rng_state=False)
-    return block(x_BTC, *given)
-
-
 # --- the whole ------------------------------------------------------------------------------------
-
-def softcap_piece(config: GPTConfig) -> dict[str, nn.Module]:
-    if config.logit_softcap is None:
-        return {}
-    div = config.logit_softcap if config.softcap_div is None else config.softcap_div
-    div *= math.sqrt(config.model_dim) if config.softcap_sqrt_dim else 1.0
-    cap = {"tanh": pieces.TanhCap, "sigmoid": pieces.SigmoidCap}[config.softcap_kind]
-    return {"softcap": cap(config.logit_softcap, div, config.softcap_shift)}
-
 
 class GPT(nn.Module):
     """tokens -> embedding -> blocks -> head -> loss. `kernels`: what runs in Triton of "relu2" (the
@@ -340,64 +551,55 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig, kernels: frozenset[str] = frozenset()):
         super().__init__()
-        self.config = config
-        dim, rows, dtype = config.model_dim, config.padded_vocab_size, DTYPES[config.compute_dtype]
-        table_dtype = DTYPES[config.embed_dtype]
-        self.stream_dtype = DTYPES[config.stream_dtype]
-        self.plan = layer_plan(config)
+        c = self.config = config
+        dim, rows, dtype = c.model_dim, c.padded_vocab_size, DTYPES[c.compute_dtype]
+        table_dtype, self.stream_dtype = DTYPES[c.embed_dtype], DTYPES[c.stream_dtype]
+        self.plan = layer_plan(c)
 
-        self.embed = Table(rows, dim, dtype=table_dtype)
-        self.on_embed = Then({"smear": pieces.Smear()} if config.smear else {})
-        if config.embed_norm:
-            self.on_embed["norm"] = Norm()
+        self.embed = Embedding(rows, dim, dtype=table_dtype)
+        if c.learned_positions:
+            self.position = Embedding(c.max_seq_len or c.seq_len, dim, dtype=table_dtype)
+        if c.smear:
+            self.smear_gate, self.smear_lambda = gate_weight(1), scalar()
         tables = {layer.value_table for layer in self.plan} - {None}
         self.value_embeds = nn.ModuleDict({
-            str(i): Table(rows, dim, dtype=table_dtype) for i in sorted(tables)})
+            str(i): Embedding(rows, dim, dtype=table_dtype) for i in sorted(tables)})
         self.blocks = nn.ModuleList(
-            Block(config, i, layer, kernels) for i, layer in enumerate(self.plan))
-        self.on_end = Then({"backout": pieces.Backout(backout_layer(config))}
-                           if config.backout else {})
-        head_dtype = DTYPES[config.head_dtype]
-        self.lm_head = Linear(dim, rows, DTYPES[config.head], head_dtype) if (
-            config.head != "fp8") else pieces.Fp8Head(
-                dim, rows, dtype, config.fp8_factors, head_dtype)
-        if config.tied_head:
+            Block(c, i, layer, "relu2" in kernels) for i, layer in enumerate(self.plan))
+        if c.layer_norm:
+            self.ln = nn.LayerNorm(dim)
+        if c.backout:
+            self.backout_lambda = scalar()
+        # fp8 matmuls are for training; validation takes compute_dtype
+        self.lm_head = Linear(dim, rows, dtype if c.head == "fp8" else DTYPES[c.head],
+                              DTYPES[c.head_dtype])
+        if c.tied_head:
             self.lm_head.weight = self.embed.weight
-        self.on_logits = Then(softcap_piece(config))
-        self.softcap = self.on_logits["softcap"].softcap if len(self.on_logits) else Softcap()
-        self.loss_bodies = KERNELS if "loss" in kernels else TWINS
-
-        # What all layers are given, made once a forward pass from (tokens, x0): Given's fields.
-        self.shared: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
-        if config.x0_lambdas:
-            self.shared["x0_BTC"] = self.embedding_again
-        if config.value_residual:
-            self.shared["first_v_BTHD"] = self.first_values
-        if config.bigram:
-            self.bigram = pieces.Bigrams(config.bigram_rows, dim, dtype=table_dtype)
-            self.shared["bigram_BTC"] = self.bigrams
-        self.see = self.see_documents if config.packed else self.see_row
-        self.segments = [range(config.num_layers)]  # the trainer cuts it where it compiles
-        self.recomputed = 0  # the trainer's too: backward computes the first so many layers again
+        if c.bigram:
+            self.bigram = Embedding(c.bigram_rows, dim, dtype=table_dtype)
 
         # Rotary tables of every position; two positions a token where heads share a stream.
-        positions = (config.max_seq_len or config.seq_len) * (2 if config.paired_heads else 1)
+        positions = (c.max_seq_len or c.seq_len) * (2 if c.paired_heads else 1)
         for name in ("cos", "sin"):
-            self.register_buffer(name, torch.empty(positions, config.head_dim // 2),
-                                 persistent=False)
+            self.register_buffer(name, torch.empty(positions, c.head_dim // 2), persistent=False)
         self.register_buffer("target_weights", torch.ones(1), persistent=False)
         self.stage: Stage | None = None
         self.set_stage(Stage())
 
+        # Set by the trainer: layers that are compiled as one graph, and how many of the first
+        # layers backward computes again (activation checkpointing).
+        self.segments = [range(c.num_layers)]
+        self.recomputed = 0
+        self.loss_bodies = KERNELS if "loss" in kernels else TWINS
+
     @torch.no_grad()
     def set_stage(self, stage: Stage) -> None:
         """Take what `stage` says; call it when the stage changes. A few small kernels, and the
-        rotary tables only where the windows that they follow changed; the host waits for nothing.
-        """
+        rotary tables only where the windows that they follow changed; no sync with the host."""
         if self.stage is None or stage.yarn_windows != self.stage.yarn_windows:
             self.set_rotary(stage.yarn_windows)
         self.stage = stage
-        self.embeds_from = "lm_head" if stage.tied else "embed"
+        self.tied = stage.tied
         if len(stage.target_weights) != len(self.target_weights):
             self.target_weights = torch.ones(len(stage.target_weights), device=self.cos.device)
         for ahead, weight in enumerate(stage.target_weights):
@@ -406,88 +608,16 @@ class GPT(nn.Module):
     def set_rotary(self, windows: tuple[int, ...]) -> None:
         """Cos and sin of every position. q and k both carry the root of YaRN's temperature, so
         that no kernel sees a new number."""
-        freqs, sharper = yarn(rotary_frequencies(self.config), windows)
+        freqs, attn_temperature = yarn(rotary_frequencies(self.config), windows)
         positions = torch.arange(len(self.cos), dtype=torch.float64, device=self.cos.device)
         angle = torch.outer(positions, freqs.to(self.cos.device, non_blocking=True))
-        self.cos.copy_(angle.cos() * math.sqrt(sharper))
-        self.sin.copy_(angle.sin() * math.sqrt(sharper))
+        self.cos.copy_(angle.cos() * math.sqrt(attn_temperature))
+        self.sin.copy_(angle.sin() * math.sqrt(attn_temperature))
 
     @torch.no_grad()
     def untie(self) -> None:
         """The embedding becomes a copy of the head's table that was used in its place (#51)."""
         self.embed.weight.copy_(self.lm_head.weight)
-
-    def embedding_again(self, tokens_BT: Tensor, x0_BTC: Tensor) -> Tensor:
-        return x0_BTC
-
-    def bigrams(self, tokens_BT: Tensor, x0_BTC: Tensor) -> Tensor:
-        return self.bigram(tokens_BT).to(self.stream_dtype)
-
-    def first_values(self, tokens_BT: Tensor, x0_BTC: Tensor) -> Tensor:
-        """(B, T, H, D): layer 0's values. Computed ahead, since its input is x0 up to a factor."""
-        attn = self.blocks[0]["attn"]
-        weight = attn.qkv.weight[2 * self.config.model_dim:].to(attn.qkv.compute_dtype)
-        return F.linear(norm(x0_BTC).to(weight.dtype), weight).unflatten(-1, (-1, attn.head_dim))
-
-    def see_row(self, tokens_BT: Tensor, docs_B2: Tensor | None) -> dict[str, Keys | None]:
-        return {"long": None}
-
-    def see_documents(self, tokens_BT: Tensor, docs_B2: Tensor | None) -> dict[str, Keys]:
-        """Documents and windows, once for all layers of a kind."""
-        doc_BT, T = document_ids(tokens_BT, self.config.bos_id), tokens_BT.size(1)
-        long, short = self.stage.window or T, self.stage.short_window or T
-        of = {"long": (doc_BT, long), "short": (doc_BT, short),
-              "paired": (doc_BT.repeat_interleave(2, 1), short)}
-        dtype = DTYPES[self.config.compute_dtype]
-        docs = {"long": docs_B2, "short": docs_B2,
-                "paired": docs_B2 if docs_B2 is None else docs_B2 * torch.tensor([1, 2])}
-        return {kind: packed_keys(*of[kind], dtype, docs[kind])
-                for kind in {x.keys for x in self.plan}}
-
-    def hidden(self, tokens_BT: Tensor, docs_B2: Tensor | None = None) -> Tensor:
-        """(B, T) tokens -> (B, T, C), normed, ready for the head. `docs_B2`: see packed_keys."""
-        x_BTC, given, values = self.enter(tokens_BT)
-        x_BTC = x_BTC.view_as(x_BTC)  # if it were given.x0_BTC, layer 0 would be a graph of its own
-        keys = self.see(tokens_BT, docs_B2)
-        outputs: dict[int | None, Tensor | None] = {None: None}
-        for layers in self.segments:
-            x_BTC = self.run_layers(layers, x_BTC, given, keys, values, outputs)
-        return self.leave(x_BTC, outputs)
-
-    def enter(self, tokens_BT: Tensor) -> tuple[Tensor, Given, dict[int | None, Tensor | None]]:
-        """The embedding, what all layers are given, and the value embeddings by their table."""
-        table = getattr(self, self.embeds_from).weight
-        x_BTC = self.on_embed(F.embedding(tokens_BT, table).to(self.stream_dtype))
-        given = Given((self.cos, self.sin), **{
-            name: make(tokens_BT, x_BTC) for name, make in self.shared.items()})
-        return x_BTC, given, {None: None} | {
-            int(i): table(tokens_BT).to(self.stream_dtype).unflatten(-1, (-1, self.config.head_dim))
-            for i, table in self.value_embeds.items()}
-
-    def run_layers(self, layers: range, x_BTC: Tensor, given: Given, keys: dict[str, Keys | None],
-                   values: dict, outputs: dict) -> Tensor:
-        """Consecutive layers; each one's output is added to `outputs` for the skips behind it."""
-        for i in layers:
-            layer = self.plan[i]
-            own = given._replace(keys=keys[layer.keys], value_BTHD=values[layer.value_table],
-                                 skip_BTC=outputs[layer.skip_from])
-            x_BTC = outputs[i] = run_block(self.blocks[i], i < self.recomputed, x_BTC, own)
-        return x_BTC
-
-    def leave(self, x_BTC: Tensor, outputs: dict) -> Tensor:
-        return norm(self.on_end(x_BTC, outputs))
-
-    def logits(self, x_BTC: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, V) in fp32; the columns past vocab_size are padding."""
-        return self.on_logits(self.lm_head(x_BTC).float())
-
-    def head_loss(self, x_BTC: Tensor, targets_BT: Tensor) -> Tensor:
-        """Cross-entropy in nats, summed over the B*T tokens: fp32 scalar. With several targets
-        (multi-token prediction, #53) each has its weight; they do not reach into the next row."""
-        targets_NK = targets_ahead(targets_BT, len(self.target_weights))
-        return head_loss(x_BTC.flatten(0, 1), self.lm_head.weight, targets_NK, self.target_weights,
-                         self.softcap, self.lm_head.compute_dtype,
-                         self.lm_head.fp8_factors if self.training else None, self.loss_bodies)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor,
                 docs_B2: Tensor | None = None) -> Tensor:
@@ -498,79 +628,93 @@ class GPT(nn.Module):
         """
         return self.head_loss(self.hidden(inputs_BT, docs_B2), targets_BT)
 
-    def init_rules(self) -> dict[str, tuple]:
-        """Ending of a parameter's name -> ("uniform" or "normal", std) or ("constant", value)."""
+    def hidden(self, tokens_BT: Tensor, docs_B2: Tensor | None = None) -> Tensor:
+        """(B, T) tokens -> (B, T, C), normed, ready for the head. `docs_B2`: see packed_keys."""
+        x_BTC, shared, values = self.embed_tokens(tokens_BT)
+        x_BTC = x_BTC.view_as(x_BTC)  # as shared["x0"] itself layer 0 would be a graph of its own
+        keys = self.attention_keys(tokens_BT, docs_B2)
+        outputs: dict[int, Tensor] = {}
+        for layers in self.segments:
+            x_BTC = self.run_layers(layers, x_BTC, shared, values, keys, outputs)
+        return self.final_norm(x_BTC, outputs)
+
+    def embed_tokens(self, tokens_BT: Tensor) -> tuple[Tensor, dict[str, Tensor], dict]:
+        """The embedding, what all layers share, and the value embeddings by their table."""
+        c, stream = self.config, self.stream_dtype
+        table = self.lm_head if self.tied else self.embed  # (#51) tied until two thirds
+        x_BTC = F.embedding(tokens_BT, table.weight).to(stream)
+        if c.learned_positions:  # (#1)
+            x_BTC = x_BTC + self.position.weight[:tokens_BT.size(1)]
+        if c.smear:  # (#34)
+            x_BTC = smear(x_BTC, self.smear_gate, self.smear_lambda)
+        if c.embed_norm:  # (#8)
+            x_BTC = norm(x_BTC)
+
+        shared = {"cos": self.cos, "sin": self.sin}
+        if c.x0_lambdas:  # (#9)
+            shared["x0"] = x_BTC
+        if c.value_residual:  # (#9) layer 0's values, from its input up to a factor
+            attn = self.blocks[0].attn
+            weight = attn.qkv.weight[2 * c.model_dim:].to(attn.qkv.compute_dtype)
+            v1_BTC = F.linear(norm(x_BTC).to(weight.dtype), weight)
+            shared["v1"] = v1_BTC.unflatten(-1, (-1, c.head_dim))
+        if c.bigram:  # (#62)
+            shared["bigram"] = self.bigram(bigram_hash(tokens_BT, c.bigram_rows)).to(stream)
+        values = {int(i): table(tokens_BT).to(stream).unflatten(-1, (-1, c.head_dim))
+                  for i, table in self.value_embeds.items()}  # (#14)
+        return x_BTC, shared, values
+
+    def attention_keys(self, tokens_BT: Tensor, docs_B2: Tensor | None) -> dict[str, Keys | None]:
+        """Which keys the layers of each kind see: documents (#12) and windows (#13, #20)."""
         c = self.config
-        dim = c.model_dim
-        qkv_std = c.init_std if c.qkv_init_std is None else c.qkv_init_std
-        zero = ("constant", 0.0)
+        if not c.packed:
+            return {"long": None}  # plainly causal
+        doc_BT, T = document_ids(tokens_BT, c.bos_id), tokens_BT.size(1)
+        long, short = self.stage.window or T, self.stage.short_window or T
+        of = {"long": (doc_BT, long), "short": (doc_BT, short),
+              "paired": (doc_BT.repeat_interleave(2, 1), short)}
+        docs = {"long": docs_B2, "short": docs_B2,
+                "paired": docs_B2 if docs_B2 is None else docs_B2 * torch.tensor([1, 2])}
+        return {kind: packed_keys(*of[kind], DTYPES[c.compute_dtype], docs[kind])
+                for kind in {layer.keys for layer in self.plan}}
 
-        def matrix(std: float, fan_in: int) -> tuple:
-            return ("uniform", std * fan_in ** -0.5)
+    def run_layers(self, layers: range, x_BTC: Tensor, shared: dict[str, Tensor],
+                   values: dict[int, Tensor], keys: dict[str, Keys | None],
+                   outputs: dict[int, Tensor]) -> Tensor:
+        """Consecutive layers; each one's output is added to `outputs` for the skips behind it."""
+        for i in layers:
+            layer, block = self.plan[i], self.blocks[i]
+            inputs = (x_BTC, shared, values.get(layer.value_table), keys[layer.keys],
+                      outputs.get(layer.skip_from))
+            if i < self.recomputed and torch.is_grad_enabled():
+                # keeps its input alone: a third more work, a tenth of the memory
+                x_BTC = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTC = block(*inputs)
+            outputs[i] = x_BTC
+        return x_BTC
 
-        def out(fan_in: int) -> tuple:
-            return zero if c.zero_proj else matrix(c.init_std, fan_in)
+    def final_norm(self, x_BTC: Tensor, outputs: dict[int, Tensor]) -> Tensor:
+        c = self.config
+        if c.backout:  # (#40) what served in the middle need not reach the head
+            x_BTC = x_BTC - self.backout_lambda * outputs[backout_layer(c)]
+        return self.ln(x_BTC) if c.layer_norm else norm(x_BTC)
 
-        return {
-            "embed.weight": matrix(3 ** -0.5, dim) if c.tied_head else ("normal", 1.0),
-            "lm_head.weight": ("normal", c.head_init_std),
-            "qkv.weight": matrix(qkv_std, dim), "out.weight": out(dim),
-            "fc.weight": matrix(c.init_std, dim), "proj.weight": out(c.mlp_ratio * dim),
-            "value_embeds": ("normal", c.value_embed_init_std), "bigram.weight": zero,
-            "attn_gate": zero, "value_gate": zero, "skip_gate": zero, "smear_gate": zero,
-            "value_lambda": ("constant", 0.5), "embed_lambda": ("constant", 0.5),
-            "resid_lambda": ("constant", c.resid_lambda), "x0_lambda": zero,
-            "bigram_lambda": ("constant", 0.1), "smear_lambda": zero,
-            "backout_lambda": ("constant", 0.5),
-            "skip_lambda": ("constant", 1.0 if c.unet == "weight" else -1.5),
-            "qkv.factor": ("constant", 0.5), "out.factor": ("constant", 1.0),
-        }
+    def logits(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, V) in fp32; the columns past vocab_size are padding."""
+        return softcapped(self.lm_head(x_BTC).float(), self.config.softcap)
 
-
-# --- about parameters -----------------------------------------------------------------------------
-
-def init_rule(model: nn.Module, name: str) -> tuple:
-    """The rule of init_rules that names this parameter. Raises ValueError where none does: a
-    forgotten parameter must not train."""
-    rules = model.init_rules()
-    key = "value_embeds" if name.startswith("value_embeds.") else next(
-        (ending for ending in rules if name.endswith(ending)), None)
-    if key is None:
-        raise ValueError(f"no initialisation for parameter {name}: add a rule to init_rules of "
-                         f"{type(model).__name__}")
-    return rules[key]
-
-
-@torch.no_grad()
-def init_weights(model: nn.Module, seed: int) -> None:
-    """Set every parameter, by name, from one seed; the same values on every device and rank."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        kind, number = init_rule(model, name)
-        if kind == "constant" or number == 0:
-            p.fill_(number)
-        elif kind == "uniform":
-            bound = math.sqrt(3) * number
-            p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
-        else:
-            p.copy_(torch.empty(p.shape).normal_(0, number, generator=generator))
+    def head_loss(self, x_BTC: Tensor, targets_BT: Tensor) -> Tensor:
+        """Cross-entropy in nats, summed over the B*T tokens: fp32 scalar. With several targets
+        (multi-token prediction, #53) each has its weight; they do not reach into the next row."""
+        c, head = self.config, self.lm_head
+        targets_NK = targets_ahead(targets_BT, len(self.target_weights))
+        fp8_factors = c.fp8_factors if c.head == "fp8" and self.training else None  # (#19)
+        return head_loss(x_BTC.flatten(0, 1), head.weight, targets_NK, self.target_weights,
+                         c.softcap, head.compute_dtype, fp8_factors, self.loss_bodies)
 
 
-def param_role(name: str) -> str:
-    """What a parameter is to the optimizer; see recipes.optimizer_groups."""
-    if name.startswith("value_embeds."):
-        return "value_embed"
-    of_name = {"embed.weight": "embed", "lm_head.weight": "head", "bigram.weight": "bigram",
-               "position.weight": "embed", "qkv.weight": "attn_in", "out.weight": "attn_out",
-               "fc.weight": "mlp_in", "proj.weight": "mlp_out"}
-    last = name.rpartition(".")[2]
-    role = next((role for ending, role in of_name.items() if name.endswith(ending)), None)
-    if role is not None:
-        return role
-    if last.endswith("_gate"):
-        return last
-    return "x0_lambda" if last == "x0_lambda" else "scalar"
-
+# --- sizes ----------------------------------------------------------------------------------------
 
 def num_parameters(model: nn.Module) -> int:
     """Trained numbers, a tied head counted once."""
@@ -583,15 +727,14 @@ def mean_keys(seq_len: int, window: int | None) -> float:
     return W - W * (W - 1) / (2 * seq_len)
 
 
-def flops_per_token(model: nn.Module, stage: Stage | None = None,
-                    seq_len: int | None = None) -> float:
-    """Forward and backward FLOPs a token: 6 x parameters of matrix products, plus 12 C times the
-    keys a token attends to on average, per attention layer. The softmax that backward recomputes
-    is not counted; neither are document bounds, which only take keys away.
+def flops_per_token(model: GPT, stage: Stage | None = None, seq_len: int | None = None) -> float:
+    """Forward and backward FLOPs a token: 6 x parameters of matmuls, plus 12 C times the keys a
+    token attends to on average, per attention layer. The softmax that backward recomputes is not
+    counted; neither are document bounds, which only take keys away.
     """
     stage, seq_len = stage or model.stage, seq_len or model.config.seq_len
     matmul_parameters = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
     windows = {"long": stage.window, "short": stage.short_window, "paired": stage.short_window}
     keys = sum(mean_keys(seq_len, windows[block.layer.keys])
-               for block in model.blocks if "attn" in block)
+               for block in model.blocks if block.attn is not None)
     return 6 * matmul_parameters + 12 * model.config.model_dim * keys

@@ -12,10 +12,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field, fields, replace
 
-from torch import nn
-
-from gpt2 import GPT2
-from model import GPT, GPTConfig, Stage, flops_per_token, init_weights, param_role
+from model import GPT, GPTConfig, Stage, flops_per_token, init_weights, parameter_entry
 
 
 @dataclass(frozen=True)
@@ -149,13 +146,12 @@ def check(recipe: Recipe) -> None:
          "fp32 or bf16 (this recipe has no factors for fp8)", m.head)
     must(m.head != "fp8" or m.padded_vocab_size % 16 == 0, "pad_vocab",
          "true (fp8 products need multiples of 16)", m.pad_vocab)
-    one_of(m, "architecture", "gpt", "gpt2")
     one_of(m, "qk_norm", "none", "after", "before")
     one_of(m, "windows", "one", "two")
     one_of(m, "value_embeds", "none", "all", "mirror", "ends")
     one_of(m, "value_mix", "one", "two", "add", "gate")
     one_of(m, "unet", "none", "weight", "sigmoid", "single", "gate")
-    one_of(m, "activation", "gelu", "relu2")
+    one_of(m, "activation", "gelu", "gelu_tanh", "relu2")
     one_of(m, "softcap_kind", "tanh", "sigmoid")
     must(m.num_layers > 1 or not (m.drop_attention or m.unet in ("single", "gate")), "num_layers",
          "at least 2 (one layer has no attention, or takes another's output)", m.num_layers)
@@ -244,19 +240,24 @@ def _record(record: int, title: str, *, after: int, **changes) -> None:
     RECORDS[record] = edit(RECORDS[after], record=record, title=title, **changes)
 
 
+# 2024-05-28. GPT-2 as llm.c trained it. Rows come in order, not shuffled: that is the data's only
+# order here.
+RECORDS[1] = Recipe(
+    record=1, title="llm.c baseline",
+    model=GPTConfig(learned_positions=True, layer_norm=True, biases=True, gpt2_init=True,
+                    activation="gelu_tanh"),
+    num_iterations=19_560, warmup_steps=700, cooldown_steps=18_860, cooldown_shape="cosine",
+    matrix_lr=0.0006, embed_lr=0.0006, head_lr=0.0006, scalar_lr=0.0006,
+    grad_clip=1.0, val_every=250)
+
 # 2024-06-06. The gradient normalisation of its first code is left out: the log looks like a run
 # without it, and it was removed eight days later as useless.
-RECORDS[2] = Recipe(record=2, title="Rotary positions, tuned learning rate")
-
-# 2024-05-28. GPT-2 as llm.c trained it (gpt2.py). It stands below #2, so it is written as #2 with
-# what came back. Rows come in order, not shuffled: that is the data's only order here.
-_record(1, "llm.c baseline", after=2,
-        architecture="gpt2", attn_damping=False,
-        num_iterations=19_560, warmup_steps=700, cooldown_steps=18_860, cooldown_shape="cosine",
-        matrix_lr=0.0006, embed_lr=0.0006, head_lr=0.0006, scalar_lr=0.0006,
-        grad_clip=1.0, val_every=250)
-
-RECORDS[2] = edit(RECORDS[2], attn_damping=True)
+_record(2, "Rotary positions, tuned learning rate", after=1,
+        learned_positions=False, layer_norm=False, biases=False, gpt2_init=False,
+        activation="gelu", attn_damping=True,
+        num_iterations=9536, warmup_steps=256, cooldown_steps=2048, cooldown_shape="linear",
+        matrix_lr=0.0018, embed_lr=0.0018, head_lr=0.0018, scalar_lr=0.0018,
+        grad_clip=None, val_every=128)
 
 # 2024-10-04. No log; from the code of the day of the record.
 _record(3, "Muon", after=2,
@@ -650,7 +651,7 @@ def _at_rest(step: int, recipe: Recipe) -> bool:
 
 # --- the optimizer --------------------------------------------------------------------------------
 
-# Roles of parameters (model.param_role) in the order of their groups. Gates are under Muon unless
+# Roles of parameters (model.parameter_table) in the order of their groups. Muon trains gates unless
 # adam_roles names them.
 MATRICES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
 GATES = ("attn_gate", "value_gate", "skip_gate", "smear_gate")
@@ -700,10 +701,11 @@ def _settings(role: str, recipe: Recipe) -> dict:
 
 
 def optimizer_groups(recipe: Recipe, named_parameters) -> list[dict]:
-    """A group per role for muon.Muon; every parameter in exactly one. Roles: model.param_role."""
+    """A group per role (model.parameter_table) for muon.Muon; every parameter in exactly one."""
     members: dict[str, list] = {role: [] for role in ROLES}
     for name, p in named_parameters:
-        members[param_role(name)].append((name, p))
+        role, _ = parameter_entry(name, recipe.model)
+        members[role].append((name, p))
     return [{"params": params, "name": role, **_settings(role, recipe),
              **group_schedule(0, role, recipe)}
             for role, params in members.items() if params]
@@ -711,20 +713,15 @@ def optimizer_groups(recipe: Recipe, named_parameters) -> list[dict]:
 
 # --- the model ------------------------------------------------------------------------------------
 
-def make_model(recipe: Recipe, kernels: frozenset[str] = frozenset()) -> nn.Module:
-    """The recipe's model, its weights not set yet. `kernels`: what runs in Triton, see GPT."""
-    return {"gpt": GPT, "gpt2": GPT2}[recipe.model.architecture](recipe.model, kernels)
-
-
-def build_model(recipe: Recipe, seed: int, kernels: frozenset[str] = frozenset()) -> nn.Module:
-    """The recipe's model as it stands before step 0, on the CPU."""
-    model = make_model(recipe, kernels)
+def build_model(recipe: Recipe, seed: int, kernels: frozenset[str] = frozenset()) -> GPT:
+    """The recipe's model before step 0, on the CPU. `kernels`: what runs in Triton, see GPT."""
+    model = GPT(recipe.model, kernels)
     init_weights(model, seed)  # on the CPU, so that every device starts from the same numbers
     model.set_stage(stage(0, recipe))
     return model
 
 
-def mean_flops_per_token(recipe: Recipe, model: nn.Module) -> float:
+def mean_flops_per_token(recipe: Recipe, model: GPT) -> float:
     """model.flops_per_token, averaged over the tokens of all steps with their rows and windows."""
     tokens: dict[tuple, int] = {}
     for step in range(recipe.num_iterations):
@@ -736,7 +733,7 @@ def mean_flops_per_token(recipe: Recipe, model: nn.Module) -> float:
     return flops / sum(tokens.values())
 
 
-def enter_stage(model: nn.Module, optimizer, new: Stage) -> None:
+def enter_stage(model: GPT, optimizer, new: Stage) -> None:
     """Tell the model what changed. An embedding that leaves the head takes its table and state."""
     if new == model.stage:
         return

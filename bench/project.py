@@ -45,7 +45,7 @@ from torch import nn
 import muon
 import recipes
 from data.loader import rank_rows
-from model import Linear, Stage, mean_keys
+from model import GPT, Linear, Stage, mean_keys
 from recipes import RECORDS, Recipe
 
 GPUS = (1, 2, 4, 8, 16, 64, 256)
@@ -173,7 +173,7 @@ def sizes(recipe: Recipe) -> tuple[float, float, int]:
 def meta_model(recipe: Recipe) -> nn.Module:
     """The model at full size, in shapes only."""
     with torch.device("meta"):
-        return recipes.make_model(recipe)
+        return GPT(recipe.model)
 
 
 def attention_flops(recipe: Recipe, stage: Stage, seq_len: int) -> float:

@@ -30,10 +30,8 @@ def third_party(path) -> set[str]:
 
 @pytest.mark.parametrize("name, allowed", [
     ("muon.py", set()),
-    ("pieces.py", {"kernels"}),
-    ("model.py", {"kernels", "pieces"}),
-    ("gpt2.py", {"kernels", "pieces", "model"}),
-    ("recipes.py", {"model", "gpt2"}),
+    ("model.py", {"kernels"}),
+    ("recipes.py", {"model"}),
     *((f"trainer/{name}.py", {"trainer", "recipes", "model", "kernels", "data", "records"})
       for name in ("options", "checkpoint", "dist", "memory", "compile", "profile", "report")),
     *((f"tools/{name}.py", {"tools", "trainer", "recipes", "model", "data"})

@@ -9,7 +9,7 @@ import recipes
 import train_gpt
 from conftest import tiny_options
 from data.loader import Batch
-from model import param_role
+from model import GPT, parameter_entry
 from recipes import RECORDS
 from records.log import parse
 from trainer import options
@@ -161,6 +161,6 @@ def test_every_role_of_the_ladder_is_used():
     used = set()
     for recipe in RECORDS.values():
         with torch.device("meta"):
-            used |= {param_role(name) for name, _ in recipes.make_model(
-                recipes.pocket(recipe)).named_parameters()}
+            model = GPT(recipes.pocket(recipe).model)
+        used |= {parameter_entry(name, model.config)[0] for name, _ in model.named_parameters()}
     assert used == set(recipes.ROLES)

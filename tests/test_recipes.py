@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import recipes
-from model import init_rule, init_weights, num_parameters, param_role
+from kernels.loss import softcapped
+from model import GPT, backout_layer, init_weights, num_parameters, parameter_entry
 from recipes import RECORDS, pocket
 
 FACTS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "ladder.json"
@@ -30,7 +31,7 @@ def facts() -> dict:
 def meta_models() -> dict:
     """Every full-size model, without memory for its weights."""
     with torch.device("meta"):
-        return {record: recipes.make_model(recipe) for record, recipe in RECORDS.items()}
+        return {record: GPT(recipe.model) for record, recipe in RECORDS.items()}
 
 
 def test_the_whole_ladder_is_there():
@@ -69,7 +70,8 @@ def test_shape_of_the_model(record, facts):
     assert (config.num_layers, config.num_heads, config.head_dim) == (
         layers, arch["n_head"], arch["head_dim"])
     assert config.mlp_ratio * config.model_dim == arch["mlp_hidden"]
-    assert config.activation == ("relu2" if arch["activation"] == "relu_squared" else "gelu")
+    gelu = "gelu_tanh" if record == 1 else "gelu"
+    assert config.activation == ("relu2" if arch["activation"] == "relu_squared" else gelu)
     assert config.embed_norm == arch["embed_norm"]
     assert config.tied_head == (arch["tied_head"] is True)
     assert RECORDS[record].tie_first == isinstance(arch["tied_head"], str)
@@ -87,21 +89,22 @@ def test_attention_of_each_layer(record, facts, meta_models):
     arch = facts[str(record)]["arch"]
     said, config, model = arch["attention"], RECORDS[record].model, meta_models[record]
     first = 12 - config.num_layers if arch["n_layer"] == 12 else 0  # #38 to #46: layer 0 not run
-    assert [i + first for i, block in enumerate(model.blocks) if "attn" not in block] == [
+    assert [i + first for i, block in enumerate(model.blocks) if block.attn is None] == [
         i for i in said["no_attn_layers"] if i >= first]
-    assert [i + first for i, block in enumerate(model.blocks) if "mlp" not in block] == [
+    assert [i + first for i, block in enumerate(model.blocks) if block.mlp is None] == [
         i for i in said["no_mlp_layers"] if i >= first]
     order = {None: "none", "rope->norm": "after", "norm->rope": "before"}[said["qk_norm_order"]]
     assert config.qk_norm == order
-    scale = next(b["attn"].scores.scale for b in model.blocks if "attn" in b)
+    scale = next(b.attn.scale for b in model.blocks if b.attn is not None)
     assert scale == pytest.approx(said["scale"], rel=1e-4)
     assert config.packed == said["doc_mask"]
     if windows := said["layer_windows"]:
         ours = {"long": "L", "short": "S", "paired": "S"}
-        assert [ours[b.layer.keys] if "attn" in b else "-" for b in model.blocks] == windows[first:]
+        assert [ours[b.layer.keys] if b.attn is not None else "-"
+                for b in model.blocks] == windows[first:]
     assert [i for i, b in enumerate(model.blocks) if b.layer.keys == "paired"] == [
         i for i in said["paired_head_layers"]]
-    offset = [i for i, b in enumerate(model.blocks) if "attn" in b and len(b["attn"].on_k)]
+    offset = [i for i, b in enumerate(model.blocks) if b.attn is not None and b.attn.shifts_keys]
     assert offset == (said["key_offset"]["layers"] if said["key_offset"] else [])
     assert config.attn_gate == bool(said["gate"])
 
@@ -119,7 +122,7 @@ def test_what_crosses_layers(record, facts, meta_models):
     assert [b.layer.value_table for b in model.blocks] == (tables or [None] * len(model.blocks))
     assert (RECORDS[record].model.value_residual) == bool(arch["value_residual"])
     if arch["backout"]:
-        assert model.on_end["backout"].layer == arch["backout"]["layer"] - first
+        assert backout_layer(model.config) == arch["backout"]["layer"] - first
     if arch["bigram"]:
         assert model.bigram.num_embeddings == arch["bigram"]["rows"]
 
@@ -132,14 +135,15 @@ SOFTCAPS = {"30*tanh(z/30)": lambda z: 30 * math.tanh(z / 30),
 
 
 @pytest.mark.parametrize("record", LADDER)
-def test_softcap(record, facts, meta_models):
+def test_softcap(record, facts):
     said = facts[str(record)]["arch"]["softcap"]
     z = torch.linspace(-40, 40, 9)
-    if record == 1 or not len(meta_models[record].on_logits):
+    softcap = RECORDS[record].model.softcap
+    if softcap.kind == "none":
         assert said is None
         return
     expected = [SOFTCAPS[said["form"]](x) for x in z.tolist()]
-    torch.testing.assert_close(meta_models[record].on_logits(z), torch.tensor(expected))
+    torch.testing.assert_close(softcapped(z, softcap), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("record", [r for r in LADDER if r >= 19])
@@ -170,7 +174,7 @@ def test_initial_standard_deviations(record, facts, meta_models):
         if fact["dist"] in ("copy_of_head", "copied_from_head_at_split"):
             continue  # untie() copies the head's table before this one is first used
         seen.add(key)
-        kind, number = init_rule(meta_models[record], name)
+        kind, number = parameter_entry(name, meta_models[record].config)[1]
         if fact["dist"] == "zero":
             assert number == 0, name
         else:
@@ -193,7 +197,8 @@ def test_initial_scalars(record, facts, meta_models):
         for ending, number in zip(SCALARS[key], value if isinstance(value, list) else [value]):
             of_kind = [n for n in names if n.endswith(ending)]
             assert of_kind, ending
-            assert all(init_rule(meta_models[record], n) == ("constant", number) for n in of_kind)
+            config = meta_models[record].config
+            assert all(parameter_entry(n, config)[1] == ("constant", number) for n in of_kind)
             checked.update(of_kind)
     assert checked == set(names)
 
@@ -201,7 +206,7 @@ def test_initial_scalars(record, facts, meta_models):
 def test_initial_weights_have_the_deviation_that_the_rules_say():
     model = recipes.build_model(pocket(RECORDS[62]), seed=1)
     for name, p in model.named_parameters():
-        kind, number = init_rule(model, name)
+        kind, number = parameter_entry(name, model.config)[1]
         if kind == "constant":
             assert (p == number).all(), name
         else:
@@ -209,7 +214,7 @@ def test_initial_weights_have_the_deviation_that_the_rules_say():
 
 
 def test_a_parameter_without_a_rule_is_refused():
-    model = recipes.make_model(pocket(RECORDS[6]))
+    model = GPT(pocket(RECORDS[6]).model)
     model.stranger = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match="stranger"):
         init_weights(model, 0)
@@ -219,7 +224,7 @@ def test_a_parameter_without_a_rule_is_refused():
 
 def said_group(name: str, p, said: list[dict]) -> dict:
     """The group of the facts that a parameter of ours belongs to."""
-    role = param_role(name)
+    role, _ = parameter_entry(name, RECORDS[62].model)
     words = {
         "embed": ("embedding after split", "embedding", "wte", "tied embedding", "all"),
         "head": ("head",), "value_embed": ("value embedding",), "bigram": ("bigram",),

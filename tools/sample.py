@@ -27,7 +27,7 @@ def load_model(run: str) -> tuple[GPT, recipes.Recipe]:
         path = path.with_name(path.name.removesuffix(".txt") + ".pt")
     state = checkpoint.load(path)
     recipe = recipes.from_dict(state["recipe"])
-    model = recipes.make_model(recipe)
+    model = GPT(recipe.model)
     model.load_state_dict(state["model"])
     model.set_stage(recipes.eval_stage(state["step"], recipe))
     return model.eval(), recipe
