@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import DTYPES
 from kernels.attention import Keys, attention, document_ids, packed_keys
 from kernels.loss import KERNELS, TWINS, Softcap, head_loss, softcapped, targets_ahead
+from kernels.norm import FP32_EPS
 from kernels.norm import rms_norm as norm
 from kernels.relu2 import mlp_relu2, relu_squared
 
@@ -76,6 +77,8 @@ class GPTConfig:
     value_mix: str = "one"          # (1-l) v + l e (#14), two lambdas (#15), add (#47), gate (#55)
 
     # residual stream
+    norm_eps: float | None = FP32_EPS   # of RMSNorms: 1e-6 (#2 to #4); none: that of the input's
+                                    # dtype, 2^-7 for bf16 (#5 to #18, torch before 2025)
     embed_norm: bool = False        # RMSNorm right after the embedding (#8)
     x0_lambdas: bool = False        # x = a x + b x0 at the start of each block (#9)
     resid_lambda: float = 1.0       # initial a; 1.1 from #45
@@ -333,12 +336,24 @@ def gate(weight: Tensor, x_BTC: Tensor) -> Tensor:
     return torch.sigmoid(F.linear(x, weight.to(x.dtype)))
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pair (i, i + D/2) of x's last dimension by an angle."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x)
+
+
 def rotary(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pair (i, i + D/2) by the angle of its position (Su et al. 2021; #2)."""
-    cos_T1D, sin_T1D = cos[:x_BTHD.size(1), None], sin[:x_BTHD.size(1), None]
-    x1, x2 = x_BTHD.chunk(2, dim=-1)
-    y1, y2 = x1 * cos_T1D + x2 * sin_T1D, x2 * cos_T1D - x1 * sin_T1D
-    return torch.cat([y1, y2], dim=-1).type_as(x_BTHD)
+    """Rotary embedding (Su et al. 2021; #2): token t rotates by position t of the tables."""
+    T = x_BTHD.size(1)
+    return rotate(x_BTHD, cos[:T, None], sin[:T, None])
+
+
+def paired_rotary(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Even heads of token t rotate by position 2t, odd heads by 2t+1 (#58)."""
+    T = x_BTHD.size(1)
+    pairs = x_BTHD.unflatten(2, (-1, 2))  # (B, T, H/2, 2, D)
+    tables = (table[:2 * T].unflatten(0, (T, 1, 2)) for table in (cos, sin))
+    return rotate(pairs, *tables).flatten(2, 3)
 
 
 def rotary_frequencies(config: GPTConfig) -> Tensor:
@@ -384,11 +399,13 @@ def smear(e_BTC: Tensor, weight: Tensor, strength: Tensor) -> Tensor:
 
 
 def bigram_hash(tokens_BT: Tensor, num_rows: int) -> Tensor:
-    """(B, T) row of the bigram table for (token before, token); the last row opens a row (#62)."""
+    """(B, T) row of the bigram table for (token before, token) (#62). Position 0 takes the last
+    row, whose number also replaces its token in the hash of position 1, as in the record. Products
+    wrap as int32."""
     last = num_rows - 1
-    now, before = tokens_BT[:, 1:].long(), tokens_BT[:, :-1].long()
-    hashed = torch.bitwise_xor(36313 * now, 27191 * before) % last
-    return F.pad(hashed, (1, 0), value=last)
+    tokens = F.pad(tokens_BT[:, 1:].long(), (1, 0), value=last)
+    now, before = (36313 * tokens[:, 1:]).int(), (27191 * tokens[:, :-1]).int()
+    return F.pad(torch.bitwise_xor(now, before) % last, (1, 0), value=last)
 
 
 # --- a layer --------------------------------------------------------------------------------------
@@ -424,7 +441,7 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
                 keys: Keys | None) -> Tensor:
         c = self.config
-        h_BTC = self.ln(x_BTC) if c.layer_norm else norm(x_BTC)
+        h_BTC = self.ln(x_BTC) if c.layer_norm else norm(x_BTC, c.norm_eps)
         q_BTHD, k_BTHD, v_BTHD = self.qkv(h_BTC).unflatten(-1, (3, -1, c.head_dim)).unbind(2)
 
         if c.value_residual:  # (#9) Zhou et al. 2024
@@ -443,14 +460,17 @@ class Attention(nn.Module):
         v_BTHD = v_BTHD.type_as(q_BTHD)
 
         q, k, v = q_BTHD, k_BTHD, v_BTHD
-        if self.paired:  # (#58) heads h and h + H/2 in one stream of 2T positions see each other
-            q, k, v = (x.reshape(x.size(0), -1, c.num_heads // 2, c.head_dim) for x in (q, k, v))
         if c.qk_norm == "before":  # (#6)
-            q, k = norm(q), norm(k)
-        if not c.learned_positions:  # (#2)
+            q, k = norm(q, c.norm_eps), norm(k, c.norm_eps)
+        if self.paired:  # (#58)
+            cos, sin = shared["cos"], shared["sin"]
+            q, k = paired_rotary(q, cos, sin), paired_rotary(k, cos, sin)
+            # heads h and h + H/2 of token t become positions 2t and 2t+1 of one stream
+            q, k, v = (x.reshape(x.size(0), -1, c.num_heads // 2, c.head_dim) for x in (q, k, v))
+        elif not c.learned_positions:  # (#2)
             q, k = rotary(q, shared["cos"], shared["sin"]), rotary(k, shared["cos"], shared["sin"])
         if c.qk_norm == "after":  # (#5)
-            q, k = norm(q), norm(k)
+            q, k = norm(q, c.norm_eps), norm(k, c.norm_eps)
         if self.shifts_keys:  # (#49)
             k = shift_still_half(k)
 
@@ -478,7 +498,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         c = self.config
-        h_BTC = self.ln(x_BTC) if c.layer_norm else norm(x_BTC)
+        h_BTC = self.ln(x_BTC) if c.layer_norm else norm(x_BTC, c.norm_eps)
         if self.triton:  # relu^2 inside the matmuls
             dtype = self.fc.compute_dtype
             weights = self.fc.weight.to(dtype), self.proj.weight.to(dtype)
@@ -648,7 +668,7 @@ class GPT(nn.Module):
         if c.smear:  # (#34)
             x_BTC = smear(x_BTC, self.smear_gate, self.smear_lambda)
         if c.embed_norm:  # (#8)
-            x_BTC = norm(x_BTC)
+            x_BTC = norm(x_BTC, c.norm_eps)
 
         shared = {"cos": self.cos, "sin": self.sin}
         if c.x0_lambdas:  # (#9)
@@ -656,7 +676,7 @@ class GPT(nn.Module):
         if c.value_residual:  # (#9) layer 0's values, from its input up to a factor
             attn = self.blocks[0].attn
             weight = attn.qkv.weight[2 * c.model_dim:].to(attn.qkv.compute_dtype)
-            v1_BTC = F.linear(norm(x_BTC).to(weight.dtype), weight)
+            v1_BTC = F.linear(norm(x_BTC, c.norm_eps).to(weight.dtype), weight)
             shared["v1"] = v1_BTC.unflatten(-1, (-1, c.head_dim))
         if c.bigram:  # (#62)
             shared["bigram"] = self.bigram(bigram_hash(tokens_BT, c.bigram_rows)).to(stream)
@@ -698,7 +718,7 @@ class GPT(nn.Module):
         c = self.config
         if c.backout:  # (#40) what served in the middle need not reach the head
             x_BTC = x_BTC - self.backout_lambda * outputs[backout_layer(c)]
-        return self.ln(x_BTC) if c.layer_norm else norm(x_BTC)
+        return self.ln(x_BTC) if c.layer_norm else norm(x_BTC, c.norm_eps)
 
     def logits(self, x_BTC: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, V) in fp32; the columns past vocab_size are padding."""

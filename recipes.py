@@ -158,6 +158,7 @@ def check(recipe: Recipe) -> None:
     must(not (m.value_residual and m.qkv_lambda), "qkv_lambda", "false with value_residual",
          m.qkv_lambda)
     must(m.rotary_base > 1, "rotary_base", "a number above 1", m.rotary_base)
+    must(m.norm_eps is None or m.norm_eps >= 0, "norm_eps", "none or 0 or more", m.norm_eps)
     must(m.logit_softcap is None or m.logit_softcap > 0, "logit_softcap", "none or above 0",
          m.logit_softcap)
     must(m.x0_lambdas or m.unet != "gate", "unet", "another kind without x0_lambdas", m.unet)
@@ -254,7 +255,7 @@ RECORDS[1] = Recipe(
 # without it, and it was removed eight days later as useless.
 _record(2, "Rotary positions, tuned learning rate", after=1,
         learned_positions=False, layer_norm=False, biases=False, gpt2_init=False,
-        activation="gelu", attn_damping=True,
+        activation="gelu", attn_damping=True, norm_eps=1e-6,
         num_iterations=9536, warmup_steps=256, cooldown_steps=2048, cooldown_shape="linear",
         matrix_lr=0.0018, embed_lr=0.0018, head_lr=0.0018, scalar_lr=0.0018,
         grad_clip=None, val_every=128)
@@ -273,7 +274,7 @@ _record(4, "Muon with unit RMS, Q, K and V apart", after=3,
 # 2024-10-14
 _record(5, "ReLU^2, QK-norm, zero projections, padded vocabulary", after=4,
         num_heads=6, head_dim=128, activation="relu2", qk_norm="after", zero_proj=True,
-        attn_damping=False, pad_vocab=True,
+        attn_damping=False, pad_vocab=True, norm_eps=None,
         num_iterations=5100, cooldown_steps=1450)
 
 # 2024-10-18. Its speed came from sharing Muon's work among the ranks.
@@ -339,7 +340,7 @@ _record(18, "Softcap 15", after=17,
         logit_softcap=15.0, num_iterations=1390, cooldown_steps=556)
 
 # 2025-01-13
-_record(19, "fp8 head, sigmoid softcap, learning rate ends at 0.1", after=18,
+_record(19, "fp8 head, sigmoid softcap, learning rate ends at 0.1", after=18, norm_eps=2 ** -23,
         head="fp8", fp8_factors=(2.0, 32.0, 2 ** 29 / 65_536),
         logit_softcap=30.0, softcap_kind="sigmoid", softcap_div=7.5, init_std=0.5,
         final_lr=0.1, grad_overlap=False,

@@ -5,23 +5,24 @@ import math
 import torch
 from torch import Tensor
 
-EPS = torch.finfo(torch.float32).eps
+FP32_EPS = 2.0**-23
 
 
-def rms_norm(x: Tensor) -> Tensor:
+def rms_norm(x: Tensor, eps: float | None = FP32_EPS) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension: any shape and floating dtype, in fp32
-    inside. Eager it is RMSNorm; a compiler gets the plain form, because it writes a backward pass
-    of its own and keeps no graph with a Function in its cache."""
+    inside. eps None: that of x's dtype, as torch had it before 2025 (2^-7 for bf16). Eager it is
+    RMSNorm; a compiler gets the plain form, because it writes a backward pass of its own and keeps
+    no graph with a Function in its cache."""
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
     if not torch.compiler.is_compiling():
-        return RMSNorm.apply(x)
+        return RMSNorm.apply(x, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return (x * _reciprocal(x.to(wide).square().mean(-1, keepdim=True))).to(x.dtype)
+    return (x * _reciprocal(x.to(wide).square().mean(-1, keepdim=True), eps)).to(x.dtype)
 
 
-def _reciprocal(square: Tensor) -> Tensor:
-    """1 / sqrt(square + eps). A row whose squares overflow must not pass as one of zeros: nobody
-    would hear of it."""
-    square = square + EPS
+def _reciprocal(square: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(square + eps); NaN where squares overflow, instead of silent zeros."""
+    square = square + eps
     return square.rsqrt().where(square.isfinite(), math.nan)
 
 
@@ -35,17 +36,17 @@ class RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        r = _reciprocal(norm.square() / x.size(-1))
+        r = _reciprocal(norm.square() / x.size(-1), eps)
         y = (x * r).to(x.dtype)
         ctx.save_for_backward(y, r)
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         y, r = ctx.saved_tensors
         g, y = grad.to(r.dtype), y.to(r.dtype)
         mean = (g * y).mean(-1, keepdim=True)
-        return (torch.addcmul(g, y, mean, value=-1) * r).to(grad.dtype)
+        return (torch.addcmul(g, y, mean, value=-1) * r).to(grad.dtype), None

@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 import recipes
+from kernels.attention import packed_keys
 from kernels.norm import rms_norm as norm
 from model import (
     GPT,
+    Attention,
     GPTConfig,
+    Layer,
     Linear,
     Stage,
     bigram_hash,
@@ -144,6 +147,53 @@ def test_key_offset_moves_what_does_not_turn():
     assert moved[:, turning].amin(-1).tolist() == [0, 1, 2, 3, 4]
 
 
+def test_paired_heads_are_as_in_record_58():
+    """Streams pair heads (0, 3), (1, 4), (2, 5): heads 0-2 of a token come first, then 3-5. The
+    rotary position is 2t for even heads and 2t+1 for odd ones, wherever they are in the stream."""
+    config = GPTConfig(num_layers=1, num_heads=6, head_dim=8, vocab_size=257, seq_len=16,
+                       qk_norm="before", compute_dtype="fp32", paired_heads=True)
+    attn = Attention(config, Layer(keys="paired"))
+    torch.manual_seed(0)
+    for p in attn.parameters():
+        nn.init.normal_(p, std=0.5)
+    T, H, D = 10, 6, 8
+    angle = torch.outer(torch.arange(2 * T, dtype=torch.float64), rotary_frequencies(config))
+    cos, sin = angle.cos().float(), angle.sin().float()
+    doc_BT = torch.zeros(1, 2 * T, dtype=torch.int32)
+    x = torch.randn(1, T, H * D)
+    with torch.no_grad():
+        found = attn(x, {"cos": cos, "sin": sin}, None, packed_keys(doc_BT, 6, torch.float32)) - x
+        q, k, v = attn.qkv(norm(x)).view(T, 3, H, D).unbind(1)
+    y = torch.zeros(T, H, D)
+    streams = {(h, t): 2 * t + (h >= 3) for h in range(H) for t in range(T)}
+
+    def rotated(z, h, t):
+        z = z[t, h] / z[t, h].square().mean().sqrt()
+        at = 2 * t + h % 2
+        z1, z2 = z[:D // 2], z[D // 2:]
+        return torch.cat([z1 * cos[at] + z2 * sin[at], z2 * cos[at] - z1 * sin[at]])
+
+    for (h, t), at in streams.items():
+        seen = [(g, u) for (g, u), other in streams.items()
+                if g % 3 == h % 3 and at - 6 < other <= at]
+        scores = torch.stack([rotated(q, h, t) @ rotated(k, g, u) for g, u in seen]) * D ** -0.5
+        y[t, h] = sum(w * v[u, g] for w, (g, u) in zip(scores.softmax(0), seen))
+    expected = y.flatten(1) @ attn.out.weight.T
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("eps, dtype, expected", [
+    (None, torch.bfloat16, 2 ** -7), (None, torch.float32, 2 ** -23), (1e-6, torch.float32, 1e-6),
+    (2 ** -23, torch.bfloat16, 2 ** -23)])
+def test_the_eps_of_norms(eps, dtype, expected):
+    """Before 2025 torch took the eps of the input's dtype: for bf16 2^-7, which is felt where a
+    stream is as small as a fresh embedding's."""
+    x = torch.full((1, 8), 0.0625, dtype=dtype)
+    y = norm(x, eps).float()
+    torch.testing.assert_close(y, torch.full((1, 8), 0.0625 / math.sqrt(0.0625 ** 2 + expected)),
+                               rtol=4e-3, atol=0)
+
+
 # --- the small pieces -----------------------------------------------------------------------------
 
 def test_norm_has_rms_one():
@@ -151,12 +201,22 @@ def test_norm_has_rms_one():
     torch.testing.assert_close(norm(x).square().mean(-1), torch.ones(3))
 
 
-def test_bigrams_hash_the_last_two_tokens():
-    tokens = torch.tensor([[5, 9, 50_256, 5, 9]], dtype=torch.int32)
-    rows = bigram_hash(tokens, 1000)[0].tolist()
-    expected = [999] + [((36_313 * now) ^ (27_191 * before)) % 999
-                        for before, now in ((5, 9), (9, 50_256), (50_256, 5), (5, 9))]
-    assert rows == expected and rows[1] == rows[4]
+@pytest.mark.parametrize("rows", [1000, 251_520])
+def test_bigrams_hash_the_last_two_tokens(rows):
+    """As record #62's program: it writes rows - 1 over the token at position 0 before it hashes
+    position 1, and its products are int32, which 27,191 * 251,519 is not."""
+    tokens = torch.tensor([[5, 9, 50_256, 5, 9, 50_256]], dtype=torch.int32)
+    found = bigram_hash(tokens, rows)[0].tolist()
+
+    def int32(x: int) -> int:
+        return (x + 2**31) % 2**32 - 2**31
+
+    expected = [rows - 1] + [(int32(36_313 * now) ^ int32(27_191 * before)) % (rows - 1)
+                             for before, now in ((rows - 1, 9), (9, 50_256), (50_256, 5), (5, 9),
+                                                 (9, 50_256))]
+    assert found == expected and found[2] == found[5]
+    if rows == 251_520:  # by hand: 27,191 * 251,519 = 6,839,053,129 wraps to -1,750,881,463
+        assert found[1] == (326_817 ^ -1_750_881_463) % 251_519
 
 
 def test_smear_takes_from_the_token_before():
