@@ -21,7 +21,7 @@ import torch
 
 import recipes
 from recipes import RECORDS, Recipe
-from trainer import compile as compiling
+from trainer.compile import compile_segments
 
 LAYERS, LENGTHS, WINDOW = 4, (512, 1024), 128
 
@@ -53,7 +53,7 @@ def measure(recipe: Recipe, way: str) -> float:
                                       if getattr(stage, name)}))
     model.recomputed = LAYERS if way == "recomputed" else 0
     if way == "compiled":
-        compiling.compile_segments(model)
+        compile_segments(model)
     short, long = (kept_bytes(model, seq_len) for seq_len in LENGTHS)
     return (long - short) / (LENGTHS[1] - LENGTHS[0]) / LAYERS / recipe.model.model_dim
 

@@ -114,22 +114,23 @@ def child(arguments: Sequence[str], rank: int, ranks: int, out: Path) -> int:
 
     import muon
     import train_gpt
-    from trainer import dist as ranks_module
-    from trainer import memory as micro_steps
+    from trainer.dist import World, process_age_s
+    from trainer.memory import micro_batch_rows
+    from trainer.status import StepStatus
 
-    class OneOfMany(ranks_module.World):
+    class OneOfMany(World):
         """The others say what this one says."""
 
         def gather(self, value):
             return [value] * self.size
 
-        def first(self, function):
+        def from_rank0(self, function):
             return function()
 
-        def drifted(self, named):
+        def out_of_sync(self, named):
             return []
 
-        def limit_waiting(self, timeout_s):
+        def set_timeout(self, timeout_s):
             pass
 
     @contextlib.contextmanager
@@ -166,10 +167,10 @@ def child(arguments: Sequence[str], rank: int, ranks: int, out: Path) -> int:
         start = said.pop("start", time.perf_counter())
         original_warm_up(*given, **named)
         said["warmup_s"] = time.perf_counter() - start
-        said["start_s"] = ranks_module.process_age_s()
+        said["start_s"] = process_age_s()
         recipe, world = given[2], given[4]
         seq_len, mine = recipe.model.seq_len, recipe.num_rows // world.size
-        said["tokens_at_once"] = seq_len * micro_steps.rows_at_once(mine, seq_len, given[5])
+        said["tokens_at_once"] = seq_len * micro_batch_rows(mine, seq_len, given[5])
 
     # Memory that no kernel wrote says anything, also that a step was bad: it must not end the run.
     def metered_evaluate(*given, **named):
@@ -177,10 +178,10 @@ def child(arguments: Sequence[str], rank: int, ranks: int, out: Path) -> int:
         return 1.0
 
     def receive(self):
-        signal = original_receive(self)
-        return signal and signal._replace(loss=1.0, num_bad=0, stop=False)
+        report = original_receive(self)
+        return report and report._replace(loss=1.0, num_bad=0, stop_requested=False)
 
-    original_receive, ranks_module.Signals.receive = ranks_module.Signals.receive, receive
+    original_receive, StepStatus.receive = StepStatus.receive, receive
     original_warm_up, train_gpt.warm_up = train_gpt.warm_up, warm_up
     original_compile_ahead, train_gpt.compile_ahead = train_gpt.compile_ahead, compile_ahead
     train_gpt.train_step, muon.Muon.step = metered_step, metered_update

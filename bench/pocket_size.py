@@ -18,7 +18,7 @@ import torch
 
 import recipes
 from model import GPT, flops_per_token, init_weights, num_parameters
-from trainer import compile as compiling
+from trainer.compile import compile_segments
 
 SIZES = [(2, 2, 64), (4, 2, 64), (6, 2, 64), (4, 3, 64), (4, 4, 64), (6, 4, 64)]
 TOKENS, SEQ_LEN, REPEATS = 4096, 256, 5
@@ -34,7 +34,7 @@ def measure(size: tuple[int, int, int], precision: str, compiled: bool) -> tuple
     model = GPT(recipe.model)
     init_weights(model, 0)
     if compiled:
-        compiling.compile_segments(model)
+        compile_segments(model)
     tokens = torch.randint(257, (TOKENS // SEQ_LEN, SEQ_LEN + 1))
     times = []
     for _ in range(REPEATS + 1):

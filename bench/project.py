@@ -460,7 +460,7 @@ def text_rows(rows: list[tuple[str, ...]]) -> list[str]:
     return [" ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in rows]
 
 
-def markdown_rows(rows: list[tuple[str, ...]]) -> list[str]:
+def markdlocal_rows(rows: list[tuple[str, ...]]) -> list[str]:
     rule = ("---:",) * len(rows[0])
     return ["| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])]
 
@@ -468,7 +468,7 @@ def markdown_rows(rows: list[tuple[str, ...]]) -> list[str]:
 def report(gpu: Gpu, link: Link, measured: dict[int, Scale], source: str,
            markdown: bool) -> list[str]:
     """All tables."""
-    table = markdown_rows if markdown else text_rows
+    table = markdlocal_rows if markdown else text_rows
     section = "## " if markdown else ""
     usual = Scale(*(statistics.geometric_mean(values) for values in zip(*measured.values()))) \
         if measured else Scale()

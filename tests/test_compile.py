@@ -9,10 +9,10 @@ import recipes
 import train_gpt
 from conftest import tiny_options
 from data.loader import Batch
-from trainer import compile as compiling
-from trainer import dist as ranks
-from trainer import memory as micro_steps
 from trainer import options
+from trainer.compile import compile_ahead, compile_segments
+from trainer.dist import World
+from trainer.memory import micro_batches
 
 # torch's tracer warns of what it does itself
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning",
@@ -56,7 +56,7 @@ def test_segments_of_any_length_compute_the_same(record, num_layers):
     model, batch = recipes.build_model(recipe, seed=0), rows(recipe)
     model.set_stage(recipes.stage(0, recipe))
     loss, gradients = loss_and_gradients(model, batch)
-    compiling.compile_segments(model, num_layers, backend="aot_eager")
+    compile_segments(model, num_layers, backend="aot_eager")
     assert [i for layers in model.segments for i in layers] == list(range(4))
     compiled_loss, compiled = loss_and_gradients(model, batch)
     torch.testing.assert_close(compiled_loss, loss, rtol=1e-6, atol=0)
@@ -70,7 +70,7 @@ def test_segments_of_any_length_compute_the_same(record, num_layers):
 def test_alike_layers_share_a_graph():
     """Else every layer is compiled, and a 12-layer model takes minutes to start."""
     model = recipes.build_model(recipe_of(6, "--num_layers", 8), seed=0)
-    compiling.compile_segments(model, backend="aot_eager")
+    compile_segments(model, backend="aot_eager")
     loss_and_gradients(model, rows(recipe_of(6)))
     assert counters["stats"]["unique_graphs"] == 4  # start, a layer, end, head
 
@@ -82,7 +82,7 @@ def test_the_first_layer_shares_its_graph_with_another_of_its_kind():
     model.set_stage(recipes.stage(0, recipe))
     kinds = {(layer.keys, layer.value_table is None, layer.skip_from is None, "attn" in block,
               "mlp" in block) for layer, block in zip(model.plan, model.blocks)}
-    compiling.compile_segments(model, backend="aot_eager")
+    compile_segments(model, backend="aot_eager")
     loss_and_gradients(model, rows(recipe))
     assert len(kinds) == 7
     assert counters["stats"]["unique_graphs"] == 1 + len(kinds) + 1 + 1  # start, end, head
@@ -98,7 +98,7 @@ def test_graphs_are_such_as_the_compilers_cache_keeps(record):
         return graph.forward
 
     model = recipes.build_model(recipe_of(record), seed=0)
-    compiling.compile_segments(model, backend=backend)
+    compile_segments(model, backend=backend)
     loss_and_gradients(model, rows(recipe_of(record)))
     assert any("linear" in target for target in targets)
     assert not [target for target in targets if "autograd_function" in target]
@@ -110,7 +110,7 @@ def test_a_schedule_that_moves_builds_no_graph_that_the_warm_up_did_not(record):
     tensor or None for that reason."""
     recipe = recipe_of(record, "--num_iterations", 40)
     model = recipes.build_model(recipe, seed=0)
-    compiling.compile_segments(model, backend="aot_eager")
+    compile_segments(model, backend="aot_eager")
     for step in [0, *recipes.stage_steps(recipe)]:
         model.set_stage(recipes.stage(step, recipe))
         loss_and_gradients(model, rows(recipe))
@@ -126,8 +126,8 @@ def test_a_schedule_that_moves_builds_no_graph_that_the_warm_up_did_not(record):
 @pytest.mark.parametrize("record, rows", [(6, 4), (62, 1)])
 def test_nothing_is_compiled_while_the_clock_runs(record, rows, tiny_data, tmp_path, monkeypatch):
     """One row a rank, as on eight GPUs, and several."""
-    monkeypatch.setattr(train_gpt, "compile_segments", lambda model, num_layers, _:
-                        compiling.compile_segments(model, num_layers, backend="aot_eager"))
+    monkeypatch.setattr(train_gpt, "compile_segments", lambda model, num_layers:
+                        compile_segments(model, num_layers, backend="aot_eager"))
     stages = ["--batch_stages", f"{16 * rows},{32 * rows},{32 * rows}"] if record == 62 else []
     words = tiny_options("--record", record, "--compile", "on", "--compile_optimizer", "off",
                          "--batch_tokens", 32 * rows, *stages, "--data_dir", tiny_data,
@@ -175,17 +175,17 @@ def test_ranks_of_a_machine_begin_to_compile_with_different_stages(monkeypatch):
     for rank in range(2):
         torch._dynamo.reset()
         counters.clear()
-        world = ranks.World(rank, rank, 2, torch.device("cpu"))
+        world = World(rank, rank, 2, torch.device("cpu"))
         model = recipes.build_model(recipe, seed=0)
         order, forward = [], model.forward
-        compiling.compile_segments(model, backend="aot_eager")
+        compile_segments(model, backend="aot_eager")
 
         def seen(inputs_BT, *rest, order=order, forward=forward, model=model):
             order.append((tuple(inputs_BT.shape), model.training))
             return forward(inputs_BT, *rest)
 
         monkeypatch.setattr(model, "forward", seen)
-        compiling.compile_ahead(model, recipe, world, micro_tokens=64)
+        compile_ahead(model, recipe, world, micro_tokens=64)
         assert all(p.grad is None for p in model.parameters())
         graphs = counters["stats"]["unique_graphs"]
         for step in recipes.stage_steps(recipe):
@@ -193,7 +193,7 @@ def test_ranks_of_a_machine_begin_to_compile_with_different_stages(monkeypatch):
             num_rows, seq_len = recipes.batch_shape(step, recipe)
             tokens = torch.randint(257, (2, num_rows // 2, seq_len))
             batch = Batch(tokens[0].int(), tokens[1], None)
-            for part in micro_steps.micro_batches(batch, 64):
+            for part in micro_batches(batch, 64):
                 model(*part).backward()
         assert counters["stats"]["unique_graphs"] == graphs
         orders.append(order)

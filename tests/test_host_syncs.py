@@ -22,12 +22,13 @@ import train_gpt
 from conftest import tiny_options
 from data.loader import Batch
 from recipes import RECORDS, edit
-from trainer import dist as ranks
+from trainer.dist import World
+from trainer.status import StepStatus
 
 aten = torch.ops.aten
 RECIPES = [2, 6, 12, 24, 38, 53, 62]
 META = torch.device("meta")
-ONE = ranks.World(rank=0, local_rank=0, size=1, device=META)
+ONE = World(rank=0, local_rank=0, size=1, device=META)
 
 # What reads numbers back, or gives a shape that depends on them.
 READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.allclose,
@@ -141,13 +142,13 @@ def recipe_of(record: int, num_layers: int = 3) -> recipes.Recipe:
 
 
 def make(recipe: recipes.Recipe, device: torch.device = META):
-    """(model, optimizer, signals) as train_gpt.make_job makes them."""
+    """(model, optimizer, status) as train_gpt.setup makes them."""
     model = recipes.build_model(recipe, 0).to(device)
-    world = ranks.World(0, 0, 1, device)
-    signals = ranks.Signals(world, model.named_parameters())
+    world = World(0, 0, 1, device)
+    status = StepStatus(world, model.named_parameters())
     optimizer = train_gpt.build_optimizer(model, recipe)
-    signals.guard(optimizer)
-    return model, optimizer, signals
+    optimizer.gate = status.gate
+    return model, optimizer, status
 
 
 def small_batch(device: torch.device = META) -> Batch:
@@ -158,14 +159,14 @@ def small_batch(device: torch.device = META) -> Batch:
     return Batch(tokens_BT.int().to(device), tokens_BT.to(device), docs_B2)
 
 
-def one_step(recipe, step, model, optimizer, signals, batch, num_micro=2) -> None:
-    """What timed_loop does between two steps' ends, but for the loader and the clock."""
+def one_step(recipe, step, model, optimizer, status, batch, num_micro=2) -> None:
+    """What train_loop does between two steps' ends, but for the loader and the clock."""
     recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
     for group in optimizer.param_groups:
         group.update(recipes.group_schedule(step, group["name"], recipe))
     num_tokens = batch.inputs_BT.numel()
     train_gpt.train_step(model, optimizer, recipe, batch, num_tokens // num_micro, num_tokens,
-                         signals)
+                         status)
 
 
 def interesting_steps(recipe: recipes.Recipe) -> list[int]:
@@ -181,10 +182,10 @@ def interesting_steps(recipe: recipes.Recipe) -> list[int]:
 @pytest.mark.parametrize("record", RECIPES)
 def test_no_step_and_no_change_of_stage_waits_for_the_device(record):
     recipe, batch = recipe_of(record), small_batch()
-    model, optimizer, signals = make(recipe)
+    model, optimizer, status = make(recipe)
     for step in interesting_steps(recipe):
         with Watch() as watch:
-            one_step(recipe, step, model, optimizer, signals, batch)
+            one_step(recipe, step, model, optimizer, status, batch)
         assert not watch.syncs, f"step {step}: {watch.syncs}"
         assert watch.launches, "nothing was watched"
 
@@ -236,7 +237,7 @@ def test_what_does_not_make_it_wait_is_not_counted():
 
 def test_a_model_that_reads_its_loss_back_is_caught():
     recipe = recipe_of(6)
-    model, optimizer, signals = make(recipe)
+    model, optimizer, status = make(recipe)
     forward = model.forward
 
     def talkative(*batch):
@@ -246,7 +247,7 @@ def test_a_model_that_reads_its_loss_back_is_caught():
 
     model.forward, batch = talkative, small_batch()
     with Watch() as watch:
-        one_step(recipe, 0, model, optimizer, signals, batch, num_micro=2)
+        one_step(recipe, 0, model, optimizer, status, batch, num_micro=2)
     assert [found[:2] for found in watch.syncs] == \
         2 * [("talkative", "aten._local_scalar_dense.default")]
 
@@ -271,27 +272,27 @@ def test_the_host_hears_of_a_step_through_pinned_memory_and_an_event(monkeypatch
         return empty(*size, **rest)
 
     recipe = recipe_of(6)
-    model, optimizer, signals = make(recipe)
+    model, optimizer, status = make(recipe)
     with Watch():
-        one_step(recipe, 0, model, optimizer, signals, small_batch())
+        one_step(recipe, 0, model, optimizer, status, small_batch())
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "empty", counted)
-    signals.world = ranks.World(0, 0, 1, torch.device("cuda"))
+    status.world = World(0, 0, 1, torch.device("cuda"))
     with Watch() as watch:
-        signals.send(0, 1.0)
+        status.send(0, 1.0)
     assert not watch.syncs and pinned == [True] and order == ["recorded"]
-    said = signals.receive()
-    assert order == ["recorded", "waited"] and said.step == 0
-    assert signals.receive() is None
+    report = status.receive()
+    assert order == ["recorded", "waited"] and report.step == 0
+    assert status.receive() is None
 
 
 def test_only_validation_reads_numbers_in_a_whole_run(tiny_data, tmp_path, monkeypatch):
     """The real loop on a CPU: every place that asks a tensor for its value, by function."""
     monkeypatch.setattr(train_gpt, "show_end", lambda *_: None)  # it writes text, token by token
     with Watch(torch.device("cpu")) as watch:
-        status = train_gpt.main(tiny_options(
+        code = train_gpt.main(tiny_options(
             "--data_dir", tiny_data, "--log_dir", tmp_path, "--num_iterations", "4"))
-    assert status == 0
+    assert code == 0
     assert Counter(f[0] for f in watch.syncs)["evaluate"] == 3 + 1  # steps 0, 3, 4; the warm-up's
     # The optimizer looks at its numbers on CPUs only, as the tests above show.
     read = {name for name, _, place in watch.syncs if not place.startswith("muon.py")}
@@ -337,15 +338,15 @@ def test_cuda_itself_sees_no_wait(record, monkeypatch):
     monkeypatch.undo()  # the GPU's own choice of attention
     device = torch.device("cuda", 0)
     recipe = recipe_of(record)
-    model, optimizer, signals = make(recipe, device)
+    model, optimizer, status = make(recipe, device)
     batch = small_batch(device)
     for step in (0, 1):  # the first ones allocate
-        one_step(recipe, step, model, optimizer, signals, batch)
+        one_step(recipe, step, model, optimizer, status, batch)
     try:
         torch.cuda.set_sync_debug_mode("error")
         for step in (100, 101):
-            one_step(recipe, step, model, optimizer, signals, batch)
-            signals.send(step, 0.0)
+            one_step(recipe, step, model, optimizer, status, batch)
+            status.send(step, 0.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

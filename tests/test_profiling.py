@@ -16,8 +16,7 @@ from conftest import ROOT, clean_environment, tiny_options
 from data.shards import write_shard
 from records import check
 from records.log import parse
-from trainer import options
-from trainer import profile as profiling
+from trainer import options, profile
 from trainer.profile import STEP, length, self_times, table, uncovered, union
 
 VOCAB = 50304
@@ -120,14 +119,14 @@ def test_a_gpu_trace_becomes_the_table_that_its_author_computed():
     ("TorchDynamo Cache Lookup", False, "forward", "other"),
 ])
 def test_operators_are_classed_by_name_and_phase(name, wide, phase, kind):
-    assert profiling.operator_class(name, wide, phase) == kind
+    assert profile.operator_class(name, wide, phase) == kind
 
 
 @pytest.mark.parametrize("name, size", [
     ("c10::BFloat16", 2), ("Half", 2), ("float", 4), ("Float", 4), ("long int", 8), ("double", 8),
     ("c10::Float8_e4m3fn", 1), ("unsigned char", 1), ("bool", 1), ("int", 4), ("", 0), (None, 0)])
 def test_traces_words_for_types(name, size):
-    assert profiling.item_bytes(name) == size
+    assert profile.item_bytes(name) == size
 
 
 def test_the_kernels_of_this_repository_have_a_class():
@@ -136,7 +135,7 @@ def test_the_kernels_of_this_repository_have_a_class():
              for m in re.findall(r"^def (_\w*kernel)\(", path.read_text(), re.M)}
     assert named
     for name in named:
-        assert profiling.kernel_class(name, "", False, "forward") != "other", name
+        assert profile.kernel_class(name, "", False, "forward") != "other", name
 
 
 def test_what_is_covered_twice_counts_once():
@@ -194,7 +193,7 @@ def test_the_table_fits_a_narrow_terminal():
     ("somebodys_kernel", "", False, "forward", "other"),
 ])
 def test_kernels_are_classed_by_name_operator_and_phase(name, op_name, wide, phase, kind):
-    assert profiling.kernel_class(name, op_name, wide, phase) == kind
+    assert profile.kernel_class(name, op_name, wide, phase) == kind
 
 
 def test_time_inside_an_operator_is_that_of_the_inner_one():
@@ -275,9 +274,9 @@ def test_too_few_steps_are_refused_before_anything_is_written(tiny_data, tmp_pat
     said = capsys.readouterr().err
     assert "--num_iterations of at least 24" in said and len(said.splitlines()) == 1
     assert not list(folder.glob("*"))
-    profiling.check_profile(3, 0, 7)  # enough: 4 before, 3 to look at
+    profile.check_profile(3, 0, 7)  # enough: 4 before, 3 to look at
     with pytest.raises(ValueError, match="at least 8"):
-        profiling.check_profile(3, 1, 7)  # but not from step 1 on
+        profile.check_profile(3, 1, 7)  # but not from step 1 on
 
 
 def test_ctrl_c_while_profiling_leaves_a_log_and_no_trace(tmp_path):

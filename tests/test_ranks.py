@@ -10,7 +10,8 @@ import torch
 
 import train_gpt
 from conftest import ROOT
-from trainer import dist as ranks
+from trainer import dist
+from trainer.memory import PeakMemory
 
 
 @pytest.mark.parametrize("gpus, local, several, visible, sees", [
@@ -22,7 +23,7 @@ def test_a_rank_sees_its_own_gpu_alone(monkeypatch, gpus, local, several, visibl
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(os, "environ", {"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(several)}
                         | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
-    ranks.prepare_cuda()
+    dist.prepare_cuda()
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == sees
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
@@ -30,7 +31,7 @@ def test_a_rank_sees_its_own_gpu_alone(monkeypatch, gpus, local, several, visibl
 @pytest.mark.parametrize("given", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_what_the_user_set_for_the_allocator_stays(monkeypatch, given):
     monkeypatch.setattr(os, "environ", {given: "expandable_segments:False"})
-    ranks.prepare_cuda()
+    dist.prepare_cuda()
     assert os.environ == {given: "expandable_segments:False"}
 
 
@@ -56,17 +57,17 @@ def test_memory_of_steps_is_told_from_the_rest(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: peak.update(mib=100))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peak["mib"] * 2**20)
     peak["mib"] = 900  # of the warm-up: it does not count
-    memory = ranks.PeakMemory(torch.device("cuda"))
+    memory = PeakMemory(torch.device("cuda"))
     for mib, steps in ((300, True), (500, False), (400, True), (200, False)):
         peak["mib"] = mib
-        memory.look(steps=steps)
-    assert (memory.steps, memory.all) == (400, 500)
+        memory.update(only_steps=steps)
+    assert (memory.steps_mib, memory.all_mib) == (400, 500)
 
 
 def test_the_start_of_a_process_counts_from_before_its_imports():
     code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); began = time.perf_counter()\n"
-            "import ranks\n"
-            "print(time.perf_counter() - began, ranks.process_age_s())")
+            "from trainer import dist\n"
+            "print(time.perf_counter() - began, dist.process_age_s())")
     began = time.perf_counter()
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imports_s, age_s = map(float, said.stdout.split())

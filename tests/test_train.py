@@ -13,17 +13,17 @@ import torch
 
 import recipes
 import train_gpt
+import trainer.data
 from conftest import ROOT, clean_environment, start, tiny_options
 from data.shards import read_shard, write_shard
 from model import GPT, init_weights
 from records.log import parse
 from tools import sample
 from trainer import compile as compiling
-from trainer import dist as ranks
-from trainer import options
-from trainer.memory import fit_memory, rows_at_once
+from trainer import dist, options
+from trainer.memory import fit_memory, micro_batch_rows
 
-ONE = ranks.World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+ONE = dist.World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 
 def losses(log) -> dict[int, float]:
@@ -200,10 +200,10 @@ def test_as_many_rows_as_the_memory_holds(gib, seq_len, expected, monkeypatch):
     recipe = SimpleNamespace(model=SimpleNamespace(seq_len=seq_len, num_layers=12, model_dim=768))
     gpu = torch.device("cuda", 0)
     tokens, recomputed = fit_memory(recipe, options.Run(), gpu)
-    assert (rows_at_once(512, seq_len, tokens), recomputed) == expected
+    assert (micro_batch_rows(512, seq_len, tokens), recomputed) == expected
     tokens, recomputed = fit_memory(
         recipe, options.Run(recompute="on", micro_batch_tokens=2048), gpu)
-    rows = rows_at_once(512, seq_len, tokens)
+    rows = micro_batch_rows(512, seq_len, tokens)
     assert (rows, recomputed) == (max(1, 2048 // seq_len), 12)
 
 
@@ -212,7 +212,7 @@ def test_as_many_rows_as_the_memory_holds(gib, seq_len, expected, monkeypatch):
     (3, 1024, 3), (1, 65_536, 1), (5, 100_000, 1)])
 def test_rows_come_in_equal_parts_of_at_most_64k_tokens(num_rows, seq_len, rows):
     """Short rows of an early stage go several at once; 8 rows never as 3, 3 and 2."""
-    assert rows_at_once(num_rows, seq_len, 65_536) == rows
+    assert micro_batch_rows(num_rows, seq_len, 65_536) == rows
 
 
 def test_without_a_compiler_it_runs_eager_and_says_so(monkeypatch):
@@ -299,8 +299,8 @@ def test_a_warm_up_that_leaks_is_found(tiny_data, monkeypatch):
 
 def test_the_clock_counts_training_alone(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(ranks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    clock = ranks.Clock(ONE)
+    monkeypatch.setattr(dist, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    clock = dist.Clock(ONE)
     clock.start()
     now[0] += 2
     assert clock.now_ms() == 2000
@@ -348,12 +348,12 @@ def test_as_many_shards_are_fetched_as_the_run_takes(tmp_path, monkeypatch):
             write_shard(files[-1], tokens)
         return files[1:], files[:1]
 
-    monkeypatch.setattr(train_gpt.fineweb, "ensure", ensure)
+    monkeypatch.setattr(trainer.data.fineweb, "ensure", ensure)
     run, recipe = options.parse(
         ["--record", "29", "--scale", "full", "--seq_len", "64", "--batch_tokens", "128",
          "--num_iterations", "20", "--val_tokens", "256", "--val_seq_len", "64",
          "--max_doc_len", "40", "--device", "cpu", "--head", "bf16"], has_cuda=False)
-    data = train_gpt.find_data(recipe, run)
+    data = train_gpt.find_data(recipe, run.data_dir)
     assert asked == list(range(1, len(asked) + 1)) and len(asked) > 1
     assert len(data.train_files) == asked[-1]
 
@@ -376,7 +376,7 @@ def test_no_network_is_one_line(monkeypatch, capsys):
     def ensure(num_shards, folder):
         raise OSError("cannot reach the hub; without a network: --scale pocket")
 
-    monkeypatch.setattr(train_gpt.fineweb, "ensure", ensure)
+    monkeypatch.setattr(trainer.data.fineweb, "ensure", ensure)
     for words in ([], ["--prepare"]):
         assert train_gpt.main(["--record", "8", "--scale", "full", "--device", "cpu", *words]) == 2
         assert capsys.readouterr().err.splitlines() == [

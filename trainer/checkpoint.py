@@ -14,10 +14,13 @@ import fcntl
 import hashlib
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+
+from trainer.dist import World
+from trainer.memory import short_of_memory
 
 # What must be equal for a checkpoint to be continued; code and number of ranks may differ.
 IDENTITY = ("seed", "recipe", "data_digest")
@@ -186,25 +189,27 @@ def newest(folder: Path, wanted: dict, warn: Callable[[str], None]) -> tuple[Pat
     return None
 
 
-class Keeper:
-    """Writes the checkpoints of one run, `number` of them at a time; 0 steps means none are due."""
+class CheckpointWriter:
+    """Writes the checkpoints of one run, one each `every` steps (0: none is due), and keeps the
+    newest `number`. `identity`: seed, recipe, data, code, ranks."""
 
-    def __init__(self, folder: Path, run_id: str, every: int, number: int, step: int, mine: dict):
+    def __init__(self, folder: Path, run_id: str, every: int, number: int, step: int,
+                 identity: dict):
         self.folder, self.run_id, self.every, self.number = folder, run_id, every, number
         self.last = step
-        self.mine = mine  # what the run is: identity, code, ranks
+        self.identity = identity
 
-    def due(self, step: int, ends: bool) -> bool:
+    def due(self, step: int, run_ends: bool) -> bool:
         """Whether a multiple of `every` was passed since the last one, or the run ends."""
-        passed = self.every > 0 and (ends or step // self.every > self.last // self.every)
+        passed = self.every > 0 and (run_ends or step // self.every > self.last // self.every)
         return passed and step > self.last
 
-    def keep(self, step: int, state: dict) -> Path:
+    def write(self, step: int, state: dict) -> Path:
         """Write `state` as the checkpoint of `step`. OSError where the disk refuses."""
         self.last = step  # also where it fails: the next one is tried when it is due
         path = path_of(self.folder, self.run_id, step)
-        save(path, {"kind": "checkpoint", "run_id": self.run_id, "step": step, **self.mine,
-                    **state})
+        save(path, {"kind": "checkpoint", "run_id": self.run_id, "step": step,
+                    **self.identity, **state})
         prune(self.folder, self.run_id, self.number)
         return path
 
@@ -262,13 +267,21 @@ def capture(model: torch.nn.Module, optimizer_state: dict) -> dict:
             "random": random_state()}
 
 
-def stamp(path: str) -> tuple[int, int] | None:
-    """Whether two ranks see the same file: its size and time, or nothing."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns
+def read_on_ranks(path: str, world: World) -> dict:
+    """A checkpoint that rank 0 has verified, on every rank: read from the file where all ranks see
+    it, else broadcast, which needs three copies per rank (18 GB for record #62)."""
+    def read() -> dict:
+        return load(Path(path), mmap=True)
+
+    def size_and_time() -> tuple[int, int] | None:
+        try:
+            found = os.stat(path)
+        except OSError:
+            return None
+        return found.st_size, found.st_mtime_ns
+
+    shared_disk = len(set(world.gather(size_and_time()))) == 1
+    return world.all_or_raise(read) if shared_disk else world.from_rank0(read)
 
 
 def restore(state: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -287,3 +300,30 @@ def to_cpu(tree):
     if isinstance(tree, dict):
         return {key: to_cpu(value) for key, value in tree.items()}
     return [to_cpu(v) for v in tree] if isinstance(tree, list) else tree
+
+
+@contextlib.contextmanager
+def restored_afterwards(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Whatever happens inside, parameters, gradients, optimizer state and random numbers are put
+    back at the end, and compared with those before."""
+    def state() -> dict[str, torch.Tensor]:
+        tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+        tensors |= {f"grad.{k}": p.grad for k, p in model.named_parameters() if p.grad is not None}
+        return tensors | {"rng": torch.get_rng_state()}
+
+    before, optimizer_before = state(), optimizer.state_dict()
+    if short_of_memory(next(model.parameters()).device):
+        before, optimizer_before = on_cpu(before), to_cpu(optimizer_before)
+    else:
+        before = {k: v.clone() for k, v in before.items()}
+    yield
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(before[f"model.{name}"])
+    optimizer.load_state_dict(optimizer_before)
+    optimizer.zero_grad()  # after the state: groups that collect over steps are at their start now
+    optimizer.nonfinite.zero_()
+    torch.set_rng_state(before["rng"])
+    changed = [k for k, v in state().items()
+               if k in before and not torch.equal(v, before[k].to(v.device))]
+    assert not changed, f"not restored: {changed}"

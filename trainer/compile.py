@@ -17,7 +17,7 @@ from model import GPT, Stage
 from recipes import Recipe, batch_shape
 from trainer import options
 from trainer.dist import World
-from trainer.memory import own_rows, rows_at_once, throw_away
+from trainer.memory import dummy_batch, local_rows, micro_batch_rows
 
 
 def wants_compile(run: options.Run, device: torch.device) -> tuple[bool, str]:
@@ -82,7 +82,7 @@ def forward_kinds(recipe: Recipe, world: World, micro_tokens: int) -> list[Forwa
     kinds = []
     for step in recipes.stage_steps(recipe):
         num_rows, seq_len = batch_shape(step, recipe)
-        rows = rows_at_once(own_rows(num_rows, world), seq_len, micro_tokens)
+        rows = micro_batch_rows(local_rows(num_rows, world), seq_len, micro_tokens)
         kinds.append(ForwardKind(recipes.stage(step, recipe), (rows, seq_len), True))
     rows = max(1, micro_tokens // recipe.val_row)
     return [*kinds, ForwardKind(recipes.eval_stage(0, recipe), (rows, recipe.val_row), False)]
@@ -95,7 +95,7 @@ def compile_ahead(model: GPT, recipe: Recipe, world: World, micro_tokens: int) -
     kinds = forward_kinds(recipe, world, micro_tokens)
     first = world.local_rank * len(kinds) // world.local_size
     for kind in kinds[first:] + kinds[:first]:
-        batch: Batch = throw_away(kind.shape, recipe, world.device, generator)
+        batch: Batch = dummy_batch(kind.shape, recipe, world.device, generator)
         model.set_stage(kind.stage)
         model.train(kind.training)
         with torch.set_grad_enabled(kind.training):

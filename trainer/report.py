@@ -16,6 +16,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 from typing import TextIO
 
@@ -24,13 +25,17 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import recipes
+from kernels import peak_flops
 from kernels.attention import describe_attention
-from model import GPT, num_parameters
+from model import num_parameters
 from recipes import Recipe, batch_shape
 from records.log import LogError, RunLog, train_line, val_line
 from records.standing import rank as rank_in_table
 from records.standing import stand
-from trainer.dist import Signal, World
+from trainer.compile import compiles_optimizer, wants_compile
+from trainer.dist import World
+from trainer.memory import local_rows, micro_batch_rows
+from trainer.status import StepReport
 
 ROOT = Path(__file__).resolve().parent.parent
 WANDB_PATIENCE_S = 30  # how long a finished run waits for its server
@@ -214,11 +219,11 @@ class Reporter:
         self.screen.line(text)
         self._write(text)
 
-    def trained(self, signal: Signal) -> None:
-        self._write(train_line(signal.step + 1, self.recipe.num_iterations, signal.loss,
-                               signal.ms))
-        self.screen.advance(math.prod(batch_shape(signal.step, self.recipe)), signal.loss)
-        self._to_wandb(signal.step + 1, train_loss=signal.loss)
+    def trained(self, report: StepReport) -> None:
+        self._write(train_line(report.step + 1, self.recipe.num_iterations, report.loss,
+                               report.ms))
+        self.screen.advance(math.prod(batch_shape(report.step, self.recipe)), report.loss)
+        self._to_wandb(report.step + 1, train_loss=report.loss)
 
     def validated(self, step: int, val_loss: float, ms: float, tokens: int) -> None:
         self.say(val_line(step, self.recipe.num_iterations, val_loss, ms))
@@ -263,24 +268,67 @@ class Reporter:
             self.wandb_run.finish(quiet=True)
 
 
-def header(recipe: Recipe, seed: int, model: GPT, data: str, world: World, how: str,
-           where: dict[str, str]) -> dict[str, str]:
-    """What stands above a run: recipe, sizes, device, and every backend with its reason."""
-    on_gpu = world.device.type == "cuda"
+def describe_speed(s) -> str:
+    """Settings that change a run's speed and not what it trains. `s`: train_gpt.TrainState."""
+    seq_len = s.recipe.model.seq_len
+    rows = micro_batch_rows(local_rows(s.recipe.num_rows, s.world), seq_len, s.micro_tokens)
+    recomputed = s.model.recomputed
+    return "; ".join([
+        wants_compile(s.run, s.world.device)[1]
+        + ", the optimizer too" * compiles_optimizer(s.run, s.world.device),
+        f"{rows} row{'s' * (rows > 1)} a micro-batch"
+        + (f", {recomputed} of {len(s.model.blocks)} layers computed again in backward"
+           if recomputed else ""),
+        f"Triton: {', '.join(sorted(s.run.triton_kernels)) or 'none'}"])
+
+
+def header(s, environment: dict[str, str]) -> dict[str, str]:
+    """The facts at the top of a run: recipe, sizes, device, and every backend with its reason.
+    `s`: train_gpt.TrainState."""
+    recipe, world, env = s.recipe, s.world, environment
+    num_shards = len(s.data.train_files)
     return {
-        "recipe": f"record #{recipe.record} ({recipe.title}), {recipe.scale} scale, seed {seed}",
-        "model": f"{num_parameters(model) / 1e6:.1f}M parameters, {recipe.model.num_layers} "
+        "recipe": f"record #{recipe.record} ({recipe.title}), {recipe.scale} scale, seed {s.seed}",
+        "model": f"{num_parameters(s.model) / 1e6:.1f}M parameters, {recipe.model.num_layers} "
                  f"layers of width {recipe.model.model_dim}",
         "steps": f"{recipe.num_iterations:,} of {recipe.batch_tokens:,} tokens in rows of "
                  f"{recipe.model.seq_len}: {recipe.total_tokens:,} tokens",
-        "device": f"{world.size} x {where['gpu']}" if on_gpu else (
-            f"{where['cpu']}; {world.size} rank{'s' * (world.size > 1)} of {where['threads']} "
-            f"thread{'s' * (where['threads'] != '1')}"),
-        "backends": f"{recipe.model.compute_dtype} products; {how}; "
+        "device": f"{world.size} x {env['gpu']}" if world.device.type == "cuda" else (
+            f"{env['cpu']}; {world.size} rank{'s' * (world.size > 1)} of {env['threads']} "
+            f"thread{'s' * (env['threads'] != '1')}"),
+        "backends": f"{recipe.model.compute_dtype} matmuls; {describe_speed(s)}; "
                     f"attention: {describe_attention(world.device, recipe.model)}; "
                     f"collectives: {dist.get_backend() if world.size > 1 else 'none (one rank)'}",
-        "data": data,
+        "data": f"{s.run.data_dir or recipe.corpus}, {num_shards} training "
+                f"shard{'s' * (num_shards > 1)}, digest {s.data.digest[:12]}",
         "target": "not fixed yet" if recipe.target is None else f"val_loss {recipe.target}",
+    }
+
+
+def closing_block(s, reporter: Reporter, times: dict[str, float], model_path: Path | None,
+                  resumed: bool) -> dict[str, object]:
+    """The `key: value` block at the end of a log. `s`: train_gpt.TrainState; `times`: when the
+    process started (perf_counter), seconds until the first step and of the warm-up."""
+    recipe = s.recipe
+    val_loss = reporter.history[-1][1] if reporter.history else math.nan
+    tokens_per_s = s.tokens / max(s.clock.elapsed_s, 1e-9)
+    flops, peak = recipes.mean_flops_per_token(recipe, s.model), peak_flops(s.world.device)
+    reached = recipe.target is not None and s.outcome == "complete" and val_loss <= recipe.target
+    return {
+        "status": s.outcome, "track": recipe.track, "record": recipe.record,
+        "scale": recipe.scale, "seed": s.seed, "world_size": s.world.size,
+        "target": recipe.target, "reached": reached, "final_val_loss": f"{val_loss:.6f}",
+        "num_iterations": recipe.num_iterations, "tokens": s.tokens,
+        "train_time_ms": f"{1000 * s.clock.elapsed_s:.0f}",
+        "wall_time_s": f"{time.perf_counter() - times['started']:.1f}",
+        "start_s": f"{times['start_s']:.1f}", "warmup_s": f"{times['warmup_s']:.1f}",
+        "validation_s": f"{s.validation_s:.1f}", "tokens_per_s": f"{tokens_per_s:.0f}",
+        "mfu": ("unknown" if peak is None
+                else f"{tokens_per_s * flops / peak / s.world.size:.4f}"),
+        "peak_memory_mib": f"{s.memory.all_mib:.0f}", "peak_step_mib": f"{s.memory.steps_mib:.0f}",
+        "graphs_in_clock": s.graphs_in_clock, "parameters": num_parameters(s.model),
+        "data_digest": s.data.digest, "resumed": resumed, "profiled_steps": s.run.profile,
+        "checkpoint": model_path,
     }
 
 

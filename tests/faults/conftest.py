@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import train_gpt
 from data.shards import write_shard
 from faults.helpers import Ranks, marked_processes, train_here, wait_until
-from trainer import report
 
 SLOW = ("--num_iterations", "400", "--val_every", "400", "--timeout_s", "20")
 
@@ -38,7 +38,7 @@ def nothing_is_left(monkeypatch):
 @pytest.fixture
 def train(capsys, data, tmp_path, monkeypatch):
     """train(*options, folder="logs"): the tiny run in this process."""
-    monkeypatch.setattr(report, "generate", lambda *_, **__: "")  # takes longer than the training
+    monkeypatch.setattr(train_gpt, "generate", lambda *_, **__: "")  # longer than the training
 
     def run(*options: object, folder: str | Path = "logs", data: Path = data):
         return train_here(capsys, *options, data=data, log_dir=tmp_path / folder)

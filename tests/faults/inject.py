@@ -38,10 +38,10 @@ class Broken:
             self.reporter = reporter
             return open_log(reporter, *arguments)
 
-        def batch(loader, step, *arguments):
+        def batch(loader, state):
             for name, *rest in self.faults:
-                getattr(self, name)(step, *rest)
-            return next_batch(loader, step, *arguments)
+                getattr(self, name)(state.step, *rest)
+            return next_batch(loader, state)
 
         if ["other_code", str(RANK)] in self.faults:
             sources = train_gpt.local_sources

@@ -108,17 +108,17 @@ def test_the_gate_does_not_change_a_good_step(tiny_data):
     models = []
     for watched in (False, True):
         model = train_gpt.build_model(recipe, 0, world.device)
-        signals = train_gpt.Signals(world, model.named_parameters()) if watched else None
+        status = train_gpt.StepStatus(world, model.named_parameters()) if watched else None
         optimizer = train_gpt.build_optimizer(model, recipe)
         if watched:
-            signals.guard(optimizer)
+            optimizer.gate = status.gate
         generator = torch.Generator().manual_seed(1)
         for _ in range(4):
             tokens = torch.randint(257, (12, 33), generator=generator)
             batch = train_gpt.Batch(tokens[:, :-1].int(), tokens[:, 1:])
             for group in optimizer.param_groups:
                 group.update(train_gpt.recipes.group_schedule(3, group["name"], recipe))
-            train_gpt.train_step(model, optimizer, recipe, batch, 5, 384, signals)
+            train_gpt.train_step(model, optimizer, recipe, batch, 5, 384, status)
         models.append(model.state_dict())
     assert same(*models)
 
@@ -133,38 +133,38 @@ def test_a_bad_step_in_the_warm_up_leaves_the_gate_open(tiny_data):
     data = train_gpt.Data(files["train"], files["val"], 256, "digest")
     world = train_gpt.World(0, 0, 1, torch.device("cpu"))
     model = train_gpt.build_model(recipe, 0, world.device)
-    signals = train_gpt.Signals(world, model.named_parameters())
+    status = train_gpt.StepStatus(world, model.named_parameters())
     optimizer = train_gpt.build_optimizer(model, recipe)
-    signals.guard(optimizer)
+    optimizer.gate = status.gate
     shut = []
-    original = signals.reset
-    signals.reset = lambda: (shut.append(not signals.gate.item()), original())
-    train_gpt.warm_up(model, optimizer, recipe, data, world, 100, signals)
+    original = status.reset
+    status.reset = lambda: (shut.append(not status.gate.item()), original())
+    train_gpt.warm_up(model, optimizer, recipe, data, world, 100, status)
     assert shut == [True] and optimizer.gate.item() is True
     tokens = torch.randint(257, (12, 33), generator=torch.Generator().manual_seed(1))
     batch = train_gpt.Batch(tokens[:, :-1].int(), tokens[:, 1:])
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    train_gpt.train_step(model, optimizer, recipe, batch, 100, 384, signals)
+    train_gpt.train_step(model, optimizer, recipe, batch, 100, 384, status)
     assert not same(before, model.state_dict())
 
 
 def test_nothing_reads_the_device_between_two_steps(tiny_data, monkeypatch):
-    """agree() must not wait for the device: no .item(), .tolist(), bool() of a tensor."""
+    """reduce() must not wait for the device: no .item(), .tolist(), bool() of a tensor."""
     world = train_gpt.World(0, 0, 1, torch.device("cpu"))
     layer = torch.nn.Linear(4, 4)
-    signals = train_gpt.Signals(world, layer.named_parameters())
+    status = train_gpt.StepStatus(world, layer.named_parameters())
 
     def forbidden(*_):
         raise AssertionError("the host waits for the device")
 
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, forbidden)
-    signals.arm()
+    status.watch_next_backward()
     loss = layer(torch.ones(2, 4)).sum()
     loss.backward()
-    signals.agree(loss.detach(), torch.zeros(()), False)
+    status.reduce(loss.detach(), torch.zeros(()), False)
     monkeypatch.undo()
-    assert signals.gate.item() is True
+    assert status.gate.item() is True
 
 
 def test_N4_a_zero_gradient_matrix_changes_nothing():

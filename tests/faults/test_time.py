@@ -12,7 +12,7 @@ import torch
 from faults.helpers import body_of, checkpoints, logs_in, result_of
 from records.check import run_reasons
 from records.log import parse
-from trainer import dist as ranks
+from trainer import dist
 
 
 @pytest.mark.parametrize("jump", [-3600.0, 86400.0])
@@ -31,7 +31,7 @@ def test_T2_a_clock_that_runs_backwards_makes_the_run_invalid(train, monkeypatch
     real, calls = time.perf_counter, itertools.count()
     fake = SimpleNamespace(**vars(time) | {
         "perf_counter": lambda: real() - (5 if next(calls) > 30 else 0)})
-    monkeypatch.setattr(ranks, "time", fake)
+    monkeypatch.setattr(dist, "time", fake)
     ran = train("--num_iterations", "30")
     assert ran.code == 1
     (log,) = ran.logs
@@ -44,8 +44,8 @@ def test_T2_a_clock_that_runs_backwards_makes_the_run_invalid(train, monkeypatch
 
 def test_T2_also_where_only_the_last_reading_is_wrong(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(ranks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    clock = ranks.Clock(ranks.World(0, 0, 1, torch.device("cpu")))
+    monkeypatch.setattr(dist, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    clock = dist.Clock(dist.World(0, 0, 1, torch.device("cpu")))
     clock.start()
     now[0] -= 2
     clock.stop()
