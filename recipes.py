@@ -53,6 +53,7 @@ class Recipe:
     momentum_start: float = 0.85    # where momentum warms up from, and cools down to
     momentum_warmup_steps: int = 0  # (#9)
     momentum_cooldown_steps: int = 0    # (#40)
+    momentum_form: str = "ema"      # or heavy_ball (#3 to #14): another direction while it warms up
     muon_method: str = "jordan"     # how the momentum is orthogonalised; polar_express from #38
     muon_steps: int = 5
     muon_scale: str = "none"        # none; unit_rms: sqrt(max(r, c)) (#4); original:
@@ -192,6 +193,7 @@ def check(recipe: Recipe) -> None:
     one_of(r, "matrix_rule", "muon", "adam")
     one_of(r, "muon_method", "svd", "cubic", "jordan", "polar_express")
     one_of(r, "muon_mode", "fast", "accurate")
+    one_of(r, "momentum_form", "ema", "heavy_ball")
     one_of(r, "cooldown_shape", "linear", "cosine")
     one_of(r, "data_align", "none", "row", "document")
     one_of(r, "window_edge", "exact", "block", "flash")
@@ -261,6 +263,7 @@ RECORDS[2] = edit(RECORDS[2], attn_damping=True)
 # 2024-10-04. No log; from the code of the day of the record.
 _record(3, "Muon", after=2,
         matrix_rule="muon", matrix_lr=0.018, split_qkv=False, adam_weight_decay=0.0,
+        momentum_form="heavy_ball",
         num_iterations=7000, warmup_steps=250, cooldown_steps=2000)
 
 # 2024-10-11
@@ -322,6 +325,7 @@ _record(14, "Value embeddings", after=13,
 # 2024-12-08
 _record(15, "Value embeddings mirrored over depth", after=14,
         value_embeds="mirror", value_mix="two",
+        momentum_form="ema",
         num_iterations=1480)
 
 # 2024-12-10. The window counts blocks of 128 from here to #27; see `seen_keys`.
@@ -689,7 +693,7 @@ def _settings(role: str, recipe: Recipe) -> dict:
         return {"rule": "muon", "view": "matrix", "weight_decay": r.matrix_weight_decay,
                 "decay": decay, "cautious": r.cautious, "method": r.muon_method,
                 "ns_steps": r.muon_steps, "mode": r.muon_mode, "scale": r.muon_scale,
-                "multiplier": r.muon_multipliers.get(role, 1.0),
+                "multiplier": r.muon_multipliers.get(role, 1.0), "momentum_form": r.momentum_form,
                 "second_moment": r.normuon.get(role),
                 "split": 3 if role == "attn_in" and r.split_qkv else None}
     still = role in ("scalar", "x0_lambda")

@@ -122,6 +122,25 @@ def test_ema_and_heavy_ball_are_the_same_update(monkeypatch):
             assert torch.allclose(B, 0.05 * C, atol=1e-6)
 
 
+def test_heavy_ball_remembers_more_than_ema_while_momentum_grows():
+    """buf = m buf + g, direction g + m buf: records 3 to 14, whose momentum warms up from #9 on."""
+    (p,), (q,) = pair(((8, 8),))
+    options = {"lr": 1.0, "weight_decay": 0.0, "norm": "l2"}
+    ball, ema = (Muon([x], **options, momentum_form=form) for x, form in (
+        (p, "heavy_ball"), (q, "ema")))
+    buffer = torch.zeros(8, 8, dtype=torch.float64)
+    for step in range(10):
+        momentum, G = 0.85 + 0.01 * step, gradients(step, ((8, 8),))[0]
+        buffer = momentum * buffer + G.double()
+        expected = G + momentum * buffer
+        before = p.detach().clone()
+        for optimizer in (ball, ema):
+            optimizer.param_groups[0]["momentum"] = momentum
+            h.step_with(optimizer, [G])
+        assert torch.allclose((before - p).double(), expected / expected.norm(), atol=1e-6)
+    assert distance([p], [q]) > 1e-2
+
+
 @pytest.mark.parametrize("shape", [(256, 256), (512, 128), (128, 512)])
 def test_scales_mean_what_they_say(shape):
     G = h.gaussian(*shape)

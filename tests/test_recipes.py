@@ -287,6 +287,8 @@ def test_muon_settings(record, facts, meta_models):
     assert groups["attn_in"]["split"] == (None if record == 3 else 3)
     assert all((g["second_moment"] is not None) == (said["second_moment"] is not None)
                for g in groups.values() if g["rule"] == "muon")
+    form = {"EMA": "ema", "heavy-ball": "heavy_ball"}[said["momentum_form"].partition(":")[0]]
+    assert {g["momentum_form"] for g in groups.values() if g["rule"] == "muon"} == {form}
 
 
 def test_polar_express_has_the_coefficients_of_the_records(facts):
