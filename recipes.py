@@ -422,13 +422,15 @@ _record(46, "Batch grows in thirds", after=43,
         num_iterations=2160, cooldown_steps=1166)
 
 # 2025-12-22. With #47 to #52: lambdas on weights, new Muon multipliers, key offset, cautious decay
-# in Adam, the head's table as embedding, scalars that rest after each change.
+# in Adam, the head's table as embedding, scalars that rest after each change. The MLP's second
+# matrix is stored transposed: NorMuon's one number per hidden neuron is one per column here.
 _record(53, "Multi-token prediction, embedding untied at two thirds", after=46,
         num_targets=3, tie_first=True, head_init_std=0.005,
         qkv_lambda=True, qkv_init_std=1.0, key_offset=True,
         value_mix="add", value_embed_init_std=0.0,
         muon_multipliers={"attn_in": 2.0, "attn_out": 2.0, "mlp_in": 2.0, "mlp_out": 4.0},
-        normuon=dict.fromkeys(("attn_in", "attn_out", "mlp_in", "mlp_out", "attn_gate"), "row"),
+        normuon=dict.fromkeys(("attn_in", "attn_out", "mlp_in", "attn_gate"), "row")
+        | {"mlp_out": "col"},
         embed_lr=0.008, adam_weight_decay=0.005, freeze_steps=40,
         adam_roles={"value_embed": {"lr": 0.6},
                     "smear_gate": {"lr": 8e-5, "weight_decay": 0.0},
@@ -442,7 +444,7 @@ _record(62, "Bigram hash embedding", after=53,
         bigram=True, logit_softcap=23.0, softcap_shift=5.0, value_mix="gate", unet="gate",
         paired_heads=True, fp8_factors=(4.48, 280.0, 448 / 0.75),
         muon_multipliers={"mlp_in": 2.0, "mlp_out": 4.0},
-        normuon=dict.fromkeys(("attn_in", "attn_out", "mlp_in", "mlp_out"), "row"),
+        normuon=dict.fromkeys(("attn_in", "attn_out", "mlp_in"), "row") | {"mlp_out": "col"},
         adam_eps=1e-10,
         adam_roles={"embed": {"betas": (0.5, 0.95), "weight_decay": 0.75},
                     "head": {"betas": (0.5, 0.95), "weight_decay": 0.75},

@@ -300,13 +300,31 @@ def test_polar_express_has_the_coefficients_of_the_records(facts):
     assert [list(p) for p in polynomials] == [pytest.approx(p, rel=1e-9) for p in said]
 
 
-def test_normuon_axis(facts):
-    """#41 and #43 average over rows of what they store, #53 and #62 over columns. Their first MLP
-    matrix was stored transposed until #52, their second one from then on."""
-    assert RECORDS[43].normuon["mlp_in"] == "row" and RECORDS[43].normuon["mlp_out"] == "col"
-    assert "dim -2" in facts["43"]["optim"]["muon"]["second_moment"]["axis"]
-    assert set(RECORDS[53].normuon.values()) - {"row", "col"} == set()
-    assert "dim -1" in facts["53"]["optim"]["muon"]["second_moment"]["axis"]
+@pytest.mark.parametrize("record", [41, 43, 46, 53, 62])
+def test_normuon_averages_over_the_dimension_of_the_stored_matrix(record, facts):
+    """Each record averages over one dimension of all that it stores. The MLP's first matrix was
+    stored transposed until #52, its second one from then on."""
+    said = facts[str(record)]["optim"]["muon"]
+    last = "dim -1" in said["second_moment"]["axis"]
+    assert last != ("dim -2" in said["second_moment"]["axis"])
+    ours = {"mlp_in": "3072x768", "mlp_out": "768x3072"}
+    for role in RECORDS[record].normuon:
+        (stored,) = {word for key in said["scale_table"] if role in key for word in key.split()
+                     if "3072" in word} or {ours.get(role)}
+        row = last == (stored == ours.get(role))
+        assert RECORDS[record].normuon[role] == ("row" if row else "col"), role
+
+
+def test_normuon_of_53_evens_out_the_hidden_neurons_of_the_second_mlp_matrix():
+    """A wide orthogonal matrix has rows of one norm: by rows NorMuon would do nothing."""
+    from muon import normuon, orthogonalize
+
+    G = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    X = orthogonalize(G * torch.logspace(-1, 1, 64), "svd")
+    v = torch.zeros((1, 64) if RECORDS[53].normuon["mlp_out"] == "col" else (16, 1))
+    norms = normuon(X, v, 0.95, RECORDS[53].normuon["mlp_out"])[0].norm(dim=0)
+    assert X.norm(dim=0).std() > 0.3 * X.norm(dim=0).mean()
+    assert norms.std() < 1e-4 * norms.mean()
 
 
 def test_only_record_1_clips_and_the_rest_reduce_as_they_did(facts):
