@@ -75,7 +75,7 @@ class Recipe:
     adam_roles: dict[str, dict] = field(default_factory=dict)   # role -> lr, betas, weight_decay
     cautious: bool = False          # decay where it agrees with the update, at lr squared (#43)
     grad_clip: float | None = None  # norm of all gradients together (#1)
-    freeze_steps: int = 0           # scalars stand still after each change of stage (#52)
+    freeze_steps: int = 0           # scalars are frozen after each change of stage (#52 to #55)
 
     # how gradients travel; none of it changes what is learned
     grad_collective: str = "all_reduce"     # reduce_scatter from #24
@@ -445,7 +445,7 @@ _record(62, "Bigram hash embedding", after=53,
         paired_heads=True, fp8_factors=(4.48, 280.0, 448 / 0.75),
         muon_multipliers={"mlp_in": 2.0, "mlp_out": 4.0},
         normuon=dict.fromkeys(("attn_in", "attn_out", "mlp_in"), "row") | {"mlp_out": "col"},
-        adam_eps=1e-10,
+        adam_eps=1e-10, freeze_steps=0,
         adam_roles={"embed": {"betas": (0.5, 0.95), "weight_decay": 0.75},
                     "head": {"betas": (0.5, 0.95), "weight_decay": 0.75},
                     "value_embed": {"lr": 0.6, "betas": (0.75, 0.95), "weight_decay": 0.025},

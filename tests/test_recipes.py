@@ -479,6 +479,9 @@ def test_scalars_rest_after_each_change_from_53_on():
     assert "frozen" not in recipes.group_schedule(700, "x0_lambda", recipe)
 
 
+    assert [r for r, recipe in RECORDS.items() if any(
+        recipes.group_schedule(step, "scalar", recipe).get("frozen")
+        for step in range(recipe.num_iterations))] == [53]
 # --- pocket scale ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("record", LADDER)
