@@ -439,7 +439,7 @@ _record(53, "Multi-token prediction, embedding untied at two thirds", after=46,
         num_iterations=1920, cooldown_steps=1034)
 
 # 2026-01-19. With #54 to #61: shifted softcap, gates on values and skip, all gates under Adam,
-# paired heads.
+# paired heads. #56 commented out the call that froze scalars.
 _record(62, "Bigram hash embedding", after=53,
         bigram=True, logit_softcap=23.0, softcap_shift=5.0, value_mix="gate", unet="gate",
         paired_heads=True, fp8_factors=(4.48, 280.0, 448 / 0.75),
@@ -613,9 +613,10 @@ def _target_weights(step: int, recipe: Recipe) -> tuple[float, ...]:
 
 
 def untie_step(recipe: Recipe) -> int:
-    """The first step with an embedding of its own, no gradient of Adam's being half collected."""
-    start = -(-2 * recipe.scheduled_steps // 3)
-    return -(-start // recipe.adam_every) * recipe.adam_every
+    """The first step with an embedding of its own: the one after Adam's first update at or after
+    two thirds, so that no gradient is half collected."""
+    start = 2 * recipe.scheduled_steps // 3
+    return (start // recipe.adam_every + 1) * recipe.adam_every
 
 
 def _stage(step: int, recipe: Recipe, last: bool, weights: tuple[float, ...]) -> Stage:

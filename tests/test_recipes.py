@@ -462,26 +462,28 @@ def test_targets_fade_in_thirds():
     assert recipes.eval_stage(0, recipe).target_weights == (1.0,)
 
 
-def test_the_embedding_leaves_the_head_at_two_thirds():
-    """#53: after step 1253. #62 says 1041; here 1040, where Adam holds no half-collected gradient
-    and batch and window change."""
-    assert recipes.untie_step(RECORDS[53]) == 1254
-    assert recipes.untie_step(RECORDS[62]) == 1040
-    assert [recipes.stage(s, RECORDS[53]).tied for s in (0, 1253, 1254)] == [True, True, False]
+@pytest.mark.parametrize("record, last_tied", [(53, 1253), (62, 1041)])
+def test_the_embedding_leaves_the_head_after_the_update_at_two_thirds(record, last_tied, facts):
+    recipe = RECORDS[record]
+    assert f"until step {last_tied}" in facts[str(record)]["arch"]["tied_head"]
+    assert changes(lambda step: recipes.stage(step, recipe).tied, range(recipe.num_iterations)) == [
+        [0, True], [last_tied + 1, False]]
+    # Adam's k-th step just was: nothing is half collected.
+    assert (last_tied + 1) % recipe.adam_every == 0
 
 
-def test_scalars_rest_after_each_change_from_53_on():
+def test_scalars_rest_after_each_change_in_53_alone():
     recipe = RECORDS[53]
     resting = changes(lambda step: recipes.group_schedule(step, "scalar", recipe)["frozen"],
                       range(recipe.num_iterations))
     assert resting == [[0, False], [627, True], [667, False], [1254, True], [1294, False],
                        [1880, True]]
     assert "frozen" not in recipes.group_schedule(700, "x0_lambda", recipe)
-
-
     assert [r for r, recipe in RECORDS.items() if any(
         recipes.group_schedule(step, "scalar", recipe).get("frozen")
         for step in range(recipe.num_iterations))] == [53]
+
+
 # --- pocket scale ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("record", LADDER)
