@@ -43,7 +43,9 @@ class Recipe:
     cooldown_steps: float = 2048    # at the end, to final_lr
     cooldown_shape: str = "linear"  # or cosine (#1)
     final_lr: float = 0.0           # what is left at the end; 0.1 from #19
-    lr_stages: tuple[float, ...] = ()   # factor in each third, for its larger batches (#46)
+    lr_stages: tuple[float, ...] = ()   # factors for the larger batches (#46)
+    lr_stage_ends: tuple[float, ...] = (1 / 3, 2 / 3)   # the part of the schedule that each but
+                                    # the last one ends with, that step included
     cooldown_in_extension: bool = False     # the cooldown ends with the extension, not before (#41)
 
     # matrices of the blocks
@@ -177,6 +179,8 @@ def check(recipe: Recipe) -> None:
          f"a multiple of seq_len {m.seq_len}", r.batch_tokens)
     must(all(0 < b <= r.batch_tokens and b % r.num_rows == 0 for b in r.batch_stages),
          "batch_stages", f"multiples of {r.num_rows} rows, at most batch_tokens", r.batch_stages)
+    must(len(r.lr_stages) in (0, len(r.lr_stage_ends) + 1), "lr_stages",
+         f"none or {len(r.lr_stage_ends) + 1} factors, one more than lr_stage_ends", r.lr_stages)
     must(0 <= r.cooldown_steps <= r.num_iterations, "cooldown_steps",
          f"0 to num_iterations {r.num_iterations}", r.cooldown_steps)
     must(r.warmup_steps >= 0, "warmup_steps", "0 or more", r.warmup_steps)
@@ -413,12 +417,12 @@ _record(43, "Cautious weight decay", after=41,
         extension_window=13, final_window=None,
         num_iterations=2245, cooldown_steps=1102.5)
 
-# 2025-11-29. With #44; #45: a single skip, residual lambda 1.1. Learning rate, batch and window
-# change together, at thirds (the learning rate a few steps earlier there).
+# 2025-11-29. With #44; #45: a single skip, residual lambda 1.1. Batch and window change at thirds,
+# the learning rate a few steps earlier.
 _record(46, "Batch grows in thirds", after=43,
         unet="single", resid_lambda=1.1, matrix_lr=0.023,
         seq_len=49_152, batch_tokens=393_216, batch_stages=(131_072, 262_144, 393_216),
-        lr_stages=(1.0, 1.51, 1.93),
+        lr_stages=(1.0, 1.51, 1.93), lr_stage_ends=(0.33, 0.66),
         num_iterations=2160, cooldown_steps=1166)
 
 # 2025-12-22. With #47 to #52: lambdas on weights, new Muon multipliers, key offset, cautious decay
@@ -435,7 +439,8 @@ _record(53, "Multi-token prediction, embedding untied at two thirds", after=46,
         adam_roles={"value_embed": {"lr": 0.6},
                     "smear_gate": {"lr": 8e-5, "weight_decay": 0.0},
                     "scalar": {"betas": (0.9, 0.99)}},
-        fp8_factors=(4.48, 448 / 1.5, 448 / 0.75), lr_stages=(1.0, 1.52, 1.73),
+        fp8_factors=(4.48, 448 / 1.5, 448 / 0.75),
+        lr_stages=(1.0, 1.52, 1.73), lr_stage_ends=(1 / 3, 2 / 3),
         num_iterations=1920, cooldown_steps=1034)
 
 # 2026-01-19. With #54 to #61: shifted softcap, gates on values and skip, all gates under Adam,
@@ -543,7 +548,8 @@ def lr_multiplier(step: int, recipe: Recipe) -> float:
     left = min(1.0, max(0, end - step) / r.cooldown_steps) if r.cooldown_steps else 1.0
     if r.cooldown_shape == "cosine":
         left = (1 - math.cos(math.pi * left)) / 2
-    full = r.lr_stages[_part(step, len(r.lr_stages), r)] if r.lr_stages else 1.0
+    stages_over = sum(step / r.scheduled_steps > end for end in r.lr_stage_ends)
+    full = r.lr_stages[stages_over] if r.lr_stages else 1.0
     return full * left + r.final_lr * (1 - left)
 
 

@@ -353,6 +353,26 @@ def test_lr_multiplier_at_the_probed_steps(record, facts):
         assert got == pytest.approx(expected, abs=LR_DIFFERS.get(record, 2e-6), rel=2e-6), step
 
 
+@pytest.mark.parametrize("record, starts", [(46, (700, 1400)), (53, (627, 1254)),
+                                            (62, (521, 1041))])
+def test_the_learning_rate_rises_past_its_bounds_not_at_them(record, starts, facts):
+    """x > 1/3 in #53 and #62, x > 0.33 in #46, x = step / scheduled steps."""
+    said, recipe = facts[str(record)]["schedule"]["lr"], RECORDS[record]
+    assert said["stage_mult"] == list(recipe.lr_stages)
+    bounds = ("0.33", "0.66") if record == 46 else ("1/3", "2/3")
+    assert all(f"(x>{bound})" in said["shape"] for bound in bounds)
+    for start, before, after in zip(starts, recipe.lr_stages, recipe.lr_stages[1:]):
+        for step, full in ((start - 1, before), (start, after)):
+            left = min(1.0, (recipe.scheduled_steps - step) / recipe.cooldown_steps)
+            assert recipes.lr_multiplier(step, recipe) == pytest.approx(
+                full * left + 0.1 * (1 - left)), step
+
+
+def test_learning_rates_of_stages_need_their_bounds():
+    with pytest.raises(ValueError, match="--lr_stages: expected none or 3 factors"):
+        recipes.edit(RECORDS[62], lr_stages=(1.0, 2.0))
+
+
 @pytest.mark.parametrize("record", [r for r in LADDER if r > 2])
 def test_momentum_at_the_probed_steps(record, facts):
     said = facts[str(record)]["schedule"]["muon_momentum"]
