@@ -413,6 +413,30 @@ def test_every_kth_step_adds_gradients_up_and_frozen_groups_rest():
     assert torch.equal(a[0], before) and a[0].grad.eq(0).all()
 
 
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_frozen_steps_gradient_is_dropped(every):
+    """Record 53 drops it; its neighbour in the bucket goes on collecting for its k-th step."""
+    a, b = pair(((5,), (6,)))
+    one = Adam([{"params": a[:1]}, {"params": a[1:]}], every=every)
+    two = Adam(b)
+    for step in range(4 * every):
+        grads = gradients(step, ((5,), (6,)))
+        frozen = every <= step < 2 * every + 1  # its last step begins to collect where every > 1
+        one.param_groups[0]["frozen"] = frozen
+        for params in (a, b):
+            for p, grad in zip(params, grads):
+                (p * grad).sum().backward()
+        one.step()
+        one.zero_grad()
+        if frozen:
+            b[0].grad = None
+            assert a[0].grad.eq(0).all()
+        if step % every == every - 1:
+            two.step()
+            two.zero_grad()
+    assert distance(a, b) < 1e-7
+
+
 def test_closures_schedulers_and_tensor_rates():
     a, b = pair()
     one, two = Muon(a, lr=0.1), Muon(b, lr=torch.tensor(0.1))
