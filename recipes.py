@@ -37,6 +37,8 @@ class Recipe:
     data_align: str = "none"        # none; row: rows start at documents (#26); document (#29)
     max_doc_len: int | None = None  # tokens of a document that are used (#29)
     first_batch_repeated: bool = False  # steps 0 and 1 saw the same batch (#4 to #11)
+    loss_divisor: int | None = None     # of a step's summed loss; none: its tokens, a mean; 8 from
+                                        # #22 on. Gradients and adam_eps share its unit.
 
     # learning rates: times lr_multiplier(step)
     warmup_steps: int = 256         # linear
@@ -76,7 +78,7 @@ class Recipe:
     adam_every: int = 1             # step every k-th time, on the gradients since then (#39)
     adam_roles: dict[str, dict] = field(default_factory=dict)   # role -> lr, betas, weight_decay
     cautious: bool = False          # decay where it agrees with the update, at lr squared (#43)
-    grad_clip: float | None = None  # norm of all gradients together (#1)
+    grad_clip: float | None = None  # norm of all gradients of the mean loss together (#1)
     freeze_steps: int = 0           # scalars are frozen after each change of stage (#52 to #55)
 
     # how gradients travel; none of it changes what is learned
@@ -173,6 +175,8 @@ def check(recipe: Recipe) -> None:
     must(m.max_seq_len is not None or r.val_row <= m.seq_len, "val_seq_len",
          f"at most seq_len {m.seq_len} (or a larger --max_seq_len)", r.val_seq_len)
     must(r.num_iterations >= 1, "num_iterations", "a whole number from 1", r.num_iterations)
+    must(r.loss_divisor is None or r.loss_divisor >= 1, "loss_divisor",
+         "none or a whole number from 1", r.loss_divisor)
     must(0 <= r.extension_steps < r.num_iterations, "extension_steps",
          f"0 to below num_iterations {r.num_iterations}", r.extension_steps)
     must(r.batch_tokens >= m.seq_len and r.batch_tokens % m.seq_len == 0, "batch_tokens",
@@ -363,8 +367,10 @@ _record(21, "Smaller batch", after=20,
         fp8_factors=(2.0, 512.0, 2 ** 19 / 49_152),
         num_iterations=1770, cooldown_steps=708)
 
-# 2025-05-24. Its speed came from reducing gradients in flat buckets.
+# 2025-05-24. Its speed came from reducing gradients in flat buckets. From here on the loss is a sum
+# over the tokens of each of 8 ranks, whose gradients are averaged: they grow with the batch (#46).
 _record(22, "Faster gradient all-reduce, head rescaled", after=21,
+        loss_divisor=8,
         softcap_sqrt_dim=True, head_lr=0.22,
         fp8_factors=(448 / 768 ** 0.5, 448 / 24, 448.0))
 

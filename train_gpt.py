@@ -5,9 +5,9 @@
     ./run.sh                                     the same with environment and data taken care of
 
 The recipe defines the training, never the machine: a step's rows exist before ranks do, each rank
-takes a consecutive run of them, losses are sums over tokens divided by the tokens of the whole
-step, and gradients are summed. So any number of ranks sees the same tokens and agrees up to
-rounding. World size 1 is the same code.
+takes a consecutive run of them, losses are sums over tokens divided by one number for all ranks
+(the tokens of the whole step, or the recipe's loss_divisor), and gradients are summed. So any
+number of ranks sees the same tokens and agrees up to rounding. World size 1 is the same code.
 
 The clock runs from the first step to the last, device synchronised at both ends; compiling,
 validation and saving stand outside it and are reported beside it.
@@ -204,9 +204,11 @@ def train_step(model: GPT, optimizer: Muon, recipe: Recipe, batch: Batch, micro_
                global_tokens: int, signals: Signals | None = None, stop: bool = False) -> None:
     """Gradients of one step and the update; where `signals` watches, a bad step moves nothing.
 
-    A rank's share of the mean loss is a sum over its tokens divided by all ranks' tokens, so
-    shares add up.
+    A rank's share of the loss is a sum over its tokens divided by a number that all ranks know
+    (`global_tokens`, where the recipe has no loss_divisor), so shares add up. What `signals` tell
+    is the mean in nats per token.
     """
+    divisor = recipe.loss_divisor or global_tokens
     share = torch.zeros((), device=batch.inputs_BT.device)
     parts = micro_batches(batch, micro_tokens)
     for i, part in enumerate(parts):
@@ -215,11 +217,11 @@ def train_step(model: GPT, optimizer: Muon, recipe: Recipe, batch: Batch, micro_
                 signals.arm()
             if recipe.grad_clip is None:
                 optimizer.arm()  # from here on a bucket is reduced as soon as it is complete
-        loss = model(*part) / global_tokens
-        loss.backward()
-        share += loss.detach()
+        loss = model(*part)
+        (loss / divisor).backward()
+        share += loss.detach() / global_tokens
     if recipe.grad_clip is not None:
-        clip_gradients(model, recipe.grad_clip)
+        clip_gradients(model, recipe.grad_clip * global_tokens / divisor)
     if signals is not None:
         signals.agree(share, optimizer.nonfinite.any(), stop)
     optimizer.step()

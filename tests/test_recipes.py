@@ -142,6 +142,37 @@ def test_softcap(record, facts, meta_models):
     torch.testing.assert_close(meta_models[record].on_logits(z), torch.tensor(expected))
 
 
+@pytest.mark.parametrize("record", LADDER)
+def test_the_unit_of_gradients_is_the_records(record, facts):
+    """A mean over tokens until #21; then a sum over each of 8 ranks' tokens, averaged over them.
+    Adam's eps counts in that unit, and moments grow with the batch from #46 on."""
+    summed = record >= 22
+    assert RECORDS[record].loss_divisor == (8 if summed else None)
+    if record in (22, 38, 62):
+        assert "SUM" in facts[str(record)]["arch"]["logits"]
+    assert pocket(RECORDS[record]).loss_divisor == RECORDS[record].loss_divisor
+
+
+@pytest.mark.parametrize("record, in_record, batch_tokens", [
+    (23, 1e-10, 393_216), (38, 1e-8, 393_216), (43, 1e-8, 262_144), (53, 1e-8, 131_072)])
+def test_adam_eps_against_the_gradient_of_a_row_seen_once(record, in_record, batch_tokens):
+    """The gradient of one token's row, 1.5e-9 of the mean loss at 393,216 tokens, is 7.4e-5 here
+    and there; its first update is that of Adam with the record's eps. At pocket scale a row that
+    was seen once has the same one."""
+    from muon import Adam
+
+    full = RECORDS[record]
+    assert full.adam_eps == in_record and recipes.batch_tokens(0, full) == batch_tokens
+    per_token = 1.5e-9 * 393_216  # of the summed loss
+    for recipe in (full, pocket(full)):
+        p = torch.nn.Parameter(torch.zeros(1))
+        optimizer = Adam([p], lr=1.0, betas=recipe.adam_betas, eps=recipe.adam_eps)
+        p.grad.fill_(per_token / (recipe.loss_divisor or recipes.batch_tokens(0, recipe)))
+        optimizer.step()
+        theirs = per_token / 8 / (per_token / 8 + in_record)
+        assert -p.item() == pytest.approx(theirs, rel=1e-6)
+
+
 @pytest.mark.parametrize("record", [r for r in LADDER if r >= 19])
 def test_fp8_factors(record, facts):
     said, config = facts[str(record)]["arch"]["fp8"], RECORDS[record].model
