@@ -330,15 +330,15 @@ _record(14, "Value embeddings", after=13,
         value_residual=False, value_embeds="all",
         num_iterations=1530, cooldown_steps=600)
 
-# 2024-12-08
+# 2024-12-08. A mask of blocks besides that of tokens; see `seen_keys`.
 _record(15, "Value embeddings mirrored over depth", after=14,
         value_embeds="mirror", value_mix="two",
-        momentum_form="ema",
+        momentum_form="ema", window_edge="block",
         num_iterations=1480)
 
-# 2024-12-10. The window counts blocks of 128 from here to #27; see `seen_keys`.
+# 2024-12-10. The window counts blocks of 128 from here to #27.
 _record(16, "Windows by block, separate value tables", after=15,
-        window_range=(128, 1856, 128), window_edge="block")
+        window_range=(128, 1856, 128))
 
 # 2024-12-17. Tables keep 50304 rows (50257 there, and in #19 to #23).
 _record(17, "Sparse value embeddings, half rotary, one attention less", after=16,
@@ -593,11 +593,16 @@ def seen_keys(window: int, recipe: Recipe) -> int:
     """Keys that a query sees, itself included, through a window as records count it.
 
     flash: one more, since flash attention counts the keys before the query (#29 on). block: from
-    #16 to #27 a query saw its own block and the ones before it, so between window - block + 1 and
-    window keys, depending on where in its block it stands; here their mean for every query.
+    #15 to #27 a query also saw no more than its own block and the ones before it that the window
+    reaches into, so fewer keys, depending on its place in its block; here their mean, rounded
+    down, for every query.
     """
-    return window + {"exact": 0, "flash": 1, "block": -(recipe.window_block // 2)}[
-        recipe.window_edge]
+    if recipe.window_edge != "block":
+        return window + (recipe.window_edge == "flash")
+    block = recipe.window_block
+    before = (window - 1) // block * block
+    own = window - before       # of the last block's keys, the query's own block being whole
+    return before + (own * (own + 1) // 2 + (block - own) * own) // block
 
 
 def _yarn_windows(step: int, recipe: Recipe, last: bool) -> tuple[int, ...]:

@@ -451,13 +451,27 @@ def test_windows_at_every_step(record, facts):
 
 @pytest.mark.parametrize("window, record, keys", [
     (1024, 12, 1024),       # q - k < 1024
-    (1792, 15, 1792),
+    (64, 15, 48),           # and a block of 128: 1 to 64 keys, 48.25 on average
+    (1792, 15, 1728),       # 1,665 to 1,792, 1728.5 on average
     (128, 16, 64),          # a block of 128: 1 to 128 keys, 64.5 on average
     (14 * 128, 24, 13 * 128 + 64),
     (3 * 128, 29, 3 * 128 + 1),     # flash attention: so many before the query, and itself
 ])
 def test_keys_seen_through_a_window(window, record, keys):
     assert recipes.seen_keys(window, RECORDS[record]) == keys
+
+
+@pytest.mark.parametrize("record", [15, 16, 24])
+def test_a_window_of_blocks_is_the_mean_of_what_queries_saw(record):
+    """Both masks counted: keys of the last n blocks, and (#15) fewer than `window` tokens back."""
+    for recipe in (RECORDS[record], pocket(RECORDS[record])):
+        block = recipe.window_block
+        for window in {recipes.windows(step, recipe)[0] for step in range(recipe.num_iterations)}:
+            n = -(-window // block)
+            row = range(n * block, (n + 1) * block)     # queries of a later block: all look alike
+            saw = [sum(q // block - k // block < n and q - k < window for k in range(q + 1))
+                   for q in row]
+            assert recipes.seen_keys(window, recipe) == sum(saw) // block
 
 
 @pytest.mark.parametrize("record", LADDER)
