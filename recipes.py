@@ -51,7 +51,7 @@ class Recipe:
     cooldown_in_extension: bool = False     # the cooldown ends with the extension, not before (#41)
 
     # matrices of the blocks
-    matrix_rule: str = "adam"       # muon from #3
+    matrix_rule: str = "adam"       # muon from #3; under adam only matrix_lr matters here
     matrix_lr: float = 0.0018
     muon_momentum: float = 0.95
     momentum_start: float = 0.85    # where momentum warms up from, and cools down to
@@ -674,8 +674,8 @@ def _at_rest(step: int, recipe: Recipe) -> bool:
 
 # --- the optimizer --------------------------------------------------------------------------------
 
-# Roles of parameters (model.param_role) in the order of their groups. Gates are under Muon unless
-# adam_roles names them.
+# Roles of parameters (model.param_role) in the order of their groups. Gates are treated as matrices
+# unless adam_roles names them.
 MATRICES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
 GATES = ("attn_gate", "value_gate", "skip_gate", "smear_gate")
 ROLES = (*MATRICES, *GATES, "embed", "head", "value_embed", "bigram", "x0_lambda", "scalar")
@@ -688,7 +688,7 @@ def _is_muon(role: str, recipe: Recipe) -> bool:
 
 def _initial_lr(role: str, recipe: Recipe) -> float:
     r = recipe
-    if role in MATRICES or _is_muon(role, r):
+    if role in MATRICES or (role in GATES and role not in r.adam_roles):
         return r.matrix_lr
     of_role = {"embed": r.embed_lr, "value_embed": r.embed_lr, "bigram": r.embed_lr,
                "head": r.head_lr, "x0_lambda": r.scalar_lr, "scalar": r.scalar_lr}

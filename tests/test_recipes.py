@@ -358,6 +358,33 @@ def test_normuon_of_53_evens_out_the_hidden_neurons_of_the_second_mlp_matrix():
     assert norms.std() < 1e-4 * norms.mean()
 
 
+@pytest.mark.parametrize("rule", ["adam", "muon"])
+@pytest.mark.parametrize("record", LADDER)
+def test_every_record_trains_its_matrices_by_either_rule(record, rule):
+    """Under adam matrices, and gates without a rate of their own, take matrix_lr, and Adam's
+    options; under muon what the record says or the defaults."""
+    import train_gpt
+    from data.loader import Batch
+
+    recipe = recipes.edit(pocket(RECORDS[record]), matrix_rule=rule, num_layers=4, num_heads=2,
+                          head_dim=8, max_seq_len=1024)
+    model = recipes.build_model(recipe, seed=0)
+    optimizer = train_gpt.build_optimizer(model, recipe)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    for role in set(recipes.MATRICES) | (set(recipes.GATES) - set(recipe.adam_roles)):
+        if role in groups:
+            assert groups[role]["rule"] == rule, role
+            assert groups[role]["lr"] == recipe.matrix_lr * recipes.lr_multiplier(0, recipe), role
+    for seed in range(2 * recipe.adam_every):   # a head of zeros passes no gradient at first
+        tokens = torch.randint(257, (2, 65), generator=torch.Generator().manual_seed(seed))
+        train_gpt.train_step(model, optimizer, recipe, Batch(tokens[:, :-1].int(), tokens[:, 1:]),
+                             128, 128)
+    moved = {param_role(name) for name, p in model.named_parameters()
+             if not torch.equal(p, before[name])}
+    assert {"mlp_out", "attn_out"} <= moved
+
+
 def test_only_record_1_clips_and_the_rest_reduce_as_they_did(facts):
     for record in LADDER:
         recipe, said = RECORDS[record], facts[str(record)]
