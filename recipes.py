@@ -494,6 +494,8 @@ def pocket(recipe: Recipe) -> Recipe:
     Learning rates and decay as they are, but for Muon at unit RMS (#4 to #7): its rate times the
     root of the width's ratio is the same step in operator norm, which is what carries over between
     widths (measured on #6, 1M tokens: 1.832 as it was, 1.676 with the rule, 1.685 at twice that).
+    Adam's eps keeps its ratio to the gradient of a table's row that was seen once: of a mean loss
+    that gradient grows as the batch shrinks, of a sum it does not.
     All in fp32, the head included: CPUs only emulate fp8.
     """
     width_ratio = recipe.model.model_dim / 128
@@ -513,6 +515,7 @@ def pocket(recipe: Recipe) -> Recipe:
         head="fp32",
         muon_mode="accurate",
         matrix_lr=recipe.matrix_lr * (width_ratio ** 0.5 if unit_rms else 1.0),
+        adam_eps=recipe.adam_eps * (POCKET_BATCH if recipe.loss_divisor is None else 1),
         num_iterations=num_iterations, batch_tokens=batch_tokens,
         batch_stages=tuple(b // POCKET_BATCH for b in recipe.batch_stages),
         max_doc_len=recipe.max_doc_len and recipe.max_doc_len // 4,
