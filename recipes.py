@@ -200,6 +200,7 @@ def check(recipe: Recipe) -> None:
     must(r.grad_clip is None or r.grad_clip > 0, "grad_clip", "none or above 0", r.grad_clip)
     one_of(r, "matrix_rule", "muon", "adam")
     one_of(r, "muon_method", "svd", "cubic", "jordan", "polar_express")
+    one_of(r, "muon_scale", "none", "unit_rms", "original", "spectral", "match_rms_adamw")
     one_of(r, "muon_mode", "fast", "accurate")
     one_of(r, "momentum_form", "ema", "heavy_ball")
     one_of(r, "cooldown_shape", "linear", "cosine")
@@ -212,6 +213,11 @@ def check(recipe: Recipe) -> None:
          "window_range", "three whole numbers: from, to, in steps of", r.window_range)
     must(m.packed or not (r.window_range or r.window_stages), "packed",
          "true where attention has windows", m.packed)
+    must(m.packed or m.windows == "one", "windows", "one without windows (packed is false)",
+         m.windows)
+    must(r.window_block >= 1, "window_block", "a whole number from 1", r.window_block)
+    must(m.softcap_div is None or m.softcap_div > 0, "softcap_div", "none or above 0",
+         m.softcap_div)
     must(not r.tie_first or not m.tied_head, "tied_head", "false where tie_first is true",
          m.tied_head)
     must(not (r.tie_first or m.tied_head) or m.head_dtype == m.embed_dtype, "head_dtype",
