@@ -1,7 +1,29 @@
 """Every recipe against the facts of its record, and against itself at pocket scale.
 
 Facts: ladder.json beside the repository (numbers from the official logs), skipped where it is not
-there. Where a recipe differs on purpose the difference stands in a table here, with its reason.
+there. Tests allow a difference only where this list, or a table below that says so, has it.
+
+Deliberate differences of the recipes, with their sizes:
+
+    #1      rows come in order, shuffled there
+    #2      no normalisation of each gradient: removed eight days later as useless
+    #2-#4   validation in bf16 products, fp32 there: +5e-5 nats (pocket #4 after 60 steps)
+    #3-#62  no 1e-7 (1e-6 from #38) beside the Frobenius norm of what Muon orthogonalises: at most
+            4e-5 of an update (smallest norm of a gradient in 40 steps: 2.5e-3 in pocket #8; 0.14
+            in #38)
+    #10-#62 tables in bf16 are updated through an fp32 copy; there without, an update rounded to
+            2^-9 of the number that it changes. Adam's averages are fp32, bf16 there until #61:
+            2^-9 of each
+    #10-#17 scalars are fp32, bf16 there: 2^-9 of each
+    #14-#16 rotary tables are fp32, nominally bf16 there: angles up to 2^-9 off
+    #15-#27 each query sees the mean number of keys: up to 64 keys more or fewer there (`seen_keys`)
+    #17, #19-#23 tables keep 50,304 rows, 50,257 there: 47 rows that no token reads
+    #19, #21-#24, #38, #41 a window grows one step earlier: 4 steps of 1,395 in #19, 1 in the others
+    #38-#62 softcap and cross-entropy of fp32 numbers, bf16 there in training until #53: 2^-9 of a
+            logit
+    #38, #43 the extension's learning rate is 0.1, 0.10018 there: 0.2% for 40 steps
+    #41     NorMuon looks at Q, K, V and O each by itself, together there: 6% of their update
+            (pocket, after 40 steps)
 """
 
 import json
@@ -393,19 +415,15 @@ def test_only_record_1_clips_and_the_rest_reduce_as_they_did(facts):
 
 # --- schedules ------------------------------------------------------------------------------------
 
-# Steps where ours differs by intent, and by how much of the peak.
-LR_DIFFERS = {
-    38: 2e-3, 43: 2e-3,     # 0.10018 in the extension there: progress was cut off at 0.9999
-    2: 5e-4,
-}
-
-
 @pytest.mark.parametrize("record", LADDER)
 def test_lr_multiplier_at_the_probed_steps(record, facts):
     probes = facts[str(record)]["schedule"]["lr"]["probes"]
     for step, expected in probes.items():
+        if record in (38, 43) and int(step) >= RECORDS[record].scheduled_steps:
+            assert expected == 0.10018  # progress was cut off at 0.9999 there
+            expected = 0.1
         got = recipes.lr_multiplier(int(step), RECORDS[record])
-        assert got == pytest.approx(expected, abs=LR_DIFFERS.get(record, 2e-6), rel=2e-6), step
+        assert got == pytest.approx(expected, abs=2e-6), step
 
 
 @pytest.mark.parametrize("record, starts", [(46, (700, 1400)), (53, (627, 1254)),
@@ -463,11 +481,11 @@ def test_windows_at_every_step(record, facts):
 
     ours = changes(window, range(recipe.num_iterations + 1))
     assert [value for _, value in ours] == [value for _, value in said["changes"]]
-    # At most one step early: #19 to #24 stay below at an exact multiple, #38 and #41 have thirds
-    # of rounded-up length.
-    slack = 1 if 19 <= record <= 24 or record in (38, 41) else 0
-    for (step, _), (theirs, _) in zip(ours, said["changes"]):
-        assert 0 <= theirs - step <= slack
+    # One step early: #19 to #24 stay below at an exact multiple, #38 and #41 have thirds of
+    # rounded-up length.
+    early = [theirs - step for (step, _), (theirs, _) in zip(ours, said["changes"])]
+    num_early = {19: 4, **dict.fromkeys((21, 22, 23, 24, 38, 41), 1)}.get(record, 0)
+    assert set(early) <= {0, 1} and sum(early) == num_early
     if recipe.final_long:
         assert "20" in facts[str(record)]["eval"]["note"]
         assert recipes.windows(recipe.num_iterations, recipe, last=True)[1] == 20 * 128
