@@ -807,7 +807,7 @@ class Muon(torch.optim.Optimizer):
         decay          "lr": lr * wd of a parameter a step; "lr2": lr * lr * scale * wd; "l2"
         cautious       True or "strict": decay only what the update shrinks as well
         every          act on every k-th step only; gradients add up in between
-        frozen         True: no update for now
+        frozen         True: no update for now, and zero_grad() drops the gradients
     Options of the whole
         process_group  the ranks that train together, None is all; with collectives of your own
                        between arm() and step() on NCCL, a group of its own
@@ -1019,13 +1019,20 @@ class Muon(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the flat gradients; each stays its parameter's .grad. `set_to_none` says whether a
         parameter that gets nothing from then on counts as one without a gradient. Groups that still
-        collect for their k-th step (every=k) keep what they have."""
+        collect for their k-th step (every=k) keep what they have, unless they are frozen."""
         for live in self._live:
             if self.calls % live.plan.every == 0:
                 live.grads.zero_()
-                for p, grad, index, *_ in live.entries:
-                    p.grad = grad
-                    self._versions[index] = grad._version if set_to_none else -1
+                dropped = live.entries
+            else:
+                frozen = {item.index for item in live.plan.items
+                          if self.param_groups[item.group]["frozen"]}  # fmt: skip
+                dropped = [entry for entry in live.entries if entry[2] in frozen]
+                if dropped:
+                    torch._foreach_zero_([grad for _, grad, *_ in dropped])
+            for p, grad, index, *_ in dropped:
+                p.grad = grad
+                self._versions[index] = grad._version if set_to_none else -1
 
     def arm(self) -> None:
         """Call before the LAST backward of a step: reductions then start as gradients arrive."""

@@ -34,22 +34,27 @@ class Recipe:
     data_align: str = "none"        # none; row: rows start at documents (#26); document (#29)
     max_doc_len: int | None = None  # tokens of a document that are used (#29)
     first_batch_repeated: bool = False  # steps 0 and 1 saw the same batch (#4 to #11)
+    loss_divisor: int | None = None     # of a step's summed loss; none: its tokens, a mean; 8 from
+                                        # #22 on. Gradients and adam_eps share its unit.
 
     # learning rates: times lr_multiplier(step)
     warmup_steps: int = 256         # linear
     cooldown_steps: float = 2048    # at the end, to final_lr
     cooldown_shape: str = "linear"  # or cosine (#1)
     final_lr: float = 0.0           # what is left at the end; 0.1 from #19
-    lr_stages: tuple[float, ...] = ()   # factor in each third, for its larger batches (#46)
+    lr_stages: tuple[float, ...] = ()   # factors for the larger batches (#46)
+    lr_stage_ends: tuple[float, ...] = (1 / 3, 2 / 3)   # the part of the schedule that each but
+                                    # the last one ends with, that step included
     cooldown_in_extension: bool = False     # the cooldown ends with the extension, not before (#41)
 
     # matrices of the blocks
-    matrix_rule: str = "adam"       # muon from #3
+    matrix_rule: str = "adam"       # muon from #3; under adam only matrix_lr matters here
     matrix_lr: float = 0.0018
     muon_momentum: float = 0.95
     momentum_start: float = 0.85    # where momentum warms up from, and cools down to
     momentum_warmup_steps: int = 0  # (#9)
     momentum_cooldown_steps: int = 0    # (#40)
+    momentum_form: str = "ema"      # or heavy_ball (#3 to #14): another direction while it warms up
     muon_method: str = "jordan"     # how the momentum is orthogonalised; polar_express from #38
     muon_steps: int = 5
     muon_scale: str = "none"        # none; unit_rms: sqrt(max(r, c)) (#4); original:
@@ -70,8 +75,8 @@ class Recipe:
     adam_every: int = 1             # step every k-th time, on the gradients since then (#39)
     adam_roles: dict[str, dict] = field(default_factory=dict)   # role -> lr, betas, weight_decay
     cautious: bool = False          # decay where it agrees with the update, at lr squared (#43)
-    grad_clip: float | None = None  # norm of all gradients together (#1)
-    freeze_steps: int = 0           # scalars stand still after each change of stage (#52)
+    grad_clip: float | None = None  # norm of all gradients of the mean loss together (#1)
+    freeze_steps: int = 0           # scalars are frozen after each change of stage (#52 to #55)
 
     # how gradients travel; none of it changes what is learned
     grad_collective: str = "all_reduce"     # reduce_scatter from #24
@@ -167,12 +172,16 @@ def check(recipe: Recipe) -> None:
     must(m.max_seq_len is not None or r.val_row <= m.seq_len, "val_seq_len",
          f"at most seq_len {m.seq_len} (or a larger --max_seq_len)", r.val_seq_len)
     must(r.num_iterations >= 1, "num_iterations", "a whole number from 1", r.num_iterations)
+    must(r.loss_divisor is None or r.loss_divisor >= 1, "loss_divisor",
+         "none or a whole number from 1", r.loss_divisor)
     must(0 <= r.extension_steps < r.num_iterations, "extension_steps",
          f"0 to below num_iterations {r.num_iterations}", r.extension_steps)
     must(r.batch_tokens >= m.seq_len and r.batch_tokens % m.seq_len == 0, "batch_tokens",
          f"a multiple of seq_len {m.seq_len}", r.batch_tokens)
     must(all(0 < b <= r.batch_tokens and b % r.num_rows == 0 for b in r.batch_stages),
          "batch_stages", f"multiples of {r.num_rows} rows, at most batch_tokens", r.batch_stages)
+    must(len(r.lr_stages) in (0, len(r.lr_stage_ends) + 1), "lr_stages",
+         f"none or {len(r.lr_stage_ends) + 1} factors, one more than lr_stage_ends", r.lr_stages)
     must(0 <= r.cooldown_steps <= r.num_iterations, "cooldown_steps",
          f"0 to num_iterations {r.num_iterations}", r.cooldown_steps)
     must(r.warmup_steps >= 0, "warmup_steps", "0 or more", r.warmup_steps)
@@ -188,7 +197,9 @@ def check(recipe: Recipe) -> None:
     must(r.grad_clip is None or r.grad_clip > 0, "grad_clip", "none or above 0", r.grad_clip)
     one_of(r, "matrix_rule", "muon", "adam")
     one_of(r, "muon_method", "svd", "cubic", "jordan", "polar_express")
+    one_of(r, "muon_scale", "none", "unit_rms", "original", "spectral", "match_rms_adamw")
     one_of(r, "muon_mode", "fast", "accurate")
+    one_of(r, "momentum_form", "ema", "heavy_ball")
     one_of(r, "cooldown_shape", "linear", "cosine")
     one_of(r, "data_align", "none", "row", "document")
     one_of(r, "window_edge", "exact", "block", "flash")
@@ -199,6 +210,11 @@ def check(recipe: Recipe) -> None:
          "window_range", "three whole numbers: from, to, in steps of", r.window_range)
     must(m.packed or not (r.window_range or r.window_stages), "packed",
          "true where attention has windows", m.packed)
+    must(m.packed or m.windows == "one", "windows", "one without windows (packed is false)",
+         m.windows)
+    must(r.window_block >= 1, "window_block", "a whole number from 1", r.window_block)
+    must(m.softcap_div is None or m.softcap_div > 0, "softcap_div", "none or above 0",
+         m.softcap_div)
     must(not r.tie_first or not m.tied_head, "tied_head", "false where tie_first is true",
          m.tied_head)
     must(not (r.tie_first or m.tied_head) or m.head_dtype == m.embed_dtype, "head_dtype",
@@ -263,6 +279,7 @@ _record(2, "Rotary positions, tuned learning rate", after=1,
 # 2024-10-04. No log; from the code of the day of the record.
 _record(3, "Muon", after=2,
         matrix_rule="muon", matrix_lr=0.018, split_qkv=False, adam_weight_decay=0.0,
+        momentum_form="heavy_ball",
         num_iterations=7000, warmup_steps=250, cooldown_steps=2000)
 
 # 2024-10-11
@@ -321,14 +338,15 @@ _record(14, "Value embeddings", after=13,
         value_residual=False, value_embeds="all",
         num_iterations=1530, cooldown_steps=600)
 
-# 2024-12-08
+# 2024-12-08. A mask of blocks besides that of tokens; see `seen_keys`.
 _record(15, "Value embeddings mirrored over depth", after=14,
         value_embeds="mirror", value_mix="two",
+        momentum_form="ema", window_edge="block",
         num_iterations=1480)
 
-# 2024-12-10. The window counts blocks of 128 from here to #27; see `seen_keys`.
+# 2024-12-10. The window counts blocks of 128 from here to #27.
 _record(16, "Windows by block, separate value tables", after=15,
-        window_range=(128, 1856, 128), window_edge="block")
+        window_range=(128, 1856, 128))
 
 # 2024-12-17. Tables keep 50304 rows (50257 there, and in #19 to #23).
 _record(17, "Sparse value embeddings, half rotary, one attention less", after=16,
@@ -357,8 +375,10 @@ _record(21, "Smaller batch", after=20,
         fp8_factors=(2.0, 512.0, 2 ** 19 / 49_152),
         num_iterations=1770, cooldown_steps=708)
 
-# 2025-05-24. Its speed came from reducing gradients in flat buckets.
+# 2025-05-24. Its speed came from reducing gradients in flat buckets. From here on the loss is a sum
+# over the tokens of each of 8 ranks, whose gradients are averaged: they grow with the batch (#46).
 _record(22, "Faster gradient all-reduce, head rescaled", after=21,
+        loss_divisor=8,
         softcap_sqrt_dim=True, head_lr=0.22,
         fp8_factors=(448 / 768 ** 0.5, 448 / 24, 448.0))
 
@@ -411,37 +431,40 @@ _record(43, "Cautious weight decay", after=41,
         extension_window=13, final_window=None,
         num_iterations=2245, cooldown_steps=1102.5)
 
-# 2025-11-29. With #44; #45: a single skip, residual lambda 1.1. Learning rate, batch and window
-# change together, at thirds (the learning rate a few steps earlier there).
+# 2025-11-29. With #44; #45: a single skip, residual lambda 1.1. Batch and window change at thirds,
+# the learning rate a few steps earlier.
 _record(46, "Batch grows in thirds", after=43,
         unet="single", resid_lambda=1.1, matrix_lr=0.023,
         seq_len=49_152, batch_tokens=393_216, batch_stages=(131_072, 262_144, 393_216),
-        lr_stages=(1.0, 1.51, 1.93),
+        lr_stages=(1.0, 1.51, 1.93), lr_stage_ends=(0.33, 0.66),
         num_iterations=2160, cooldown_steps=1166)
 
 # 2025-12-22. With #47 to #52: lambdas on weights, new Muon multipliers, key offset, cautious decay
-# in Adam, the head's table as embedding, scalars that rest after each change.
+# in Adam, the head's table as embedding, scalars that rest after each change. The MLP's second
+# matrix is stored transposed: NorMuon's one number per hidden neuron is one per column here.
 _record(53, "Multi-token prediction, embedding untied at two thirds", after=46,
         num_targets=3, tie_first=True, head_init_std=0.005,
         qkv_lambda=True, qkv_init_std=1.0, key_offset=True,
         value_mix="add", value_embed_init_std=0.0,
         muon_multipliers={"attn_in": 2.0, "attn_out": 2.0, "mlp_in": 2.0, "mlp_out": 4.0},
-        normuon=dict.fromkeys(("attn_in", "attn_out", "mlp_in", "mlp_out", "attn_gate"), "row"),
+        normuon=dict.fromkeys(("attn_in", "attn_out", "mlp_in", "attn_gate"), "row")
+        | {"mlp_out": "col"},
         embed_lr=0.008, adam_weight_decay=0.005, freeze_steps=40,
         adam_roles={"value_embed": {"lr": 0.6},
                     "smear_gate": {"lr": 8e-5, "weight_decay": 0.0},
                     "scalar": {"betas": (0.9, 0.99)}},
-        fp8_factors=(4.48, 448 / 1.5, 448 / 0.75), lr_stages=(1.0, 1.52, 1.73),
+        fp8_factors=(4.48, 448 / 1.5, 448 / 0.75),
+        lr_stages=(1.0, 1.52, 1.73), lr_stage_ends=(1 / 3, 2 / 3),
         num_iterations=1920, cooldown_steps=1034)
 
 # 2026-01-19. With #54 to #61: shifted softcap, gates on values and skip, all gates under Adam,
-# paired heads.
+# paired heads. #56 commented out the call that froze scalars.
 _record(62, "Bigram hash embedding", after=53,
         bigram=True, logit_softcap=23.0, softcap_shift=5.0, value_mix="gate", unet="gate",
         paired_heads=True, fp8_factors=(4.48, 280.0, 448 / 0.75),
         muon_multipliers={"mlp_in": 2.0, "mlp_out": 4.0},
-        normuon=dict.fromkeys(("attn_in", "attn_out", "mlp_in", "mlp_out"), "row"),
-        adam_eps=1e-10,
+        normuon=dict.fromkeys(("attn_in", "attn_out", "mlp_in"), "row") | {"mlp_out": "col"},
+        adam_eps=1e-10, freeze_steps=0,
         adam_roles={"embed": {"betas": (0.5, 0.95), "weight_decay": 0.75},
                     "head": {"betas": (0.5, 0.95), "weight_decay": 0.75},
                     "value_embed": {"lr": 0.6, "betas": (0.75, 0.95), "weight_decay": 0.025},
@@ -479,6 +502,8 @@ def pocket(recipe: Recipe) -> Recipe:
     Learning rates and decay as they are, but for Muon at unit RMS (#4 to #7): its rate times the
     root of the width's ratio is the same step in operator norm, which is what carries over between
     widths (measured on #6, 1M tokens: 1.832 as it was, 1.676 with the rule, 1.685 at twice that).
+    Adam's eps keeps its ratio to the gradient of a table's row that was seen once: of a mean loss
+    that gradient grows as the batch shrinks, of a sum it does not.
     All in fp32, the head included: CPUs only emulate fp8.
     """
     width_ratio = recipe.model.model_dim / 128
@@ -498,6 +523,7 @@ def pocket(recipe: Recipe) -> Recipe:
         head="fp32",
         muon_mode="accurate",
         matrix_lr=recipe.matrix_lr * (width_ratio ** 0.5 if unit_rms else 1.0),
+        adam_eps=recipe.adam_eps * (POCKET_BATCH if recipe.loss_divisor is None else 1),
         num_iterations=num_iterations, batch_tokens=batch_tokens,
         batch_stages=tuple(b // POCKET_BATCH for b in recipe.batch_stages),
         max_doc_len=recipe.max_doc_len and recipe.max_doc_len // 4,
@@ -539,7 +565,8 @@ def lr_multiplier(step: int, recipe: Recipe) -> float:
     left = min(1.0, max(0, end - step) / r.cooldown_steps) if r.cooldown_steps else 1.0
     if r.cooldown_shape == "cosine":
         left = (1 - math.cos(math.pi * left)) / 2
-    full = r.lr_stages[_part(step, len(r.lr_stages), r)] if r.lr_stages else 1.0
+    stages_over = sum(step / r.scheduled_steps > end for end in r.lr_stage_ends)
+    full = r.lr_stages[stages_over] if r.lr_stages else 1.0
     return full * left + r.final_lr * (1 - left)
 
 
@@ -577,11 +604,16 @@ def seen_keys(window: int, recipe: Recipe) -> int:
     """Keys that a query sees, itself included, through a window as records count it.
 
     flash: one more, since flash attention counts the keys before the query (#29 on). block: from
-    #16 to #27 a query saw its own block and the ones before it, so between window - block + 1 and
-    window keys, depending on where in its block it stands; here their mean for every query.
+    #15 to #27 a query also saw no more than its own block and the ones before it that the window
+    reaches into, so fewer keys, depending on its place in its block; here their mean, rounded
+    down, for every query.
     """
-    return window + {"exact": 0, "flash": 1, "block": -(recipe.window_block // 2)}[
-        recipe.window_edge]
+    if recipe.window_edge != "block":
+        return window + (recipe.window_edge == "flash")
+    block = recipe.window_block
+    before = (window - 1) // block * block
+    own = window - before       # of the last block's keys, the query's own block being whole
+    return before + (own * (own + 1) // 2 + (block - own) * own) // block
 
 
 def _yarn_windows(step: int, recipe: Recipe, last: bool) -> tuple[int, ...]:
@@ -609,9 +641,10 @@ def _target_weights(step: int, recipe: Recipe) -> tuple[float, ...]:
 
 
 def untie_step(recipe: Recipe) -> int:
-    """The first step with an embedding of its own, no gradient of Adam's being half collected."""
-    start = -(-2 * recipe.scheduled_steps // 3)
-    return -(-start // recipe.adam_every) * recipe.adam_every
+    """The first step with an embedding of its own: the one after Adam's first update at or after
+    two thirds, so that no gradient is half collected."""
+    start = 2 * recipe.scheduled_steps // 3
+    return (start // recipe.adam_every + 1) * recipe.adam_every
 
 
 def _stage(step: int, recipe: Recipe, last: bool, weights: tuple[float, ...]) -> Stage:
@@ -652,8 +685,8 @@ def _at_rest(step: int, recipe: Recipe) -> bool:
 
 # --- the optimizer --------------------------------------------------------------------------------
 
-# Roles of parameters (model.parameter_table) in the order of their groups. Muon trains gates unless
-# adam_roles names them.
+# Roles of parameters (model.parameter_table) in the order of their groups. Gates are treated as
+# matrices unless adam_roles names them.
 MATRICES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
 GATES = ("attn_gate", "value_gate", "skip_gate", "smear_gate")
 ROLES = (*MATRICES, *GATES, "embed", "head", "value_embed", "bigram", "x0_lambda", "scalar")
@@ -666,7 +699,7 @@ def _is_muon(role: str, recipe: Recipe) -> bool:
 
 def _initial_lr(role: str, recipe: Recipe) -> float:
     r = recipe
-    if role in MATRICES or _is_muon(role, r):
+    if role in MATRICES or (role in GATES and role not in r.adam_roles):
         return r.matrix_lr
     of_role = {"embed": r.embed_lr, "value_embed": r.embed_lr, "bigram": r.embed_lr,
                "head": r.head_lr, "x0_lambda": r.scalar_lr, "scalar": r.scalar_lr}
@@ -691,7 +724,7 @@ def _settings(role: str, recipe: Recipe) -> dict:
         return {"rule": "muon", "view": "matrix", "weight_decay": r.matrix_weight_decay,
                 "decay": decay, "cautious": r.cautious, "method": r.muon_method,
                 "ns_steps": r.muon_steps, "mode": r.muon_mode, "scale": r.muon_scale,
-                "multiplier": r.muon_multipliers.get(role, 1.0),
+                "multiplier": r.muon_multipliers.get(role, 1.0), "momentum_form": r.momentum_form,
                 "second_moment": r.normuon.get(role),
                 "split": 3 if role == "attn_in" and r.split_qkv else None}
     still = role in ("scalar", "x0_lambda")

@@ -5,9 +5,9 @@
     ./run.sh                                     the same with environment and data taken care of
 
 The recipe defines the training, never the machine: a step's rows exist before ranks do, each rank
-takes a consecutive run of them, losses are sums over tokens divided by the tokens of the whole
-step, and gradients are summed. So any number of ranks sees the same tokens and agrees up to
-rounding. World size 1 is the same code.
+takes a consecutive run of them, losses are sums over tokens divided by one number for all ranks
+(the tokens of the whole step, or the recipe's loss_divisor), and gradients are summed. So any
+number of ranks sees the same tokens and agrees up to rounding. World size 1 is the same code.
 
 The clock runs from the first step to the last, device synchronised at both ends; compiling,
 validation and saving are outside it and reported beside it.
@@ -169,11 +169,13 @@ def train_step(model: GPT, optimizer: Muon, recipe: Recipe, batch: Batch, micro_
                global_tokens: int, status: StepStatus | None = None, stop: bool = False) -> None:
     """Gradients of one step, accumulated over micro-batches, and the update.
 
-    A rank's share of the mean loss is the sum over its tokens divided by the tokens of all ranks,
-    so that shares add up. With `status` a bad step moves no parameter, and the ranks learn of each
-    other's wish to `stop`.
+    A rank's share of the loss is the sum over its tokens divided by one number for all ranks, so
+    that shares add up: the step's tokens, which makes a mean, or the recipe's loss_divisor, which
+    gives gradients the unit that they had in the record. With `status` a bad step moves no
+    parameter, and the ranks learn of each other's wish to `stop`.
     """
-    loss_share = torch.zeros((), device=batch.inputs_BT.device)
+    divisor = recipe.loss_divisor or global_tokens
+    mean_share = torch.zeros((), device=batch.inputs_BT.device)  # of the mean loss, for the log
     parts = micro_batches(batch, micro_tokens)
     for i, part in enumerate(parts):
         if i == len(parts) - 1:
@@ -181,13 +183,13 @@ def train_step(model: GPT, optimizer: Muon, recipe: Recipe, batch: Batch, micro_
                 status.watch_next_backward()
             if recipe.grad_clip is None:
                 optimizer.arm()  # gradients are complete in this backward: reduce them as they come
-        loss = model(*part) / global_tokens
-        loss.backward()
-        loss_share += loss.detach()
-    if recipe.grad_clip is not None:
-        clip_gradients(model, recipe.grad_clip)
+        loss = model(*part)
+        (loss / divisor).backward()
+        mean_share += loss.detach() / global_tokens
+    if recipe.grad_clip is not None:  # of the mean loss's gradients
+        clip_gradients(model, recipe.grad_clip * global_tokens / divisor)
     if status is not None:
-        status.reduce(loss_share, optimizer.nonfinite.any(), stop)
+        status.reduce(mean_share, optimizer.nonfinite.any(), stop)
     optimizer.step()
     optimizer.zero_grad()
 

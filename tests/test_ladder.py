@@ -121,6 +121,41 @@ def test_clipping_bounds_the_norm_of_all_gradients():
     assert norm_after(2 * free) == pytest.approx(free, rel=1e-6)
 
 
+@pytest.mark.parametrize("record", [1, 21, 27, 62])
+def test_gradients_are_in_the_records_unit_and_losses_in_nats_per_token(record, monkeypatch):
+    """The summed loss over the step's tokens, or over 8 from #22 on, in every batch of a growing
+    one; `grad_clip` always means the mean loss's gradient."""
+    recipe = recipes.edit(small(record, "--num_iterations", "4"), grad_clip=None)
+    model = train_gpt.build_model(recipe, 0, torch.device("cpu"))
+    optimizer = train_gpt.build_optimizer(model, recipe)
+    signals = train_gpt.Signals(train_gpt.World(0, 0, 1, torch.device("cpu")),
+                                model.named_parameters())
+    seen = []
+    monkeypatch.setattr(optimizer, "step", lambda: seen.append(
+        [p.grad.clone() for p in model.parameters()]))
+    steps = list(enumerate(batches(recipe)))
+    sizes = {batch.inputs_BT.numel() for _, batch in steps}
+    assert len(sizes) == (3 if record == 62 else 1)
+    for step, batch in steps:
+        recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
+        tokens = batch.inputs_BT.numel()
+        loss = model(batch.inputs_BT, batch.targets_BT)
+        grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True,
+                                    materialize_grads=True)
+        unit = tokens if record < 22 else 8
+        train_gpt.train_step(model, optimizer, recipe, batch, tokens // 2, tokens, signals)
+        optimizer.zero_grad()
+        norm = math.sqrt(sum(g.square().sum().item() for g in grads)) / unit
+        for ours, theirs in zip(seen[-1], grads):
+            assert (ours - theirs / unit).norm().item() < 1e-4 * norm
+        signals.send(step, 0.0)
+        assert signals.receive().loss == pytest.approx(loss.item() / tokens, rel=1e-5)
+    clipped = recipes.edit(recipe, grad_clip=0.25 * norm * unit / tokens)
+    train_gpt.train_step(model, optimizer, clipped, batch, tokens, tokens)
+    total = math.sqrt(sum(g.square().sum().item() for g in seen[-1]))
+    assert total == pytest.approx(0.25 * norm, rel=1e-3)
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("record", [1, 19, 62])
 def test_ranks_agree_where_a_record_has_its_own_way(train, tmp_path, record):

@@ -122,6 +122,25 @@ def test_ema_and_heavy_ball_are_the_same_update(monkeypatch):
             assert torch.allclose(B, 0.05 * C, atol=1e-6)
 
 
+def test_heavy_ball_remembers_more_than_ema_while_momentum_grows():
+    """buf = m buf + g, direction g + m buf: records 3 to 14, whose momentum warms up from #9 on."""
+    (p,), (q,) = pair(((8, 8),))
+    options = {"lr": 1.0, "weight_decay": 0.0, "norm": "l2"}
+    ball, ema = (Muon([x], **options, momentum_form=form) for x, form in (
+        (p, "heavy_ball"), (q, "ema")))
+    buffer = torch.zeros(8, 8, dtype=torch.float64)
+    for step in range(10):
+        momentum, G = 0.85 + 0.01 * step, gradients(step, ((8, 8),))[0]
+        buffer = momentum * buffer + G.double()
+        expected = G + momentum * buffer
+        before = p.detach().clone()
+        for optimizer in (ball, ema):
+            optimizer.param_groups[0]["momentum"] = momentum
+            h.step_with(optimizer, [G])
+        assert torch.allclose((before - p).double(), expected / expected.norm(), atol=1e-6)
+    assert distance([p], [q]) > 1e-2
+
+
 @pytest.mark.parametrize("shape", [(256, 256), (512, 128), (128, 512)])
 def test_scales_mean_what_they_say(shape):
     G = h.gaussian(*shape)
@@ -392,6 +411,30 @@ def test_every_kth_step_adds_gradients_up_and_frozen_groups_rest():
     one.step()
     one.zero_grad()
     assert torch.equal(a[0], before) and a[0].grad.eq(0).all()
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_frozen_steps_gradient_is_dropped(every):
+    """Record 53 drops it; its neighbour in the bucket goes on collecting for its k-th step."""
+    a, b = pair(((5,), (6,)))
+    one = Adam([{"params": a[:1]}, {"params": a[1:]}], every=every)
+    two = Adam(b)
+    for step in range(4 * every):
+        grads = gradients(step, ((5,), (6,)))
+        frozen = every <= step < 2 * every + 1  # its last step begins to collect where every > 1
+        one.param_groups[0]["frozen"] = frozen
+        for params in (a, b):
+            for p, grad in zip(params, grads):
+                (p * grad).sum().backward()
+        one.step()
+        one.zero_grad()
+        if frozen:
+            b[0].grad = None
+            assert a[0].grad.eq(0).all()
+        if step % every == every - 1:
+            two.step()
+            two.zero_grad()
+    assert distance(a, b) < 1e-7
 
 
 def test_closures_schedulers_and_tensor_rates():
