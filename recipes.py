@@ -502,8 +502,9 @@ def pocket(recipe: Recipe) -> Recipe:
     Learning rates and decay as they are, but for Muon at unit RMS (#4 to #7): its rate times the
     root of the width's ratio is the same step in operator norm, which is what carries over between
     widths (measured on #6, 1M tokens: 1.832 as it was, 1.676 with the rule, 1.685 at twice that).
-    Adam's eps keeps its ratio to the gradient of a table's row that was seen once: of a mean loss
-    that gradient grows as the batch shrinks, of a sum it does not.
+    Adam's eps of an embedding keeps its ratio to the gradient of a row that was seen once: of a
+    mean loss that gradient grows as the batch shrinks, of a sum (#22 on) it does not. All other
+    gradients of a mean loss keep their size.
     All in fp32, the head included: CPUs only emulate fp8.
     """
     width_ratio = recipe.model.model_dim / 128
@@ -512,6 +513,11 @@ def pocket(recipe: Recipe) -> Recipe:
         POCKET_TOKENS * POCKET_BATCH * recipe.num_iterations / recipe.total_tokens)
     batch_tokens = recipe.batch_tokens // POCKET_BATCH
     packed = recipe.model.packed
+    sparse_eps = {}
+    if recipe.loss_divisor is None and not recipe.model.tied_head:  # a head's rows are never sparse
+        eps = {"eps": recipe.adam_eps * POCKET_BATCH}
+        sparse_eps = {role: recipe.adam_roles.get(role, {}) | eps
+                      for role in ("embed", "value_embed")}
     return change(
         recipe, scale="pocket", track="pocket", corpus="built-in",
         target=POCKET_TARGET,
@@ -523,7 +529,7 @@ def pocket(recipe: Recipe) -> Recipe:
         head="fp32",
         muon_mode="accurate",
         matrix_lr=recipe.matrix_lr * (width_ratio ** 0.5 if unit_rms else 1.0),
-        adam_eps=recipe.adam_eps * (POCKET_BATCH if recipe.loss_divisor is None else 1),
+        adam_roles=recipe.adam_roles | sparse_eps,
         num_iterations=num_iterations, batch_tokens=batch_tokens,
         batch_stages=tuple(b // POCKET_BATCH for b in recipe.batch_stages),
         max_doc_len=recipe.max_doc_len and recipe.max_doc_len // 4,

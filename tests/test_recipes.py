@@ -189,11 +189,17 @@ def test_adam_eps_against_the_gradient_of_a_row_seen_once(record, record_eps, re
     gradient = 5.9e-4 / record_unit
     theirs = gradient / (gradient + record_eps)     # the first update, in units of the rate
     for recipe in (RECORDS[record], pocket(RECORDS[record])):
+        with torch.device("meta"):
+            model = GPT(recipe.model)
+        groups = {group["name"]: group
+                  for group in recipes.optimizer_groups(recipe, model.named_parameters())}
         p = torch.nn.Parameter(torch.zeros(1))
-        optimizer = Adam([p], lr=1.0, betas=recipe.adam_betas, eps=recipe.adam_eps)
+        optimizer = Adam([p], lr=1.0, betas=recipe.adam_betas, eps=groups["value_embed"]["eps"])
         p.grad.fill_(5.9e-4 / (recipe.loss_divisor or recipe.batch_tokens))
         optimizer.step()
         assert -p.item() == pytest.approx(theirs, rel=1e-6)
+        # a gradient that every token feeds keeps its size in a mean
+        assert groups["scalar"]["eps"] == groups["head"]["eps"] == record_eps
 
 
 @pytest.mark.parametrize("record", [r for r in LADDER if r >= 19])
