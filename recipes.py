@@ -43,12 +43,12 @@ class Recipe:
     cooldown_shape: str = "linear"  # or cosine (#1)
     final_lr: float = 0.0           # what is left at the end; 0.1 from #19
     lr_stages: tuple[float, ...] = ()   # factors for the larger batches (#46)
-    lr_stage_ends: tuple[float, ...] = (1 / 3, 2 / 3)   # the part of the schedule that each but
-                                    # the last one ends with, that step included
+    lr_stage_ends: tuple[float, ...] = (1 / 3, 2 / 3)   # fractions of the schedule; a factor still
+                                    # holds at its end
     cooldown_in_extension: bool = False     # the cooldown ends with the extension, not before (#41)
 
     # matrices of the blocks
-    matrix_rule: str = "adam"       # muon from #3; under adam only matrix_lr matters here
+    matrix_rule: str = "adam"       # muon from #3; adam needs matrix_lr alone of this section
     matrix_lr: float = 0.0018
     muon_momentum: float = 0.95
     momentum_start: float = 0.85    # where momentum warms up from, and cools down to
@@ -618,7 +618,7 @@ def seen_keys(window: int, recipe: Recipe) -> int:
         return window + (recipe.window_edge == "flash")
     block = recipe.window_block
     before = (window - 1) // block * block
-    own = window - before       # of the last block's keys, the query's own block being whole
+    own = window - before       # 1 to block; position p of a block sees before + min(p + 1, own)
     return before + (own * (own + 1) // 2 + (block - own) * own) // block
 
 
@@ -647,8 +647,8 @@ def _target_weights(step: int, recipe: Recipe) -> tuple[float, ...]:
 
 
 def untie_step(recipe: Recipe) -> int:
-    """The first step with an embedding of its own: the one after Adam's first update at or after
-    two thirds, so that no gradient is half collected."""
+    """The first step with an embedding of its own: the one after Adam's first update from the step
+    on that two thirds fall in, so that no gradient is half collected."""
     start = 2 * recipe.scheduled_steps // 3
     return (start // recipe.adam_every + 1) * recipe.adam_every
 
