@@ -1,12 +1,13 @@
-"""Make a record folder from logs: numbers filled in, sources once, logs without them, the plot.
+"""Make a record folder from logs: README with its numbers, result.json, logs, the plot.
 
-Nothing is written unless the runs pass every rule that `check` would ask of them; the folder is
-made under a temporary name, checked like a stranger's, and then renamed.
+Nothing is written unless the runs pass every rule of `check`. Sources go to records/sources, which
+keeps each version of a file once. The folder gets a temporary name, is checked, and is renamed.
 """
 
 from __future__ import annotations
 
 import getpass
+import gzip
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 from records import check, facts, page, plot, rules
 from records.check import Verdict
 from records.facts import FOLDER
-from records.log import without_sources
+from records.log import source_path, without_sources
 
 RACE_KEYS = ("label", "code_sha256", "recipe_sha256", "losses", "times_ms")
 
@@ -84,30 +85,34 @@ def add(
         raise ValueError(f"{target} exists already: choose another --name")
     work = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
+    new_sources: list[Path] = []
     try:
-        _fill(work, runs, result, rule, name, root)
+        _fill(work, runs, result, rule, name, root, new_sources)
         again = check.check_folder(work, root)
         again.reasons = [r for r in again.reasons if r.name != "unwritten"]
         if again.reasons:
             raise Refused(again, None)
         os.replace(work, target)
+    except BaseException:
+        for path in new_sources:
+            path.unlink()
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
 
 
-def _fill(work: Path, runs, result: dict, rule: rules.Track, name: str, root: Path) -> None:
-    (work / "logs").mkdir(parents=True)
-    source = work / "source"
+def _fill(work: Path, runs, result: dict, rule: rules.Track, name: str, root: Path,
+          new_sources: list[Path]) -> None:
+    """Writes everything; appends to `new_sources` the files that records/sources did not have."""
     for run in runs:
         kept, sources = without_sources(run.path)
         write(work / "logs" / Path(run.path).name.removesuffix(".gz"), kept)
         for file, body in sources.items():
-            path = source / file
-            if path.exists() and path.read_bytes() != body:  # a difference that the author named
-                path = source / "variants" / hashlib.sha256(body).hexdigest()[:12] / file
+            path = source_path(root / "sources", file, hashlib.sha256(body).hexdigest())
             if not path.exists():
-                write(path, body)
+                write(path, gzip.compress(body, mtime=0))
+                new_sources.append(path)
     write(work / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     write(work / "README.md", page.template(result).encode())
     plot.draw([(name, runs)], rule, work / "curves", root=root)

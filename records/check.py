@@ -18,7 +18,7 @@ from pathlib import Path
 
 from records import facts, rules, stats
 from records.facts import FOLDER
-from records.log import Run, parse
+from records.log import Run, parse, source_path
 from records.rules import Track
 
 # every name a reason can have, with the rule behind it
@@ -46,7 +46,7 @@ RULES = {
     "not-significant": "the losses lie below the target beyond chance, as the track asks",
     "not-better": "the record is ahead of the track's record before it",
     "no-race": "a record by time was raced against the one before it on the same machine",
-    "broken-folder": "the folder has result.json, README.md, logs/, source/ and the plot",
+    "broken-folder": "the folder holds what it must, sources/ nothing that no log names",
     "stale-result": "result.json is what the logs give",
     "stale-readme": "the numbers in the record's README are those of result.json",
     "unwritten": "the author answered the questions of the README",
@@ -509,7 +509,7 @@ def check_folder(folder: Path, root: Path = FOLDER) -> Verdict:
         systems_only=claimed.get("systems_only") is True,
     )
     verdict.reasons += unread
-    for name in ("README.md", "curves.png", "curves.svg", "source"):
+    for name in ("README.md", "curves.png", "curves.svg"):
         if not (folder / name).exists():
             verdict.add("broken-folder", where, f"{name} is missing")
     named = where.removeprefix(".").removesuffix(".tmp")
@@ -644,5 +644,11 @@ def check_all(root: Path = FOLDER) -> list[tuple[str, Verdict]]:
             whole.add("stale-table", "", problem)
     except ValueError as error:
         whole.add("stale-table", "", str(error))
+    stored = {path for path in (root / "sources").rglob("*") if path.is_file()}
+    for path in sorted(stored - {
+        source_path(root / "sources", source.name, source.sha256)
+        for _, verdict in verdicts for run in verdict.runs for source in run.sources.values()
+    }):
+        whole.add("broken-folder", str(path.relative_to(root)), "no log of a record names it")
     verdicts.append(("tables", whole))
     return verdicts

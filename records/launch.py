@@ -6,6 +6,7 @@ in its last lines, `log: PATH`; that log is all that is taken from it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -22,7 +23,7 @@ from pathlib import Path
 from records import check
 from records.facts import FOLDER, own_records
 from records.lines import Run
-from records.log import find_kept, parse, without_sources
+from records.log import parse
 
 SCRIPT = "train_gpt.py"
 CACHES = ("data/corpus_cache", "data/fineweb10B")  # kept out of git; linked, never copied
@@ -72,20 +73,19 @@ def _options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def unpack(run: Run, into: Path) -> None:
-    """Write the sources of a log of ours, each checked by its sha256, into a new folder."""
+    """Write the sources of a run (of `parse(..., keep_sources=True)`) into a new folder."""
     if run.edits:
         raise ValueError(f"{run.path}: was changed after the run: {run.edits[0]}")
     if not run.sources:
         raise ValueError(f"{run.path}: expected the sources of the program, the log holds none")
-    raw = without_sources(run.path)[1]
     into.mkdir(parents=True)
     for name, source in run.sources.items():
         target = into / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if name in raw:
-            target.write_bytes(raw[name])
-        else:
-            shutil.copyfile(find_kept(Path(run.path), name, source.sha256), target)
+        body = (source.text or "").encode()
+        if hashlib.sha256(body).hexdigest() != source.sha256:
+            raise ValueError(f"{run.path}: {name}: expected UTF-8 text, 16 MiB for all sources")
+        target.write_bytes(body)
 
 
 def link_caches(folder: Path, tree: Path) -> None:
@@ -117,7 +117,7 @@ def find(text: str, place: Path, root: Path = FOLDER) -> Program:
     if named and (folder is None or not (folder / SCRIPT).is_file()):
         folder = root / named[0]["folder"]
     if folder is not None and (folder / "result.json").is_file():
-        run = parse(check.folder_logs(folder)[0])[0]
+        run = parse(check.folder_logs(folder)[0], keep_sources=True)[0]
         if not place.exists():
             unpack(run, place)
         link_caches(place, tree)

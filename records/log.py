@@ -22,10 +22,10 @@ Our format, version 1. UTF-8 text, lines end in a newline:
     marks: 3f2a...                                    4 hex digits for each line outside the sources
     digest: HEX                                       sha256 of every byte above this line
 
-Blocks carry their number of lines, so a source may contain anything, this docstring too. In a
-record folder the sources are kept once, beside the logs: a log there says `kept source NAME ...`
-instead of the block, and reading it puts the block back, so the digest is still that of the log as
-it was written.
+Blocks carry their number of lines, so a source may contain anything, this docstring too. The logs
+of a record folder have a line `kept source NAME ...` in place of each source block: the text is in
+`records/sources/`, once for all records, and reading puts the block back. The digest is still that
+of the log as it was closed.
 
 What the digest proves: the file is, byte for byte, what was closed. A changed digit, a lost line,
 a swapped source or a cut tail is found, and the marks name the line. What it cannot prove: that the
@@ -48,6 +48,7 @@ import math
 import os
 import re
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -320,9 +321,12 @@ def _open(source: object) -> tuple[io.BufferedIOBase, str, Path | None]:
     return file, str(path), path
 
 
-def _pieces(file: io.BufferedIOBase) -> Iterator[bytes]:
-    """Lines of at most LINE_CAP bytes; a longer line comes in several pieces."""
-    total = 0
+def _pieces(file: io.BufferedIOBase, path: Path | None) -> Iterator[bytes]:
+    """The log as it was closed, source blocks put back.
+
+    In lines of at most LINE_CAP bytes; a longer line comes in several pieces.
+    """
+    total, at_head = 0, path is not None
     while True:
         try:
             piece = file.readline(LINE_CAP)
@@ -333,7 +337,49 @@ def _pieces(file: io.BufferedIOBase) -> Iterator[bytes]:
         total += len(piece)
         if total > FILE_CAP:
             raise LogError(f"the file is larger than {FILE_CAP >> 20} MiB, the rest was not read")
+        if at_head:  # a log writes its sources right after its first line
+            if piece.startswith(b"kept "):
+                yield from _source_block(piece, path)
+                continue
+            at_head = piece.startswith(MAGIC.encode())
         yield piece
+
+
+def _source_block(kept: bytes, log: Path) -> Iterator[bytes]:
+    """The block that a `kept source` line replaced; the line itself where there is no such text."""
+    header = _SOURCE.match(kept.decode(errors="replace").rstrip("\n"))
+    folders = log.resolve().parents
+    body = None
+    if header and len(folders) > 3:  # records/<track>/<record>/logs/<log>
+        body = read_source(folders[3] / "sources", header[2], header[5])
+    if body is None:
+        yield kept
+        return
+    yield b"begin" + kept.removeprefix(b"kept")
+    yield from io.BytesIO(body if header[4] == "1" else body + b"\n")
+    yield b"end source\n"
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """A log of a record folder as it was when it was closed, byte for byte."""
+    file, _, path = _open(path)
+    with file:
+        return b"".join(_pieces(file, path))
+
+
+def source_path(folder: Path, name: str, sha256: str) -> Path:
+    """Where `folder` (records/sources) keeps this version of a source."""
+    return folder / f"{_clean_name(name)}.{sha256[:16]}.gz"
+
+
+def read_source(folder: Path, name: str, sha256: str) -> bytes | None:
+    """A stored source; None if it is not there, damaged or not the one with this sha256."""
+    try:
+        with gzip.open(source_path(folder, name, sha256)) as file:
+            body = file.read(SOURCE_CAP + 1)
+    except (OSError, EOFError, zlib.error):
+        return None
+    return body if hashlib.sha256(body).hexdigest() == sha256 else None
 
 
 def parse(
@@ -347,12 +393,12 @@ def parse(
     """
     file, name, path = _open(source)
     with file:
-        pieces = _pieces(file)
+        pieces = _pieces(file, path)
         first = b""
         try:
             first = next(pieces, b"")
             if first.rstrip(b"\r\n") == MAGIC.encode():
-                return _parse_ours(first, pieces, name, path, source, loss_key, keep_sources)
+                return _parse_ours(first, pieces, name, source, loss_key, keep_sources)
             return parse_public(first, pieces, name, loss_key)
         except LogError as error:
             return [Run(name, faults=[str(error)])]
@@ -364,22 +410,6 @@ _SOURCE = re.compile(
     r"(begin|kept) source (\S{1,200}) lines=(\d{1,9}) newline=([01]) sha256=([0-9a-f]{64})$"
 )
 _BLOCK = re.compile(r"begin (environment|recipe) lines=(\d{1,7})$")
-
-
-def find_kept(path: Path | None, name: str, sha256: str) -> Path | None:
-    """The file of a kept source, in `source/` beside the log or one folder up; maybe a variant."""
-    if path is None:
-        return None
-    for folder in (path.parent / "source", path.parent.parent / "source"):
-        for candidate in (folder / name, folder / "variants" / sha256[:12] / name):
-            if candidate.is_file() and _file_sha256(candidate) == sha256:
-                return candidate
-    return None
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Stream:
@@ -427,19 +457,14 @@ class _Stream:
             self.hash.update(self.current)
             self.current = b""
 
-    def replace(self, text: str) -> None:
-        """The line as it was when the log was closed (`kept source` was `begin source`)."""
-        self.current = text.encode() + b"\n"
-        if self.want_marks:
-            self.marks[-2:] = _mark(self.current)
 
 
-def _parse_ours(first, pieces, name, path, source, loss_key, keep_sources) -> list[Run]:
+def _parse_ours(first, pieces, name, source, loss_key, keep_sources) -> list[Run]:
     runs = []
     while first:
         stream = _Stream(first, pieces, marks=False)
         run = Run(name, format="ours")
-        _read_ours(stream, run, path, loss_key, keep_sources)
+        _read_ours(stream, run, loss_key, keep_sources)
         if run.edits and not runs:
             changed = _locate(source)
             if changed:
@@ -456,9 +481,7 @@ def _parse_ours(first, pieces, name, path, source, loss_key, keep_sources) -> li
     return runs
 
 
-def _read_ours(
-    stream: _Stream, run: Run, path: Path | None, loss_key: str, keep_sources: bool
-) -> list[str]:
+def _read_ours(stream: _Stream, run: Run, loss_key: str, keep_sources: bool) -> list[str]:
     """Reads one log into `run`; returns the marks of its closing block."""
     fault = run.fault
     curve = Collector(run.path, loss_key, fixed_run=run)
@@ -466,6 +489,7 @@ def _read_ours(
     kept_bytes = 0
     section = "head"
     marks: list[str] = []
+    missing: list[str] = []
     stream.text()  # the first line, MAGIC
     while True:
         text = stream.text()
@@ -521,16 +545,14 @@ def _read_ours(
             digest = hashlib.sha256()
             want = keep_sources and kept_bytes < SOURCE_CAP
             if state == "kept":
-                kept_bytes += _insert_kept(stream, run, path, text, header, digest, body, want)
-            else:
-                kept_bytes += _read_body(
-                    stream, int(num_lines), newline == "0", digest, body, want
+                missing.append(source_name)
+                continue
+            kept_bytes += _read_body(stream, int(num_lines), newline == "0", digest, body, want)
+            if stream.text() != "end source":
+                fault(
+                    f"line {stream.line}: source {source_name} does not have the "
+                    f"{num_lines} lines it announces"
                 )
-                if stream.text() != "end source":
-                    fault(
-                        f"line {stream.line}: source {source_name} does not have the "
-                        f"{num_lines} lines it announces"
-                    )
             if digest.hexdigest() != sha256:
                 run.edit(f"source {source_name} is not the one this run used (sha256 differs)")
             full = want and kept_bytes <= SOURCE_CAP
@@ -557,6 +579,8 @@ def _read_ours(
             _take_block(run, block[1], lines)
             continue
         fault(f"line {stream.line}: not a part of the format: {text[:80]!r}")
+    if missing:
+        run.edit(f"not in records/sources, or not as it was run: {', '.join(missing[:9])}")
     if run.sources:
         run.code_sha256 = code.hexdigest()
     final = run.final
@@ -584,35 +608,6 @@ def _read_body(stream, num_lines, cut_newline, digest, body, want) -> int:
         size += len(kept)
         if want and size <= SOURCE_CAP:
             body.append(kept)
-    return size
-
-
-def _insert_kept(stream, run, path, text, header, digest, body, want) -> int:
-    """Hashes the block of a source that the record folder keeps, as if it stood in the log."""
-    _, name, num_lines, newline, sha256 = header.groups()
-    file = find_kept(path, name, sha256)
-    if file is None:
-        run.edit(f"source {name} is not in the record folder, or not as it was run")
-        digest.update(b"missing")
-        return 0
-    stream.replace("begin" + text.removeprefix("kept"))
-    stream.commit()
-    data = b""
-    size = 0
-    with open(file, "rb") as content:
-        while data := content.read(1 << 20):
-            digest.update(data)
-            stream.hash.update(data)
-            size += len(data)
-            if want and size <= SOURCE_CAP:
-                body.append(data)
-    if newline == "0":
-        stream.hash.update(b"\n")
-    stream.current = b"end source\n"
-    stream.line += int(num_lines) + 1
-    if stream.want_marks:
-        stream.marks += _mark(stream.current)
-        stream.mark_lines.append(stream.line)
     return size
 
 
@@ -657,10 +652,10 @@ def _locate(source: object) -> str | None:
     """Second reading of a log whose digest does not fit: the first line its marks disagree with."""
     file, name, path = _open(source)
     with file:
-        pieces = _pieces(file)
+        pieces = _pieces(file, path)
         stream = _Stream(next(pieces, b""), pieces, marks=True)
         run = Run(name, format="ours")
-        said = "".join(_read_ours(stream, run, path, "val_loss", False))
+        said = "".join(_read_ours(stream, run, "val_loss", False))
     try:
         expected = bytes.fromhex(said)
     except ValueError:
@@ -687,7 +682,7 @@ def _locate(source: object) -> str | None:
 def without_sources(path: str | os.PathLike) -> tuple[bytes, dict[str, bytes]]:
     """A log of ours as a record folder keeps it, and the sources it held, byte for byte.
 
-    Reading the result beside a `source/` folder with these files gives the digest of the whole log.
+    Where records/sources has these sources, reading the result gives the digest of the whole log.
     """
     kept, sources = bytearray(), {}
     file, name, _ = _open(path)

@@ -14,7 +14,7 @@ from pathlib import Path
 from records import check, launch, public, stats
 from records.facts import FOLDER, clock
 from records.lines import Run
-from records.log import parse
+from records.log import parse, read_bytes
 
 
 def reproduce(
@@ -33,7 +33,7 @@ def reproduce(
     if (what / "result.json").is_file():
         record = check.read_result(what)
         path = check.folder_logs(what)[0]
-    runs = parse(path)
+    runs = parse(path, keep_sources=True)
     if not runs:
         raise ValueError(f"{path}: expected a log, found no measurement in it")
     run = runs[0]
@@ -54,6 +54,8 @@ def reproduce(
     nproc = nproc or run.result.get("world_size") or 1
     seed = run.result.get("seed") if seed is None else seed
     command = shlex.join(program.command(seed, nproc))
+    if record:
+        (into / path.name).write_bytes(read_bytes(path))  # with its sources, as it was closed
     print(f"{len(run.sources)} sources unpacked into {into}")
     print(f"made with Python {run.python}, torch {run.torch}, on {check.hardware(run)}")
     print(f"run with: cd {shlex.quote(str(into))} && {command}")

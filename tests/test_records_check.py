@@ -1,11 +1,12 @@
 """Every rule of a record, each broken by itself; and the way from logs to a record folder."""
 
 import dataclasses
+import gzip
 import json
 import shutil
 
 import pytest
-from records_runs import TARGET, write_log, write_logs
+from records_runs import SOURCES, TARGET, write_log, write_logs
 
 from records import add, check, facts, rules, table
 from records.__main__ import main
@@ -227,13 +228,15 @@ def record(root):
     return next((root / "pocket").glob("*_first"))
 
 
-def test_a_record_folder_holds_everything_once(root, tmp_path):
+def test_a_record_holds_everything_once(root, tmp_path):
     folder = record(root)
     assert folder.name == "2026-11-20_first"
     held = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     assert held == ["README.md", "curves.png", "curves.svg",
-                    *(f"logs/run{s}.txt" for s in range(6)), "result.json",
-                    "source/data/loader.py", "source/train_gpt.py"]
+                    *(f"logs/run{s}.txt" for s in range(6)), "result.json"]
+    store = root / "sources"
+    assert {str(p.relative_to(store)).split(".py.")[0] for p in store.rglob("*.gz")} == \
+        {"data/loader", "train_gpt"}
     assert not any("print('hello')" in p.read_text() for p in (folder / "logs").iterdir())
     for seed in range(6):
         [here], [there] = parse(folder / f"logs/run{seed}.txt"), parse(tmp_path /
@@ -256,6 +259,12 @@ def edit(path, old, new, count=1):
     path.write_text(text.replace(old, new, count))
 
 
+def stored(folder):
+    """train_gpt.py of the record, in records/sources."""
+    [path] = (folder.parents[1] / "sources").glob("train_gpt.py.*.gz")
+    return path
+
+
 def change_digit(folder):
     log = folder / "logs/run3.txt"
     line = next(x for x in log.read_text().splitlines() if x.startswith("step:100/100 val_loss"))
@@ -273,8 +282,10 @@ def cut_last_log(folder):
     (change_digit, {"edited", "stale-result"}),
     (cut_last_log, {"incomplete", "unreadable", "stale-result"}),
     (lambda f: (f / "logs/run3.txt").unlink(), {"stale-result"}),
-    (lambda f: edit(f / "source/train_gpt.py", "hello", "HELLO"), {"edited"}),
-    (lambda f: (f / "source/train_gpt.py").unlink(), {"edited"}),
+    (lambda f: stored(f).write_bytes(gzip.compress(b"print('HELLO')\n")), {"edited"}),
+    (lambda f: stored(f).write_bytes(stored(f).read_bytes()[:-9]), {"edited"}),
+    (lambda f: stored(f).write_text("print('hello')\n"), {"edited"}),
+    (lambda f: stored(f).unlink(), {"edited"}),
     (lambda f: edit(f / "result.json", '"p": ', '"p": 1'), {"stale-result", "stale-readme"}),
     (lambda f: edit(f / "result.json", '"num_runs": 6', '"num_runs": 7'),
      {"stale-result", "stale-readme"}),
@@ -401,6 +412,19 @@ def test_add_wants_one_log_for_each_run(root, tmp_path, capsys):
     assert "expected one run in each log" in capsys.readouterr().err
 
 
+def test_a_version_of_a_source_is_kept_once_for_all_records(root, tmp_path):
+    before = {p: p.read_bytes() for p in (root / "sources").rglob("*.gz")}
+    logs = write_logs(tmp_path / "vary", 6, steps=80, sources={**SOURCES, "muon.py": "x = 1\n"})
+    assert run(root, "add", *logs, "--name", "second") == 0
+    new = {p: p.read_bytes() for p in (root / "sources").rglob("*.gz")}
+    assert before.items() <= new.items() and len(new) == len(before) + 1
+    stray = root / "sources/muon.py.0123456789abcdef.gz"
+    stray.write_bytes(b"")
+    tables = check.check_all(root)[-1][1]
+    assert [(r.name, r.where) for r in tables.reasons] == [
+        ("broken-folder", f"sources/{stray.name}")]
+
+
 def test_a_named_difference_is_kept_with_the_record(root, tmp_path):
     logs = write_logs(tmp_path / "vary", 6, steps=80)
     logs[5].unlink()
@@ -408,7 +432,7 @@ def test_a_named_difference_is_kept_with_the_record(root, tmp_path):
                                              "data/loader.py": "x = 1\nno_newline = True"})
     assert run(root, "add", *logs, "--name", "second", "--differs", "train_gpt.py") == 0
     folder = root / "pocket/2026-11-20_second"
-    assert len(list((folder / "source/variants").rglob("train_gpt.py"))) == 1
+    assert len(list((root / "sources").glob("train_gpt.py.*.gz"))) == 2
     answer(folder)
     assert check.check_folder(folder, root).passed
 
@@ -418,10 +442,12 @@ def test_nothing_is_left_behind_when_writing_fails(root, tmp_path, monkeypatch, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(add.plot, "draw", fails)
-    logs = write_logs(tmp_path / "b", 6, steps=80)
+    before = list((root / "sources").rglob("*.gz"))
+    logs = write_logs(tmp_path / "b", 6, steps=80, sources={"train_gpt.py": "new = 1\n"})
     assert run(root, "add", *logs, "--name", "second") == 2
     assert "No space left" in capsys.readouterr().err
     assert [p.name for p in (root / "pocket").iterdir()] == ["2026-11-20_first"]
+    assert list((root / "sources").rglob("*.gz")) == before
 
 
 def test_a_reason_can_be_waived_by_name(tmp_path, capsys):

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from records_runs import SOURCES, write_log, write_logs
 
 from conftest import ROOT
-from records.log import LogError, RunLog, parse, train_line, val_line, without_sources
+from records.log import (
+    LogError,
+    RunLog,
+    parse,
+    read_bytes,
+    source_path,
+    train_line,
+    val_line,
+    without_sources,
+)
 
 # the expression that fits the public logs since 2024-10
 PUBLIC = re.compile(r"^step:(\d+)/(\d+) val_loss:(\d+\.\d+) train_time:(\d+)ms step_avg:(\S+)ms$")
@@ -313,21 +322,23 @@ def test_a_clock_that_runs_backwards_is_a_fault(tmp_path):
     assert "the clock runs backwards, 90 ms after 100 ms" in one(tmp_path / "run.txt").faults[0]
 
 
-# --- sources kept beside the log ------------------------------------------------------------------
+# --- sources kept once for all records ----------------------------------------------------------
 
 
-def test_sources_can_be_kept_beside_the_log(tmp_path, log):
+def test_sources_can_be_kept_apart_from_the_log(tmp_path, log):
     kept, sources = without_sources(log)
     assert {name: body.decode() for name, body in sources.items()} == SOURCES
     assert b"print('hello')" not in kept
-    (tmp_path / "record/logs").mkdir(parents=True)
-    thin = tmp_path / "record/logs/run.txt"
+    thin = tmp_path / "records/pocket/a/logs/run.txt"
+    thin.parent.mkdir(parents=True)
     thin.write_bytes(kept)
-    assert "is not in the record folder" in one(thin).edits[0]
+    assert any("train_gpt.py, data/loader.py" in edit for edit in one(thin).edits)
+    store = tmp_path / "records/sources"
     for name, body in sources.items():
-        path = tmp_path / "record/source" / name
+        path = source_path(store, name, hashlib.sha256(body).hexdigest())
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(body)
+        path.write_bytes(gzip.compress(body))
+    assert read_bytes(thin) == log.read_bytes()
     [run] = parse(thin, keep_sources=True)
     assert run.complete and run.digest == one(log).digest
     assert {name: source.text for name, source in run.sources.items()} == SOURCES
@@ -335,7 +346,10 @@ def test_sources_can_be_kept_beside_the_log(tmp_path, log):
     line = line_of(log.read_bytes(), b"step:77/100")
     thin.write_bytes(kept.replace(b"step:77/100 train_loss", b"step:77/100 train_l0ss"))
     assert f"line {line}: changed" in one(thin).edits
-    shutil.rmtree(tmp_path / "record/source/data")
+    thin.write_bytes(kept.replace(b"kept source train_gpt.py", b"kept source ../../x.py"))
+    assert not one(thin).complete
+    shutil.rmtree(store / "data")
+    thin.write_bytes(kept)
     assert any("data/loader.py" in edit for edit in one(thin).edits)
 
 

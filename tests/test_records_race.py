@@ -1,5 +1,7 @@
 """Races and reproductions with a small program that writes real logs."""
 
+import gzip
+import hashlib
 import json
 import os
 import re
@@ -14,7 +16,8 @@ import pytest
 from conftest import ROOT
 from records import launch, race
 from records.__main__ import main
-from records.log import parse
+from records.add import write
+from records.log import parse, source_path, without_sources
 
 PROGRAM = '''
 """A trainer in twenty lines: no model, but true options, a true clock of its own, a true log."""
@@ -190,6 +193,22 @@ def test_a_dry_run_unpacks_and_runs_nothing(tree, capsys):
     assert "train_gpt.py --seed 0" in capsys.readouterr().out
     assert (tree / "again/train_gpt.py").read_text() == (tree / "train_gpt.py").read_text()
     assert not (tree / "again/logs").exists()
+
+
+def test_a_record_gives_back_its_program_and_its_log(tree, capsys):
+    log, source = the_log(tree), (tree / "train_gpt.py").read_bytes()
+    kept, _ = without_sources(log)
+    folder = tree / "records/pocket/2026-11-20_one"
+    write(folder / "logs" / log.name, kept)
+    path = source_path(tree / "records/sources", "train_gpt.py", hashlib.sha256(source).hexdigest())
+    write(path, gzip.compress(source))
+    write(folder / "result.json", json.dumps({
+        "name": "one", "kind": "record", "date": "2026-11-20", "by": [], "differs": [],
+        "losses": [4.0, 4.1], "val_loss": {}, "train_time_ms": {}, "track": "pocket"}).encode())
+    assert records(tree, "reproduce", folder, "--into", "again") == 0
+    assert "the losses are equal at every validation" in capsys.readouterr().out
+    assert (tree / "again/train_gpt.py").read_bytes() == source
+    assert (tree / "again" / log.name).read_bytes() == log.read_bytes()
 
 
 def test_a_log_that_was_changed_is_not_reproduced(tree, capsys):
