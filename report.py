@@ -184,7 +184,9 @@ class Reporter:
                     raise ValueError(f"{name} contains the value of {secret}, and every log "
                                      "contains the sources: take it out")
         try:
-            self.log = RunLog(path, sources, environment, recipes.to_dict(self.recipe))
+            self.log = RunLog(path, sources,
+                              environment | {"tokens_per_step": tokens_per_step(self.recipe)},
+                              recipes.to_dict(self.recipe))
         except OSError as error:
             path.unlink(missing_ok=True) if not isinstance(error, FileExistsError) else None
             raise ValueError(f"--log_dir: the log {path} cannot be written "
@@ -263,6 +265,12 @@ class Reporter:
     def _finish_wandb(self) -> None:
         with contextlib.suppress(Exception):
             self.wandb_run.finish(quiet=True)
+
+
+def tokens_per_step(recipe: Recipe) -> list[list[int]]:
+    """[first step, tokens a step] of each batch size, for the log."""
+    sizes = [math.prod(batch_shape(step, recipe)) for step in range(recipe.num_iterations)]
+    return [[step, size] for step, size in enumerate(sizes) if sizes[step - 1:step] != [size]]
 
 
 def header(recipe: Recipe, seed: int, model: GPT, data: str, world: World, how: str,

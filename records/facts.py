@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from records.lines import trained_tokens
 from records.rules import TRACKS
 
 FOLDER = Path(__file__).resolve().parent
@@ -120,17 +121,11 @@ def published_curves(name: str, folder: Path = FOLDER) -> tuple[Curve, ...]:
                 steps=steps,
                 losses=tuple(float(p["val_loss"]) for p in points),
                 times_ms=times,
-                tokens=tuple(_trained(s, record["batch"]) for s in steps)
+                tokens=tuple(trained_tokens(record["batch"], s) for s in steps)
                 if record["batch"] else None,
             )
         )
     return tuple(curves)
-
-
-def _trained(step: int, batch: list[list[int]]) -> int:
-    """Tokens trained on before `step`, from [first step, tokens a step] of each stage."""
-    ends = [start for start, _ in batch[1:]] + [step]
-    return sum(size * max(0, min(step, end) - start) for (start, size), end in zip(batch, ends))
 
 
 def own_records(name: str | None = None, folder: Path = FOLDER) -> list[dict]:

@@ -6,9 +6,12 @@ log is text. What looks like a result line and cannot be read is a fault of the 
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 LINE_CAP = 1 << 16  # bytes; longer lines are hashed and counted, never interpreted
 FILE_CAP = 1 << 30  # bytes after decompression; a log of 1 GiB is not a log
@@ -131,23 +134,37 @@ class Run:
         value = self.result.get("tokens")
         return value if isinstance(value, int) and value > 0 else None
 
-    def tokens_at(self, step: int) -> int | None:
-        """Tokens trained on before `step`, by the recipe; None if the recipe does not say.
+    @cached_property
+    def batches(self) -> list[list[int]] | None:
+        """[first step, tokens a step] of each batch size, in order; None if the log does not say.
 
-        The recipe's `batch_stages` are equal parts of the steps before its extension; without
-        them, every step takes `batch_tokens`.
+        Logs before 2026-11-28 have no `tokens_per_step`: there the recipe's `batch_stages` are
+        equal parts of the steps before its extension; without them a step takes `batch_tokens`.
         """
+        if "tokens_per_step" in self.environment:
+            said = self.environment["tokens_per_step"]
+            return json.loads(said) if BATCHES.fullmatch(said) else None
         recipe = self.recipe or {}
-        steps, batch = recipe.get("num_iterations"), recipe.get("batch_tokens")
-        stages = recipe.get("batch_stages") or [batch]
+        steps, sizes = recipe.get("num_iterations"), recipe.get("batch_stages")
+        sizes = sizes or [recipe.get("batch_tokens")]
         scheduled = (steps or 0) - (recipe.get("extension_steps") or 0)
-        if not all(isinstance(n, int) and n > 0 for n in (steps, scheduled, *stages)):
+        if not all(isinstance(n, int) and n > 0 for n in (scheduled, *sizes)):
             return None
-        starts = [-(-i * scheduled // len(stages)) for i in range(len(stages))]
-        ends = [*starts[1:], step]
-        return sum(size * max(0, min(step, end) - start)
-                   for size, start, end in zip(stages, starts, ends))
+        return [[-(-i * scheduled // len(sizes)), size] for i, size in enumerate(sizes)]
 
+    def tokens_at(self, step: int) -> int | None:
+        """Tokens trained on before `step`; None if the log does not say."""
+        return self.batches and trained_tokens(self.batches, step)
+
+
+def trained_tokens(batches: Sequence[Sequence[int]], step: int) -> int:
+    """Tokens trained on before `step`, from [first step, tokens a step] of each batch size."""
+    ends = [start for start, _ in batches[1:]] + [step]
+    return sum(size * max(0, min(step, end) - start)
+               for (start, size), end in zip(batches, ends))
+
+
+BATCHES = re.compile(r"\[\[0, \d{1,12}\](?:, \[\d{1,9}, \d{1,12}\]){0,1000}\]")
 
 # ---------------------------------------------------------------------------------- reading lines
 

@@ -8,6 +8,7 @@ Our format, version 1. UTF-8 text, lines end in a newline:
     end source
     begin environment lines=N
     key: value                                        Python, torch, GPUs, commit, ...
+    tokens_per_step: [[0, 131072], [640, 262144]]     from step 0 on, from step 640 on
     end environment
     begin recipe lines=N
     {...}                                             the resolved recipe as JSON
@@ -53,6 +54,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from records.lines import (
+    BATCHES,
     FILE_CAP,
     LINE_CAP,
     POINT_CAP,
@@ -629,6 +631,9 @@ def _take_block(run: Run, title: str, lines: list[str]) -> None:
     env = run.environment
     run.python, run.torch, run.cuda = env.get("python"), env.get("torch"), env.get("cuda")
     run.gpu = env.get("gpu")
+    if not BATCHES.fullmatch(env.get("tokens_per_step", "[[0, 1]]")):
+        run.fault(f"tokens_per_step: expected [[0, TOKENS], [STEP, TOKENS], ...], got "
+                  f"{env['tokens_per_step'][:80]!r}")
     count = env.get("gpu_count", "")
     run.gpu_count = int(count) if re.fullmatch(r"\d{1,6}", count) else None
 

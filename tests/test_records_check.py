@@ -494,17 +494,29 @@ def test_a_run_may_be_entered_for_a_track_with_the_same_goal(tmp_path):
     assert "track-differs" in judged([path], "pocket").names()
 
 
-def test_tokens_follow_from_a_batch_that_grows(tmp_path):
-    """Three stages over 90 of 100 steps, then ten more of the last."""
-    staged = {"batch_stages": [100, 200, 300], "extension_steps": 10}
-    log = write_log(tmp_path / "a.txt", recipe=staged, tokens=30 * 100 + 30 * 200 + 40 * 300)
+STAGED = {"recipe": {"batch_stages": [100, 200, 300], "extension_steps": 10}}  # until 2026-11-28
+SAID = {"environment": {"tokens_per_step": [[0, 100], [30, 200], [60, 300]]}}
+
+
+@pytest.mark.parametrize("grows", [STAGED, SAID])
+def test_tokens_follow_from_a_batch_that_grows(tmp_path, grows):
+    """Three sizes over 90 of 100 steps, then ten more steps of the last."""
+    log = write_log(tmp_path / "a.txt", **grows, tokens=30 * 100 + 30 * 200 + 40 * 300)
     [run] = parse(log)
     assert check.arithmetic(run) is None
     assert [run.tokens_at(s) for s in (0, 1, 30, 31, 60, 61, 90, 100)] == \
         [0, 100, 3000, 3200, 9000, 9300, 18_000, 21_000]
     assert judged([log]).result["curve"]["tokens"] == [0, 2000, 5000, 9000, 15_000, 21_000]
-    [run] = parse(write_log(tmp_path / "b.txt", recipe=staged))
+    [run] = parse(write_log(tmp_path / "b.txt", **grows))
     assert check.arithmetic(run) == "100 steps of its recipe are 21000 tokens, it claims 409600"
+
+
+def test_a_batch_that_cannot_be_read_is_named(tmp_path):
+    log = write_log(tmp_path / "a.txt", environment={"tokens_per_step": "4096"})
+    [run] = parse(log)
+    assert run.tokens_at(5) is None
+    [fault] = run.faults
+    assert fault == "tokens_per_step: expected [[0, TOKENS], [STEP, TOKENS], ...], got '4096'"
 
 
 def test_a_reason_that_all_runs_share_is_said_once(tmp_path, capsys):
