@@ -16,6 +16,7 @@ from torch import nn
 
 from gpt2 import GPT2
 from model import GPT, GPTConfig, Stage, flops_per_token, init_weights, param_role
+from records.rules import FINEWEB_VAL_TOKENS, TRACKS
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Recipe:
     tie_first: bool = False         # the head's table is the embedding until the last third (#51)
 
     # validation
-    val_tokens: int = 10_485_760
+    val_tokens: int = FINEWEB_VAL_TOKENS
     val_seq_len: int | None = None  # none: seq_len
     val_every: int = 128
     target: float | None = 3.28
@@ -464,9 +465,6 @@ DEFAULT_POCKET = 27
 
 POCKET_TOKENS = 2 ** 19     # every rung of the pocket ladder sees as many
 POCKET_BATCH = 256          # its batches are so many times smaller
-# What a GPT-2 (record #1) with AdamW, learning rate swept, comes to on ten times these tokens,
-# about five minutes on two cores: bench/pocket_target.py.
-POCKET_TARGET = 1.77
 
 
 def pocket(recipe: Recipe) -> Recipe:
@@ -487,7 +485,7 @@ def pocket(recipe: Recipe) -> Recipe:
     packed = recipe.model.packed
     return change(
         recipe, scale="pocket", track="pocket", corpus="built-in",
-        target=POCKET_TARGET,
+        target=TRACKS["pocket"].target,
         num_layers=max(2, round(recipe.model.num_layers / 3)), num_heads=2, head_dim=64,
         vocab_size=257, seq_len=batch_tokens // 4 if packed else recipe.model.seq_len // 4,
         max_seq_len=1024 if packed else None,
@@ -501,7 +499,8 @@ def pocket(recipe: Recipe) -> Recipe:
         max_doc_len=recipe.max_doc_len and recipe.max_doc_len // 4,
         window_range=tuple(w // 4 for w in recipe.window_range),
         window_block=recipe.window_block // 4,
-        val_tokens=131_072, val_seq_len=1024 if packed else None,
+        val_tokens=TRACKS["pocket"].fixed["val_tokens"],
+        val_seq_len=1024 if packed else None,
         val_every=math.ceil(num_iterations / 5))
 
 
