@@ -30,8 +30,8 @@ from model import GPT, num_parameters
 from ranks import Signal, World
 from recipes import Recipe, batch_shape
 from records.log import LogError, RunLog, train_line, val_line
-from records.standing import rank as rank_in_table
-from records.standing import stand
+from records.rank import progress
+from records.rank import rank as rank_in_table
 from sample import generate
 
 ROOT = Path(__file__).resolve().parent
@@ -226,7 +226,7 @@ class Reporter:
 
     def validated(self, step: int, val_loss: float, ms: float, tokens: int) -> None:
         self.say(val_line(step, self.recipe.num_iterations, val_loss, ms))
-        self.screen.line("  " + stand(
+        self.screen.line("  " + progress(
             self.recipe.track, val_loss, ms, tokens, history=self.history,
             target=self.recipe.target, num_iterations=self.recipe.num_iterations, step=step,
             data_digest=self.data_digest))

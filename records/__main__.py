@@ -6,7 +6,7 @@
     race A B              run two programs by turns on this machine; which one is faster
     reproduce LOG|RECORD  unpack the program of a log and run it again
     plot RUNS..           loss curves over the published ones, as PNG and SVG
-    stand LOG             where a finished log stands
+    rank LOG              a finished log beside the records: each validation, and its place
     ladder                every rung of the ladder at pocket scale, beside the published one
 
 `python -m records COMMAND --help` says more; records/README.md is the guide to a submission.
@@ -22,9 +22,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from records import facts, ladder, rules
+from records import history, ladder, rules
 from records.log import parse
-from records.standing import rank, stand
+from records.rank import progress, rank
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--root", type=Path, default=facts.FOLDER, help="another records folder")
+    parser.add_argument("--root", type=Path, default=history.FOLDER, help="another records folder")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, function: Callable, text: str) -> argparse.ArgumentParser:
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                      help="a source that may differ between the runs (repeatable)")
     sub.add_argument("--race", type=Path, metavar="JSON", help="race.json against the prior record")
 
-    sub = command("stand", _stand, "What the live line says, for a finished log.")
+    sub = command("rank", _rank, "Compare a finished log with the records, as its run did live.")
     sub.add_argument("log", type=Path)
     sub.add_argument("--track", choices=list(rules.TRACKS), help="default: what the log says")
     sub.add_argument("--every", type=int, default=1, metavar="N", help="every N-th validation")
@@ -146,14 +146,14 @@ def _table(args) -> int:
 
 
 def _check(args) -> int:
-    from records import check
+    from records import check, table
 
     unknown = set(args.waive) - set(check.RULES)
     if unknown:
         raise ValueError(f"--waive: expected names of reasons ({', '.join(check.RULES)}), "
                          f"got {', '.join(sorted(unknown))}")
     if not args.what:
-        verdicts = check.check_all(args.root)
+        verdicts = table.check_all(args.root)
     else:
         for path in args.what:
             if not path.exists():
@@ -180,7 +180,7 @@ def _check(args) -> int:
             print(f"      {line}")
         for reason in check.grouped(verdict.reasons):
             print(f"      {'waived ' if reason.name in args.waive else ''}{reason}")
-        for fact in verdict.facts:
+        for fact in verdict.notes:
             print(f"      {fact}")
         advice = check.outlook(verdict, args.root) if counted else None
         if advice:
@@ -248,28 +248,23 @@ def _add(args) -> int:
     return 0
 
 
-def _stand(args) -> int:
+def _rank(args) -> int:
     for run in parse(args.log):
         name = args.track or run.result.get("track")
         if name is None:
             raise ValueError("--track: this log does not say its track: name it "
                              f"({', '.join(rules.TRACKS)})")
-        history: list[tuple[int, float]] = []
-        last = run.final
+        same = {"data_digest": run.result.get("data_digest"), "folder": args.root}
+        curve: list[tuple[int, float]] = []
         for i, point in enumerate(run.points):
-            history.append((point.step, point.val_loss))
-            if i % args.every == 0 or point is last:
-                print(f"step:{point.step}/{point.total or '?'} " + stand(
-                    name, point.val_loss, point.train_time_ms,
-                    run.tokens_at(point.step), history=history,
-                    num_iterations=point.total, step=point.step,
-                    data_digest=run.result.get("data_digest"), folder=args.root,
-                ))
-        if last is None:
-            print(f"{args.log}: no validation in it")
-        elif run.complete:
-            print(rank(name, last.train_time_ms, run.tokens, last.val_loss, steps=last.step,
-                       data_digest=run.result.get("data_digest"), folder=args.root))
+            curve.append((point.step, point.val_loss))
+            if i % args.every == 0 or point is run.final:
+                print(f"step:{point.step}/{point.total or '?'} " + progress(
+                    name, point.val_loss, point.train_time_ms, run.tokens_at(point.step),
+                    history=curve, num_iterations=point.total, step=point.step, **same))
+        if run.complete:
+            print(rank(name, run.train_time_ms, run.tokens, run.final_val_loss,
+                       steps=run.final_step, **same))
         else:
             print(f"{args.log}: not a finished run: {run.why_incomplete}")
         for fault in [*run.edits, *run.faults]:

@@ -17,9 +17,9 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from records import check, facts, page, plot, rules
+from records import check, history, plot, readme, rules
 from records.check import Verdict
-from records.facts import FOLDER
+from records.history import FOLDER
 from records.log import source_path, without_sources
 
 RACE_KEYS = ("label", "code_sha256", "recipe_sha256", "losses", "times_ms")
@@ -56,7 +56,7 @@ def add(
         raise ValueError("--track: the logs do not agree on a track; name one of "
                          f"{', '.join(rules.TRACKS)}")
     rule = rules.track(said)
-    everyone = facts.own_records(None, root)
+    everyone = history.own_records(None, root)
     if any(record["name"] == name for record in everyone):
         raise ValueError(f"--name: there is a record named {name} already")
     verdict = check.judge(runs, rule, differs=differs, systems_only=systems_only)
@@ -114,7 +114,7 @@ def _fill(work: Path, runs, result: dict, rule: rules.Track, name: str, root: Pa
                 write(path, gzip.compress(body, mtime=0))
                 new_sources.append(path)
     write(work / "result.json", (json.dumps(result, indent=1) + "\n").encode())
-    write(work / "README.md", page.template(result).encode())
+    write(work / "README.md", readme.template(result).encode())
     plot.draw([(name, runs)], rule, work / "curves", root=root)
 
 
@@ -138,7 +138,7 @@ def record_date(runs) -> str | None:
 
 def prior_record(rule: rules.Track, root: Path) -> dict | None:
     """The record to beat: the best by the track's metric, or, where that is time, the newest."""
-    records = [r for r in facts.own_records(rule.name, root) if r["kind"] == "record"]
+    records = [r for r in history.own_records(rule.name, root) if r["kind"] == "record"]
     if not records:
         return None
     if rule.metric[0] == "train_time_ms":  # times of other machines do not rank

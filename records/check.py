@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from records import facts, rules, stats
-from records.facts import FOLDER
-from records.log import Run, parse, source_path
+from records import history, readme, rules, stats
+from records.history import FOLDER
+from records.log import Run, parse
 from records.rules import Track
 
 # every name a reason can have, with the rule behind it
@@ -86,7 +86,7 @@ class Verdict:
     track: Track
     runs: list[Run]
     reasons: list[Reason] = field(default_factory=list)
-    facts: list[str] = field(default_factory=list)  # worth knowing, no failure
+    notes: list[str] = field(default_factory=list)  # worth knowing, no failure
     result: dict = field(default_factory=dict)
 
     @property
@@ -236,7 +236,7 @@ def _same_claim(verdict: Verdict, names: list[str], differs: Sequence[str]) -> N
                       for run in runs]
             if len(set(values)) > 1:
                 if source in differs:
-                    verdict.facts.append(f"source {source} differs between runs, as named")
+                    verdict.notes.append(f"source {source} differs between runs, as named")
                 else:
                     _same(verdict, "source-differs", f"source {source}", values, names)
     else:
@@ -344,7 +344,7 @@ def _significance(verdict: Verdict, runs: list[Run], systems_only: bool) -> None
     if track.test == "t" and not p < track.alpha:
         text = f"p = {p:.4g}, expected p < {track.alpha:g}"
         if systems_only and track.systems_exempt:
-            verdict.facts.append(f"{text}; a systems-only record is exempt")
+            verdict.notes.append(f"{text}; a systems-only record is exempt")
         elif len(runs) > 1 and len(set(losses)) == 1:
             verdict.add("not-significant", "", "all losses are equal: the runs are not independent")
         else:
@@ -443,7 +443,7 @@ def outlook(verdict: Verdict, folder: Path = FOLDER) -> str | None:
         return f"{need - n} more runs would do if the mean stays" if need > n else None
     try:
         others = [(r["num_runs"], r["val_loss"]["sd"] or math.nan)
-                  for r in facts.own_records(track.name, folder)]
+                  for r in history.own_records(track.name, folder)]
     except (ValueError, KeyError, TypeError):  # a broken record of the track: named by check
         others = []
     sd = stats.pooled_sd([(n, result["val_loss"]["sd"] or math.nan), *others])
@@ -473,7 +473,7 @@ def read_result(folder: Path) -> dict:
     """result.json of a record folder; ValueError says what is wrong with it."""
     path = folder / "result.json"
     try:
-        result = json.loads(facts.read_text(path))
+        result = json.loads(history.read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected the result of a record: {error}") from None
     if not isinstance(result, dict) or result.get("track") not in rules.TRACKS:
@@ -491,7 +491,6 @@ def folder_logs(folder: Path) -> list[Path]:
 
 def check_folder(folder: Path, root: Path = FOLDER) -> Verdict:
     """A record folder against its own logs: every number re-derived, every text in step."""
-    from records import page  # the page imports the numbers of this module
 
     where = folder.name
     try:
@@ -537,17 +536,17 @@ def check_folder(folder: Path, root: Path = FOLDER) -> Verdict:
                 f"the logs give {_brief(again.get(key))}",
             )
     verdict.result = again
-    readme = folder / "README.md"
-    if readme.is_file():
+    prose = folder / "README.md"
+    if prose.is_file():
         try:
-            text, numbers = facts.read_text(readme), page.numbers(claimed)
+            text, numbers = history.read_text(prose), readme.numbers(claimed)
         except (ValueError, KeyError, TypeError) as error:
             verdict.add("broken-folder", where, f"README.md and result.json: {error!r}")
             return verdict
         if numbers not in text:
             verdict.add("stale-readme", where, "the numbers in README.md are not those of "
                         "result.json; `python -m records table --markdown` writes them again")
-        for question in page.unanswered(text):
+        for question in readme.unanswered(text):
             verdict.add("unwritten", where, f"README.md: {question}")
     return verdict
 
@@ -559,7 +558,7 @@ def log_digests(runs: Sequence[Run]) -> dict[str, str | None]:
 def not_reused(verdict: Verdict, claimed: dict, root: Path = FOLDER) -> None:
     """No log of this record stands behind another record too."""
     digests = {run.digest: short_name(run.path) for run in verdict.runs if run.digest}
-    for other in facts.own_records(None, root):
+    for other in history.own_records(None, root):
         if other["name"] != claimed["name"]:
             for name, digest in other["logs"].items():
                 if digest in digests:
@@ -573,7 +572,7 @@ def ahead_of_prior(verdict: Verdict, claimed: dict, root: Path = FOLDER) -> None
         return
     name = claimed.get("prior")
     track, result = verdict.track, verdict.result
-    others = [r for r in facts.own_records(track.name, root)
+    others = [r for r in history.own_records(track.name, root)
               if r["name"] != claimed["name"] and r["kind"] == "record"]
     where = claimed.get("name") or ""
     if name is None:
@@ -591,12 +590,13 @@ def ahead_of_prior(verdict: Verdict, claimed: dict, root: Path = FOLDER) -> None
         if metric == "train_time_ms":
             _won_race(verdict, claimed.get("race"), result, prior)
             return
-        ours, theirs = facts.metric_value(result, metric), facts.metric_value(prior, metric)
+        ours, theirs = history.metric_value(result, metric), history.metric_value(prior, metric)
         if ours < theirs:
             return
         if ours > theirs:
-            verdict.add("not-better", where, f"{facts.amount(ours, metric)}, the record before it "
-                                             f"({name}) needs {facts.amount(theirs, metric)}")
+            verdict.add("not-better", where,
+                        f"{history.amount(ours, metric)}, the record before it ({name}) needs "
+                        f"{history.amount(theirs, metric)}")
             return
     verdict.add("not-better", where, f"no better than {name} in any metric of the track")
 
@@ -626,29 +626,3 @@ def record_folders(root: Path = FOLDER) -> list[Path]:
         for path in sorted((root / name).glob("*"))
         if path.is_dir() and not path.name.startswith((".", "_"))
     ]
-
-
-def check_all(root: Path = FOLDER) -> list[tuple[str, Verdict]]:
-    """Every record folder of ours, and the tables of the repository's README."""
-    from records import table
-
-    verdicts = [(f"{f.parent.name}/{f.name}", check_folder(f, root)) for f in record_folders(root)]
-    names = Counter(verdict.result.get("name") for _, verdict in verdicts if verdict.result)
-    readme = root.parent / "README.md"
-    whole = Verdict(rules.TRACKS["short"], [])
-    for name, num in names.items():
-        if num > 1:
-            whole.add("broken-folder", str(name), f"{num} records have this name")
-    try:
-        for problem in table.stale(readme.read_text() if readme.is_file() else "", root):
-            whole.add("stale-table", "", problem)
-    except ValueError as error:
-        whole.add("stale-table", "", str(error))
-    stored = {path for path in (root / "sources").rglob("*") if path.is_file()}
-    for path in sorted(stored - {
-        source_path(root / "sources", source.name, source.sha256)
-        for _, verdict in verdicts for run in verdict.runs for source in run.sources.values()
-    }):
-        whole.add("broken-folder", str(path.relative_to(root)), "no log of a record names it")
-    verdicts.append(("tables", whole))
-    return verdicts

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from records import facts
+from records import history
 from records.add import write
 from records.check import recipe_sha256
 from records.log import parse
@@ -156,7 +156,7 @@ def rungs(runs: Sequence[dict], times: Sequence[dict] = ()) -> list[dict]:
     by_record: dict[int, dict[int, dict]] = {}
     for run in runs:
         by_record.setdefault(run["record"], {})[run["seed"]] = run
-    published = {r["number"]: r for r in facts.history() if r["track"] == "short"
+    published = {r["number"]: r for r in history.public_records() if r["track"] == "short"
                  and r["kind"] == "record"}
     bar = by_record.get(BASELINE)
     bar = statistics.fmean(r["val_loss"] for r in bar.values()) if bar else math.nan
@@ -296,7 +296,7 @@ def page(runs: Sequence[dict], there: Sequence[int] = (), times: Sequence[dict] 
             f" ± {row['error']:.4f}" if row["error"] > 0 else "")
         lines.append(
             f"| {row['record']} | {known.get('title', '')} | {known.get('minutes', '')} | "
-            f"{facts.count(known.get('tokens'))} | {row['loss']:.4f} | {row['n']} | {gain} | "
+            f"{history.count(known.get('tokens'))} | {row['loss']:.4f} | {row['n']} | {gain} | "
             f"{words[row['record']]} | {number(row['tokens_to_bar'], ',.0f')} | "
             f"{number(row['seconds'], '.1f')} | {number(row['seconds_to_target'], '.1f')} | "
             f"{row['parameters']:,} | {row['num_iterations']} |")
@@ -349,7 +349,7 @@ def draw(runs: Sequence[dict], out: Path) -> list[Path]:
                    marker="o", markersize=3, label="mean")
         for r in rows:
             below.plot([at[r["record"]]] * r["n"], r["losses"], ".", color="#999999", markersize=3)
-        below.set_ylabel(f"pocket: loss at {facts.count(rows[0]['tokens'])} tokens")
+        below.set_ylabel(f"pocket: loss at {history.count(rows[0]['tokens'])} tokens")
         below.set_xticks(range(len(rows)), [f"{r['record']}" for r in rows])
         below.set_xlabel("record")
         files = []

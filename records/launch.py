@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from records import check
-from records.facts import FOLDER, own_records
-from records.lines import Run
+from records.history import FOLDER, own_records
 from records.log import parse
+from records.parse import Run
 
 SCRIPT = "train_gpt.py"
 CACHES = ("data/corpus_cache", "data/fineweb10B")  # kept out of git; linked, never copied

@@ -10,9 +10,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from records import facts, rules
-from records.facts import FOLDER, Curve
-from records.lines import Run
+from records import history, rules
+from records.history import FOLDER, Curve
+from records.parse import Run
 
 # colours that stay apart in grey and for colour-blind readers (Okabe and Ito)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -58,9 +58,9 @@ def draw(
 
     behind: list[Curve] = []
     if track is not None and published:
-        behind = _chosen(facts.published_curves(track.published, root) if track.published else ())
+        behind = _chosen(history.published_curves(track.published, root) if track.published else ())
         labels = {label for label, _ in groups}
-        behind += [c for c in facts.own_curves(track.name, root) if c.label not in labels]
+        behind += [c for c in history.own_curves(track.name, root) if c.label not in labels]
     axes_of = [a for a in ("time", "tokens") if _has(groups, a)]
     if not axes_of:
         axes_of = ["steps"]

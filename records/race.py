@@ -19,8 +19,8 @@ from pathlib import Path
 
 from records import check, launch, rules, stats
 from records.add import write
-from records.facts import FOLDER, clock
-from records.lines import Run
+from records.history import FOLDER, clock
+from records.parse import Run
 
 
 class Bar:

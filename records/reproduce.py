@@ -11,10 +11,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from records import check, launch, public, stats
-from records.facts import FOLDER, clock
-from records.lines import Run
-from records.log import parse, read_bytes
+from records import check, launch, stats
+from records.history import FOLDER, clock
+from records.log import SOURCE_CAP, parse, read_lines
+from records.parse import CODE, RULE, Run
 
 
 def reproduce(
@@ -55,7 +55,7 @@ def reproduce(
     seed = run.result.get("seed") if seed is None else seed
     command = shlex.join(program.command(seed, nproc))
     if record:
-        (into / path.name).write_bytes(read_bytes(path))  # with its sources, as it was closed
+        (into / path.name).write_bytes(b"".join(read_lines(path)))  # as it was closed
     print(f"{len(run.sources)} sources unpacked into {into}")
     print(f"made with Python {run.python}, torch {run.torch}, on {check.hardware(run)}")
     print(f"run with: cd {shlex.quote(str(into))} && {command}")
@@ -94,7 +94,7 @@ def _compare(run: Run, again: Run, record: dict | None, seed: int | None) -> int
 
 def _public(path: Path, run: Run, into: Path) -> int:
     """A public log: its script, and what it would need. It is not run from here."""
-    code = public.embedded_code(path)
+    code = embedded_code(path)
     if code is None:
         raise ValueError(f"{path}: expected the program inside the log, it does not hold one "
                          "(some logs never did; of others the source was removed)")
@@ -117,6 +117,26 @@ def _public(path: Path, run: Run, into: Path) -> int:
     print(f"then: cd {shlex.quote(str(into))} && torchrun --standalone --nproc_per_node={gpus} "
           f"{launch.SCRIPT}")
     return 0
+
+
+def embedded_code(path: Path) -> bytes | None:
+    """The program at the head of a public log, byte for byte; None if there is none.
+
+    All before the first rule of 100 `=` (after a rule of 80 that opens some logs), if it imports
+    anything.
+    """
+    kept, imports = bytearray(), False
+    for raw in read_lines(path):
+        if RULE.match(raw):
+            if kept.strip():
+                return bytes(kept) if imports else None
+            kept.clear()
+            continue
+        imports = imports or CODE.match(raw) is not None
+        kept += raw
+        if len(kept) > SOURCE_CAP:
+            return None
+    return None
 
 
 _STANDARD = set(sys.stdlib_module_names)

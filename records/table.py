@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from records import check, facts, page, rules
-from records.facts import FOLDER, clock, count
+from records import check, history, readme, rules
+from records.check import Verdict
+from records.history import FOLDER, clock, count
+from records.log import source_path
 from records.rules import Track
 
 BEGIN = "<!-- records:begin -->"
@@ -47,8 +50,8 @@ class Row:
 
 def rows(track: Track, root: Path = FOLDER) -> list[Row]:
     """The records of a track: the public ones as they came, then ours, best last."""
-    found = [_public(r) for r in facts.history(root) if r["track"] == track.name]
-    ours = [_own(r, root) for r in facts.own_records(track.name, root)]
+    found = [_public(r) for r in history.public_records(root) if r["track"] == track.name]
+    ours = [_own(r, root) for r in history.own_records(track.name, root)]
     return found + ours[::-1]
 
 
@@ -90,7 +93,7 @@ def _own(record: dict, root: Path) -> Row:
     folder = root / record["folder"]
     names = check.check_folder(folder, root).names() - {"unwritten"}
     try:
-        changed = page.changed(facts.read_text(folder / "README.md"))
+        changed = readme.changed(history.read_text(folder / "README.md"))
     except (OSError, ValueError):
         changed = ""
     return Row(
@@ -243,7 +246,7 @@ def compact(root: Path = FOLDER) -> str:
     short = rules.TRACKS["short"]
     public = milestones(rows(short, root))
     if public:
-        total = len([r for r in facts.history(root) if r["kind"] == "record"
+        total = len([r for r in history.public_records(root) if r["kind"] == "record"
                      and r["track"] == "short"])
         parts.append(
             f"**{short.name}**, public history: {short.title}, {total} records, of which each "
@@ -305,20 +308,20 @@ def write_markdown(root: Path = FOLDER) -> list[str]:
     """
     done = []
     for folder in check.record_folders(root):
-        readme = folder / "README.md"
-        if readme.is_file() and (folder / "result.json").is_file():
-            before = readme.read_text()
-            done += _update(readme, before, page.renew(before, check.read_result(folder)))
-    tables = root / "TABLES.md"
-    done += _update(tables, tables.read_text() if tables.is_file() else None, full(root))
-    readme = root.parent / "README.md"
-    if not readme.is_file():
-        done.append(f"{readme} is not there: no table written")
-    elif BEGIN not in readme.read_text():
-        done.append(f"{readme} has no {BEGIN}: no table written")
+        path = folder / "README.md"
+        if path.is_file() and (folder / "result.json").is_file():
+            before = path.read_text()
+            done += _update(path, before, readme.renew(before, check.read_result(folder)))
+    path = root / "TABLES.md"
+    done += _update(path, path.read_text() if path.is_file() else None, full(root))
+    path = root.parent / "README.md"
+    before = path.read_text() if path.is_file() else None
+    if before is None:
+        done.append(f"{path} is not there: no table written")
+    elif BEGIN not in before:
+        done.append(f"{path} has no {BEGIN}: no table written")
     else:
-        before = readme.read_text()
-        done += _update(readme, before, replaced(before, root))
+        done += _update(path, before, replaced(before, root))
     return done
 
 
@@ -336,3 +339,26 @@ def as_json(tracks: list[Track], root: Path = FOLDER) -> str:
     return json.dumps(
         {t.name: [row.__dict__ for row in rows(t, root)] for t in tracks}, indent=1, default=list
     )
+
+
+def check_all(root: Path = FOLDER) -> list[tuple[str, Verdict]]:
+    """The verdict on every record folder of ours, and last that on the tables and the sources."""
+    verdicts = [(f"{folder.parent.name}/{folder.name}", check.check_folder(folder, root))
+                for folder in check.record_folders(root)]
+    whole = Verdict(rules.TRACKS["short"], [])
+    names = Counter(verdict.result.get("name") for _, verdict in verdicts if verdict.result)
+    for name, num in names.items():
+        if num > 1:
+            whole.add("broken-folder", str(name), f"{num} records have this name")
+    known = {source_path(root / "sources", source.name, source.sha256)
+             for _, verdict in verdicts for run in verdict.runs for source in run.sources.values()}
+    for path in sorted((root / "sources").rglob("*")):
+        if path.is_file() and path not in known:
+            whole.add("broken-folder", str(path.relative_to(root)), "no log of a record names it")
+    front = root.parent / "README.md"
+    try:
+        for problem in stale(front.read_text() if front.is_file() else "", root):
+            whole.add("stale-table", "", problem)
+    except ValueError as error:
+        whole.add("stale-table", "", str(error))
+    return [*verdicts, ("tables", whole)]

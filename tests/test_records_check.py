@@ -8,7 +8,7 @@ import shutil
 import pytest
 from records_runs import SOURCES, TARGET, write_log, write_logs
 
-from records import add, check, facts, rules, table
+from records import add, check, history, rules, table
 from records.__main__ import main
 from records.log import parse
 
@@ -74,7 +74,7 @@ def test_a_difference_that_is_named_is_allowed(tmp_path):
                                     "data/loader.py": "x = 1\nno_newline = True"})
     assert judged(paths).names() == {"source-differs"}
     verdict = judged(paths, differs=["train_gpt.py"])
-    assert verdict.passed and "differs between runs, as named" in verdict.facts[0]
+    assert verdict.passed and "differs between runs, as named" in verdict.notes[0]
 
 
 def test_a_copy_is_a_copy_under_any_name_and_seed(tmp_path):
@@ -144,7 +144,7 @@ def test_a_systems_record_needs_no_p_but_the_target(tmp_path):
     paths = public(tmp_path, ["3.2790", "3.2799", "3.2801"])
     assert judged(paths, "short").names() == {"no-digest", "not-significant"}
     verdict = judged(paths, "short", systems_only=True)
-    assert verdict.names() == {"no-digest"} and "exempt" in verdict.facts[0]
+    assert verdict.names() == {"no-digest"} and "exempt" in verdict.notes[0]
 
 
 def test_the_steps_track_counts_with_a_known_spread(tmp_path):
@@ -187,7 +187,7 @@ def made(tmp_path_factory):
     """Six logs, and a repository with the record of them, finished, and a README with a table."""
     place = tmp_path_factory.mktemp("made")
     root = place / "repo" / "records"
-    shutil.copytree(facts.FOLDER / "data", root / "data")
+    shutil.copytree(history.FOLDER / "data", root / "data")
     (root.parent / "README.md").write_text(f"# x\n\n{table.BEGIN}\n{table.END}\n\nend\n")
     logs = write_logs(place / "logs")
     with pytest.MonkeyPatch.context() as patch:
@@ -219,9 +219,9 @@ def answer(folder):
 
 
 def check_questions(text):
-    from records import page
+    from records import readme
 
-    return page.unanswered(text)
+    return readme.unanswered(text)
 
 
 def record(root):
@@ -325,15 +325,15 @@ def test_a_stale_table_is_found_and_written_again(root, capsys, path, old, new):
 
 
 def test_a_new_fact_makes_the_tables_stale(root):
-    history = root / "data/history.json"
-    text = history.read_text().replace('"minutes": 45.0', '"minutes": 46.0')
+    path = root / "data/history.json"
+    text = path.read_text().replace('"minutes": 45.0', '"minutes": 46.0')
     assert table.stale((root.parent / "README.md").read_text(), root) == []
-    history.write_text(text)
-    facts.history.cache_clear()
+    path.write_text(text)
+    history.public_records.cache_clear()
     try:
         assert len(table.stale((root.parent / "README.md").read_text(), root)) == 2
     finally:
-        facts.history.cache_clear()
+        history.public_records.cache_clear()
 
 
 def test_add_refuses_what_check_would_refuse(root, tmp_path, capsys):
@@ -353,7 +353,7 @@ def test_a_record_must_be_ahead_of_the_one_before(root, tmp_path, capsys):
     assert run(root, "add", *more, "--name", "reference", "--baseline") == 0
     fewer = write_logs(tmp_path / "fewer", 6, steps=80)
     assert run(root, "add", *fewer, "--name", "second") == 0
-    assert [r["name"] for r in facts.own_records("pocket", root)] == ["second", "first",
+    assert [r["name"] for r in history.own_records("pocket", root)] == ["second", "first",
                                                                      "reference"]
     assert check.read_result(root / "pocket/2026-11-20_second")["prior"] == "first"
 
@@ -420,7 +420,7 @@ def test_a_version_of_a_source_is_kept_once_for_all_records(root, tmp_path):
     assert before.items() <= new.items() and len(new) == len(before) + 1
     stray = root / "sources/muon.py.0123456789abcdef.gz"
     stray.write_bytes(b"")
-    tables = check.check_all(root)[-1][1]
+    tables = table.check_all(root)[-1][1]
     assert [(r.name, r.where) for r in tables.reasons] == [
         ("broken-folder", f"sources/{stray.name}")]
 

@@ -18,7 +18,7 @@ from records.log import (
     LogError,
     RunLog,
     parse,
-    read_bytes,
+    read_lines,
     source_path,
     train_line,
     val_line,
@@ -338,7 +338,7 @@ def test_sources_can_be_kept_apart_from_the_log(tmp_path, log):
         path = source_path(store, name, hashlib.sha256(body).hexdigest())
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(gzip.compress(body))
-    assert read_bytes(thin) == log.read_bytes()
+    assert b"".join(read_lines(thin)) == log.read_bytes()
     [run] = parse(thin, keep_sources=True)
     assert run.complete and run.digest == one(log).digest
     assert {name: source.text for name, source in run.sources.items()} == SOURCES

@@ -11,13 +11,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from records import facts
-from records.facts import FOLDER, Curve, amount, clock
+from records import history
+from records.history import FOLDER, Curve, amount, clock
 from records.rules import Track
 from records.rules import track as rules_of
 
 
-def stand(
+def progress(
     track: str,
     val_loss: float,
     train_time_ms: float,
@@ -113,22 +113,22 @@ def _other_data(rules: Track, digest: str | None) -> bool:
 
 
 def _curves(rules: Track, folder: Path) -> list[Curve]:
-    published = facts.published_curves(rules.published, folder) if rules.published else ()
-    return [*published, *facts.own_curves(rules.name, folder)]
+    published = history.published_curves(rules.published, folder) if rules.published else ()
+    return [*published, *history.own_curves(rules.name, folder)]
 
 
 def _table(rules: Track, folder: Path) -> list[tuple[float, str]]:
     """(metric, label) of every record of the track, best first."""
     metric = rules.metric[0]
     entries = [
-        (facts.metric_value(record, metric), record["name"])
-        for record in facts.own_records(rules.name, folder)
+        (history.metric_value(record, metric), record["name"])
+        for record in history.own_records(rules.name, folder)
         if record["kind"] == "record"
     ]
     if metric == "train_time_ms":
         entries += [
             (record["minutes"] * 60_000, f"#{record['number']}")
-            for record in facts.history(folder)
+            for record in history.public_records(folder)
             if record["track"] == rules.published and record["kind"] == "record"
         ]
     return sorted(entries)
@@ -156,7 +156,7 @@ def _neighbours(
     last, words = _between(curves, val_loss, at, metric)
     if last and metric == "train_time_ms" and tokens:  # slower hardware: what counts is tokens
         by_tokens = _between(curves, val_loss, tokens, "tokens")[1]
-        words += f"; by tokens ({facts.count(tokens)}) {by_tokens}" if by_tokens else ""
+        words += f"; by tokens ({history.count(tokens)}) {by_tokens}" if by_tokens else ""
     return f"{here}: {words or 'below every published curve'}"
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from records.lines import trained_tokens
+from records.parse import trained_tokens
 from records.rules import TRACKS
 
 FOLDER = Path(__file__).resolve().parent
@@ -80,7 +80,7 @@ def read_text(path: Path) -> str:
 
 
 @lru_cache
-def history(folder: Path = FOLDER) -> tuple[dict, ...]:
+def public_records(folder: Path = FOLDER) -> tuple[dict, ...]:
     """The public records, one dict each, as in data/history.json."""
     path = folder / "data" / "history.json"
     return tuple(json.loads(path.read_text())["records"]) if path.is_file() else ()
@@ -97,7 +97,8 @@ def published_curves(name: str, folder: Path = FOLDER) -> tuple[Curve, ...]:
     path = folder / "data" / "curves.csv"
     if not path.is_file():
         return ()
-    official = {(r["number"], r["date"] or ""): r for r in history(folder) if r["track"] == name}
+    official = {(record["number"], record["date"] or ""): record
+                for record in public_records(folder) if record["track"] == name}
     rows: dict[tuple[int, str], list[dict]] = {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):

@@ -10,7 +10,7 @@ import math
 import re
 
 from records import rules
-from records.facts import amount, clock, count, metric_value
+from records.history import amount, clock, count, metric_value
 from records.stats import comparison_words
 
 BEGIN, END = "<!-- numbers:begin (written by python -m records) -->", "<!-- numbers:end -->"

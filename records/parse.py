@@ -1,27 +1,30 @@
-"""Runs, validation points and the result lines of logs, whatever the format of the file.
+"""Result lines become runs; the public log formats.
 
 A result line begins with `key:value` fields, `step` and the loss among them. Everything else in a
-log is text. What looks like a result line and cannot be read is a fault of the run, never a number.
+log is text. A line that looks like a result and cannot be read is a fault of the run, never a
+number. `records.log` reads our format with these parts, and any file through its `parse`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 LINE_CAP = 1 << 16  # bytes; longer lines are hashed and counted, never interpreted
 FILE_CAP = 1 << 30  # bytes after decompression; a log of 1 GiB is not a log
 POINT_CAP = 200_000  # validation points of one file
 RUN_CAP = 1_000  # runs in one file
-REMARK_CAP = 50  # faults or notes of one run
+REMARK_CAP = 50  # faults, edits or notes of one run
 
 
 class LogError(ValueError):
-    """A log that cannot be written or cannot be read as what it claims to be."""
+    """A log that cannot be written, or cannot be read as the format that it claims."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +50,9 @@ class Source:
 class Run:
     """One run of a log file.
 
-    faults   what makes it unfit as evidence: unreadable result lines, contradictions
-    edits    signs that the log is not what was closed: digest, lines, sources
-    notes    odd, but no reason to doubt it
+    faults   reasons against it as evidence: unreadable result lines, contradictions
+    edits    signs that the log was changed after it was closed: digest, lines, sources
+    notes    odd, but no reason for doubt
     """
 
     path: str
@@ -58,7 +61,7 @@ class Run:
     last_train_step: int | None = None
     num_echoed: int = 0
     sources: dict[str, Source] = field(default_factory=dict)
-    code_sha256: str | None = None  # of all sources of the run, whatever the format
+    code_sha256: str | None = None  # of all sources of the run, in every format
     environment: dict[str, str] = field(default_factory=dict)
     recipe: dict | None = None
     result: dict[str, object] = field(default_factory=dict)
@@ -102,13 +105,13 @@ class Run:
 
     @property
     def reached_total(self) -> bool | None:
-        """Was the last step validated? None where the format does not say how many there are."""
+        """Whether the last step was validated; None where the format does not say their number."""
         last = self.final
         return None if last is None or last.total is None else last.step >= last.total
 
     @property
     def why_incomplete(self) -> str | None:
-        """The reason this run did not end, or None. NaN is not an end."""
+        """The reason why this run did not end, or None. NaN is not an end."""
         last = self.final
         if last is None:
             return "no validation line"
@@ -142,8 +145,8 @@ class Run:
         equal parts of the steps before its extension; without them a step takes `batch_tokens`.
         """
         if "tokens_per_step" in self.environment:
-            said = self.environment["tokens_per_step"]
-            return json.loads(said) if BATCHES.fullmatch(said) else None
+            text = self.environment["tokens_per_step"]
+            return json.loads(text) if BATCHES.fullmatch(text) else None
         recipe = self.recipe or {}
         steps, sizes = recipe.get("num_iterations"), recipe.get("batch_stages")
         sizes = sizes or [recipe.get("batch_tokens")]
@@ -157,6 +160,9 @@ class Run:
         return self.batches and trained_tokens(self.batches, step)
 
 
+BATCHES = re.compile(r"\[\[0, \d{1,12}\](?:, \[\d{1,9}, \d{1,12}\]){0,1000}\]")
+
+
 def trained_tokens(batches: Sequence[Sequence[int]], step: int) -> int:
     """Tokens trained on before `step`, from [first step, tokens a step] of each batch size."""
     ends = [start for start, _ in batches[1:]] + [step]
@@ -164,25 +170,20 @@ def trained_tokens(batches: Sequence[Sequence[int]], step: int) -> int:
                for (start, size), end in zip(batches, ends))
 
 
-BATCHES = re.compile(r"\[\[0, \d{1,12}\](?:, \[\d{1,9}, \d{1,12}\]){0,1000}\]")
+# ---------------------------------------------------------------------------------- result lines
 
-# ---------------------------------------------------------------------------------- reading lines
-
-# step lines as nearly all logs have them; the general reading below covers the rest
+# step lines as nearly all logs have them; read_fields covers the rest
 TRAIN = re.compile(
     rb"step:(\d{1,9})/\d{1,9} (?:train_loss:\S{1,24} )?train_time:(\d{1,12}(?:\.\d{1,9})?)(m?s) "
 )
 _KEY_VALUE = re.compile(rb"([A-Za-z_]\w{0,40}):(\S{1,64})$")
 _STEP = re.compile(rb"(\d{1,9})(?:/(\d{1,9}))?$")
-LOSS = re.compile(rb"(?:\d{1,6}\.\d{1,12}|-?nan|-?inf)$", re.IGNORECASE)
+_LOSS = re.compile(rb"(?:\d{1,6}\.\d{1,12}|-?nan|-?inf)$", re.IGNORECASE)
 _TIME = re.compile(rb"(\d{1,12}(?:\.\d{1,9})?)(ms|s)$")
 
 
 def read_fields(raw: bytes) -> dict[str, bytes] | None:
-    """`key:value` fields at the start of a line up to the first other word; None if it has none.
-
-    A `step` field must be among them.
-    """
+    """`key:value` fields up to the first other word of a line; None without `step`."""
     fields: dict[str, bytes] = {}
     for token in raw.split():
         match = _KEY_VALUE.match(token)
@@ -193,32 +194,33 @@ def read_fields(raw: bytes) -> dict[str, bytes] | None:
 
 
 def val_point(fields: dict[str, bytes], line: int, loss_key: str) -> Point:
+    """The validation in these fields; LogError names the field that cannot be read."""
     step = _STEP.match(fields["step"])
-    loss = LOSS.match(fields[loss_key])
-    clock = _TIME.match(fields.get("train_time", b""))
+    loss = _LOSS.match(fields[loss_key])
+    train_time_ms = _milliseconds(fields.get("train_time", b""))
     if step is None:
         raise LogError("its step cannot be read")
     if loss is None:
         raise LogError("its loss cannot be read")
-    if clock is None:
+    if train_time_ms is None:
         raise LogError("its train_time cannot be read (a number with ms or s)")
-    return Point(
-        step=int(step[1]),
-        total=int(step[2]) if step[2] else None,
-        val_loss=float(loss[0]),
-        train_time_ms=float(clock[1]) * (1.0 if clock[2] == b"ms" else 1000.0),
-        line=line,
-    )
+    total = int(step[2]) if step[2] else None
+    return Point(int(step[1]), total, float(loss[0]), train_time_ms, line)
 
 
-def show(raw: bytes) -> str:
+def _milliseconds(text: bytes) -> float | None:
+    match = _TIME.match(text)
+    return match and float(match[1]) * (1.0 if match[2] == b"ms" else 1000.0)
+
+
+def _quoted(raw: bytes) -> str:
     return repr(raw[:100].decode(errors="replace").rstrip("\r\n"))
 
 
 class Collector:
-    """Collects the result lines of a file into runs. Knows nothing about the rest of the file."""
+    """Collects the result lines of a file into runs."""
 
-    EARLY = 20  # the clock of 2024 logs restarts after its first ten steps
+    EARLY = 20  # the clock of 2024 logs restarts after the first ten steps
 
     def __init__(self, path: str, loss_key: str, fixed_run: Run | None = None) -> None:
         self.path = path
@@ -227,10 +229,10 @@ class Collector:
         self.fixed_run = fixed_run  # ours: one run a log, a step that falls back is a fault
         self.runs: list[Run] = [fixed_run] if fixed_run else []
         self.num_points = 0
-        self._fresh()
+        self._reset()
 
-    def _fresh(self) -> None:
-        self.seen: set[int] = set()
+    def _reset(self) -> None:
+        self.seen: set[int] = set()  # hashes of the lines of this run
         self.step = -1
         self.clock = -1.0
         self.decimals: int | None = None
@@ -243,7 +245,7 @@ class Collector:
         return run
 
     def read(self, raw: bytes, line: int, ended: bool) -> bool:
-        """Take a line of the file, if it is a result line. `ended`: it has its newline."""
+        """Take a line if it is a result line. `ended`: it has its newline."""
         match = TRAIN.match(raw) if ended else None
         if match:
             self.train(match, raw, line)
@@ -259,8 +261,8 @@ class Collector:
     def fault(self, text: str) -> None:
         self._run("").fault(text)
 
-    def _back(self, step: int, raw: bytes, line: int) -> bool:
-        """A step below the last one: an echo (True: drop it) or the start of another run."""
+    def _is_echo(self, step: int, raw: bytes, line: int) -> bool:
+        """For a step below the last one: True for a line to drop, False where a run starts."""
         if step > 0 and hash(raw) in self.seen:
             self.runs[-1].num_echoed += 1
             return True
@@ -271,7 +273,7 @@ class Collector:
             return True
         else:
             self.runs.append(Run(self.path))
-            self._fresh()
+            self._reset()
         return False
 
     def _tick(self, clock: float, line: int) -> None:
@@ -282,15 +284,12 @@ class Collector:
         self.clock = clock
 
     def train(self, match: re.Match, raw: bytes, line: int) -> None:
-        """A training line. Nearly all lines of a log are of this kind: written to be fast.
-
-        Only its step and clock count; an echo of a line of this run is dropped.
-        """
+        """A training line: only its step and clock count. Nearly all lines are of this kind."""
         number, clock, unit = match.groups()
         step = int(number)
         if step < self.step:
             if step <= 1:
-                if self._back(step, raw, line):
+                if self._is_echo(step, raw, line):
                     return
             else:
                 if hash(raw) in self.seen:
@@ -312,20 +311,32 @@ class Collector:
             if not ended and not _TIME.match(fields.get("step_avg", b"")):
                 raise LogError("the line is cut")
         except LogError as error:
-            self.fault(f"line {line}: a validation line that is not counted, {error}: {show(raw)}")
+            self.not_counted(raw, line, str(error))
             return
         kind = "step/ms" if fields["train_time"].endswith(b"ms") else "step/s"
         self.add(point, fields[self.loss_key], raw, kind)
-        self._check_average(point, fields.get("step_avg", b""))
+        # train_time and step_avg must agree, or the unit of one of them is wrong
+        average = _milliseconds(fields.get("step_avg", b""))
+        if average is None or point.step <= self.EARLY or not point.train_time_ms:
+            return
+        if not 0.2 < average * point.step / point.train_time_ms < 5.0:
+            self.fault(
+                f"line {line}: train_time and step_avg disagree by more than 5 times: "
+                "one has a wrong unit or was changed"
+            )
+
+    def not_counted(self, raw: bytes, line: int, why: str) -> None:
+        self.fault(f"line {line}: a validation line that is not counted, {why}: {_quoted(raw)}")
 
     def add(self, point: Point, digits: bytes, raw: bytes, kind: str) -> None:
+        """Count a validation; `digits` is its loss as printed."""
         line = point.line
         if self.num_points >= POINT_CAP:
             if self.num_points == POINT_CAP:
                 self.fault(f"line {line}: more than {POINT_CAP} validation lines, rest not read")
                 self.num_points += 1
             return
-        if point.step < self.step and self._back(point.step, raw, line):
+        if point.step < self.step and self._is_echo(point.step, raw, line):
             return
         run = self._run(kind)
         if run.points and run.points[-1].step == point.step:
@@ -357,14 +368,129 @@ class Collector:
         run.points.append(point)
         self.num_points += 1
 
-    def _check_average(self, point: Point, step_avg: bytes) -> None:
-        """train_time and step_avg must tell one story: the unit of one of them may be wrong."""
-        average = _TIME.match(step_avg)
-        if average is None or point.step <= self.EARLY or not point.train_time_ms:
+
+# ---------------------------------------------------------------------------------- public logs
+#
+# Code, a rule, the environment, a rule, step lines; or parts of it. Formats seen so far:
+# `step:N/M val_loss:X train_time:Yms step_avg:Zms` with milliseconds or seconds, llm.c's
+# `s:N tel:X`, captures of stdout, several runs in one file.
+
+_LLMC = re.compile(rb"s:(\d{1,9}) (tel|trl):")
+RULE = re.compile(rb"={80,}\s*$")
+CODE = re.compile(rb"(?:import \w|from [\w.]+ import |with open\(sys\.argv)")
+_TORCH = re.compile(
+    r"Running (?i:pytorch) (\S{1,80}) compiled for CUDA (\S{1,20})"
+    r"(?: on (.{1,80}?) with world_size (\d{1,6}))?\s*$"
+)
+_PYTHON = re.compile(r"Running [Pp]ython (\d+\.\d+\.\S{1,20})")
+_DEVICE = re.compile(r"Running on device_name=(.{1,80}?) with world_size=(\d{1,6})\s*$")
+_SMI_GPU = re.compile(
+    r"\|\s{1,6}(\d{1,4})\s{1,4}(\S.{0,40}?)\s{1,40}(?:On |Off|N/A)?\s{0,4}\|\s{1,4}[0-9A-F]{8}:"
+)
+
+
+def parse_public(first: bytes, pieces: Iterator[bytes], name: str, loss_key: str) -> list[Run]:
+    """The runs of a public log, given its first line and the others.
+
+    Lines of the code are never results: lines between the first import and the next rule are held
+    back, and read only if no rule follows (a capture of stdout that happens to say "import").
+    """
+    curve = Collector(name, loss_key)
+    environment = Run(name)
+    gpus: dict[int, str] = {}
+    code_hash, has_code = hashlib.sha256(), False
+    in_code = False
+    held_back: list[tuple[bytes, int, bool]] = []
+    early: list[bytes] = []  # lines before the first import belong to the code too
+    key = loss_key.encode()
+    line, continued, fault = 0, False, None
+
+    def read(raw: bytes, number: int, ended: bool) -> None:
+        if curve.read(raw, number, ended):
             return
-        average_ms = float(average[1]) * (1.0 if average[2] == b"ms" else 1000.0)
-        if not 0.2 < average_ms * point.step / point.train_time_ms < 5.0:
-            self.fault(
-                f"line {point.line}: train_time and step_avg disagree by more than 5 times: "
-                "one has a wrong unit or was changed"
-            )
+        llmc = _LLMC.match(raw)
+        if llmc:
+            _llmc_line(curve, raw, llmc, number, ended)
+        elif not ended and curve.runs and raw.startswith(b"step:"):
+            curve.runs[-1].note(f"line {number}: the last line is cut: {_quoted(raw)}")
+
+    try:
+        for piece in chain([first], pieces):
+            if not in_code and not continued and piece.startswith(b"step:"):
+                match = TRAIN.match(piece)
+                if match and piece.endswith(b"\n") and key not in piece:  # nearly every line
+                    line += 1
+                    curve.train(match, piece, line)
+                    continue
+            ended = piece.endswith(b"\n")
+            too_long = not ended and len(piece) == LINE_CAP
+            if continued:
+                if in_code:
+                    code_hash.update(piece)
+                continued = not ended
+                continue
+            continued = too_long
+            line += 1
+            interesting = not too_long and (piece.startswith((b"step:", b"s:")) or key in piece)
+            if in_code:
+                if RULE.match(piece):
+                    in_code, held_back = False, []
+                else:
+                    code_hash.update(piece)
+                    if interesting and len(held_back) < POINT_CAP:
+                        held_back.append((piece, line, ended))
+            elif interesting:
+                read(piece, line, ended)
+            elif CODE.match(piece):
+                in_code = has_code = True
+                for raw in (*early, piece):
+                    code_hash.update(raw)
+            elif RULE.match(piece):
+                early = []
+            else:
+                if not has_code and len(early) < 200:
+                    early.append(piece)
+                if piece[:1] in b"R|":
+                    _environment_line(piece.decode(errors="replace"), environment, gpus)
+    except LogError as error:
+        fault = str(error)
+    for raw, number, ended in held_back:
+        read(raw, number, ended)
+    if fault:
+        curve.fault(fault)
+    runs = [r for r in curve.runs if r.points or r.faults or r.last_train_step is not None]
+    for run in runs:
+        run.python, run.torch, run.cuda = environment.python, environment.torch, environment.cuda
+        run.gpu, run.gpu_count = environment.gpu, environment.gpu_count
+        if gpus:
+            run.gpu = run.gpu or gpus[min(gpus)]
+            run.gpu_count = run.gpu_count or len(gpus)
+        if has_code and not held_back:
+            run.code_sha256 = code_hash.hexdigest()
+    return runs
+
+
+def _llmc_line(curve: Collector, raw: bytes, match: re.Match, line: int, ended: bool) -> None:
+    if match[2] == b"trl":
+        return
+    digits = b"".join(raw[match.end() :].split()[:1])
+    if not ended:
+        curve.not_counted(raw, line, "the line is cut")
+    elif not _LOSS.match(digits):
+        curve.not_counted(raw, line, "its loss cannot be read")
+    else:
+        curve.add(Point(int(match[1]), None, float(digits), None, line), digits, raw, "llm.c")
+
+
+def _environment_line(text: str, run: Run, gpus: dict[int, str]) -> None:
+    if text.startswith("Running"):
+        if match := _TORCH.match(text):
+            run.torch, run.cuda = match[1], match[2]
+            if match[3]:
+                run.gpu, run.gpu_count = match[3].strip(), int(match[4])
+        elif match := _DEVICE.match(text):
+            run.gpu, run.gpu_count = match[1].strip(), int(match[2])
+        elif match := _PYTHON.match(text):
+            run.python = match[1]
+    elif (match := _SMI_GPU.match(text)) and len(gpus) < 4096:
+        gpus.setdefault(int(match[1]), match[2].strip())
