@@ -19,14 +19,14 @@ from pathlib import Path
 
 from records import check, history, plot, readme, rules
 from records.check import Verdict
-from records.history import FOLDER
+from records.history import FOLDER, write
 from records.log import source_path, without_sources
 
 RACE_KEYS = ("label", "code_sha256", "recipe_sha256", "losses", "times_ms")
 
 
 class Refused(ValueError):
-    """The runs are not a record; `verdict` says why."""
+    """The runs are not a record; `verdict` has the reasons."""
 
     def __init__(self, verdict: Verdict, advice: str | None) -> None:
         super().__init__("these runs are not a record yet")
@@ -51,13 +51,12 @@ def add(
             f"--name: expected up to 40 letters, digits, dots and dashes, got {name!r}"
         )
     runs, unread = check.load(logs)
-    said = track or check.track_of(runs)
-    if said is None:
+    found = track or check.track_of(runs)
+    if found is None:
         raise ValueError("--track: the logs do not agree on a track; name one of "
                          f"{', '.join(rules.TRACKS)}")
-    rule = rules.track(said)
-    everyone = history.own_records(None, root)
-    if any(record["name"] == name for record in everyone):
+    rule = rules.track(found)
+    if any(record["name"] == name for record in history.own_records(None, root)):
         raise ValueError(f"--name: there is a record named {name} already")
     verdict = check.judge(runs, rule, differs=differs, systems_only=systems_only)
     verdict.reasons += unread
@@ -118,17 +117,6 @@ def _fill(work: Path, runs, result: dict, rule: rules.Track, name: str, root: Pa
     plot.draw([(name, runs)], rule, work / "curves", root=root)
 
 
-def write(path: Path, data: bytes) -> None:
-    """A whole file or none: temporary name, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def record_date(runs) -> str | None:
     """The day of the last run, from the logs."""
     days = [run.environment.get("started", "")[:10] for run in runs]
@@ -147,7 +135,7 @@ def prior_record(rule: rules.Track, root: Path) -> dict | None:
 
 
 def read_race(path: Path) -> dict:
-    """What a race found, as result.json keeps it."""
+    """The result of a race, as result.json keeps it."""
     try:
         race = json.loads(path.read_text())
         return {side: {key: race[side][key] for key in RACE_KEYS} for side in "ab"}
@@ -157,7 +145,7 @@ def read_race(path: Path) -> dict:
 
 
 def author() -> str:
-    """Who submits: git's user name, or the account."""
+    """The default of --by: git's user name, or the account."""
     try:
         found = subprocess.run(
             ["git", "config", "user.name"], capture_output=True, text=True, timeout=10

@@ -1,8 +1,8 @@
-"""What the project knows: the public history, published curves, and our own records.
+"""The public records, the published curves, and our own records.
 
-Facts are files in `records/data/`; our records are the folders `records/<track>/<date>_<name>/`.
-`FOLDER` is this package's folder; every reader takes another one, for tests and for `--root`. A
-folder without facts (a program unpacked from its log) is an empty history, not an error.
+The public ones are files in `records/data/`, ours the folders `records/<track>/<date>_<name>/`.
+`FOLDER` is this package's folder; every function takes another one, for tests and for `--root`. A
+folder without data (a program unpacked from its log) is an empty history, not an error.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import csv
 import json
 import math
-from bisect import bisect_left
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+import numpy as np
 
 from records.parse import trained_tokens
 from records.rules import TRACKS
@@ -34,12 +36,14 @@ class Curve:
 
     def at_fraction(self, fraction: float) -> float:
         """Loss after this fraction of the steps, by straight lines between validations."""
-        return _interpolate(self.steps, self.losses, fraction * self.steps[-1])
+        return float(np.interp(fraction * self.steps[-1], self.steps, self.losses))
 
     def is_as_long(self, tokens: float | None, fraction: float) -> bool:
-        """Whether it saw as many tokens by then, up to a factor of two (or nobody says)."""
-        theirs = self.tokens and _interpolate(self.steps, self.tokens, fraction * self.steps[-1])
-        return not theirs or tokens is None or 0.5 <= tokens / theirs <= 2
+        """Whether it saw as many tokens by then, up to a factor of two; True where unknown."""
+        if self.tokens is None or tokens is None:
+            return True
+        theirs = np.interp(fraction * self.steps[-1], self.steps, self.tokens)
+        return bool(theirs == 0 or 0.5 <= tokens / theirs <= 2)
 
     def axis(self, metric: str) -> tuple[float, ...] | None:
         return {"train_time_ms": self.times_ms, "tokens": self.tokens, "steps": self.steps}[metric]
@@ -56,16 +60,6 @@ class Curve:
                 part = (self.losses[i - 1] - loss) / (self.losses[i - 1] - value)
                 return xs[i - 1] + part * (xs[i] - xs[i - 1])
         return None
-
-
-def _interpolate(xs: tuple, ys: tuple, x: float) -> float:
-    i = bisect_left(xs, x)
-    if i == 0:
-        return ys[0]
-    if i == len(xs):
-        return ys[-1]
-    part = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
-    return ys[i - 1] + part * (ys[i] - ys[i - 1])
 
 
 TEXT_CAP = 1 << 24  # bytes of a README or a result.json
@@ -109,23 +103,19 @@ def published_curves(name: str, folder: Path = FOLDER) -> tuple[Curve, ...]:
         record = official[key]
         steps = tuple(int(p["step"]) for p in points)
         end_ms = record["minutes"] * 60_000
+        times = tuple(end_ms * step / steps[-1] for step in steps)
         if all(p["train_time_ms"] for p in points):
             times = tuple(float(p["train_time_ms"]) for p in points)
             if abs(times[-1] / end_ms - 1) > 0.1:
                 times = None
-        else:
-            times = tuple(end_ms * step / steps[-1] for step in steps)
-        curves.append(
-            Curve(
-                label=f"#{key[0]}" + ("" if record["kind"] == "record" else f" ({key[1]})"),
-                minutes=record["minutes"],
-                steps=steps,
-                losses=tuple(float(p["val_loss"]) for p in points),
-                times_ms=times,
-                tokens=tuple(trained_tokens(record["batch"], s) for s in steps)
-                if record["batch"] else None,
-            )
-        )
+        curves.append(Curve(
+            label=f"#{key[0]}" + ("" if record["kind"] == "record" else f" ({key[1]})"),
+            minutes=record["minutes"],
+            steps=steps,
+            losses=tuple(float(p["val_loss"]) for p in points),
+            times_ms=times,
+            tokens=record["batch"] and tuple(trained_tokens(record["batch"], s) for s in steps),
+        ))
     return tuple(curves)
 
 
@@ -166,24 +156,33 @@ def own_curves(name: str, folder: Path = FOLDER) -> list[Curve]:
     curves = []
     for result in own_records(name, folder):
         points = result["curve"]
-        curves.append(
-            Curve(
-                label=result["name"],
-                minutes=result["train_time_ms"]["mean"] / 60_000,
-                steps=tuple(points["step"]),
-                losses=tuple(points["val_loss"]),
-                times_ms=tuple(points["train_time_ms"]),
-                tokens=None if None in points["tokens"] else tuple(points["tokens"]),
-            )
-        )
+        curves.append(Curve(
+            label=result["name"],
+            minutes=result["train_time_ms"]["mean"] / 60_000,
+            steps=tuple(points["step"]),
+            losses=tuple(points["val_loss"]),
+            times_ms=tuple(points["train_time_ms"]),
+            tokens=None if None in points["tokens"] else tuple(points["tokens"]),
+        ))
     return curves
+
+
+def write(path: Path, data: bytes) -> None:
+    """A whole file or none: temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 # ---------------------------------------------------------------------------------- units in words
 
 
 def clock(ms: float | None, tenths: bool = False) -> str:
-    """A duration as people of the speedrun write it: 45.2s, 3:05 (with tenths 3:05.1), 1:02:09."""
+    """A duration as the speedrun writes it: 45.2s, 3:05 (with tenths 3:05.1), 1:02:09."""
     if ms is None or not math.isfinite(ms):
         return "-"
     seconds = ms / 1000

@@ -1,13 +1,13 @@
 """The ladder at pocket scale: every rung trained on this machine, beside the published ladder.
 
-    python -m records ladder --seeds 3          run what is missing, write table and plot
+    python -m records ladder --seeds 3          run the missing runs, write table and plot
     python -m records ladder --times 2          time all rungs in turns, on a quiet machine
-    python -m records ladder --report           only write table and plot of what was run
+    python -m records ladder --report           only write table and plot of the runs so far
 
 Runs go seed by seed, within a seed rung by rung: the same seed gives every rung the same start and
 the same order of data, so gains are differences between pairs of runs. Results are kept in one line
-a run; an interrupted ladder goes on where it stopped. Losses do not depend on what else the machine
-does, times do: they come from short runs of all rungs in turns, one at a time.
+a run; an interrupted ladder goes on where it stopped. Losses do not depend on other work on the
+machine, times do: they come from short runs of all rungs in turns, one at a time.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from records import history
-from records.add import write
 from records.check import recipe_sha256
 from records.log import parse
 from records.rules import TRACKS
@@ -47,7 +46,7 @@ print(json.dumps({record: recipes.to_dict(options.parse(
     ["--record", str(record), "--scale", "pocket", *sys.argv[1:]], has_cuda=False)[1])
     for record in recipes.RECORDS}))
 """
-# How a run is watched, not what it trains.
+# Fields of a recipe that change how a run is measured, not the training.
 WATCHED = ("val_tokens", "val_every", "val_seq_len", "target", "title", "track")
 
 
@@ -61,12 +60,12 @@ def known_rungs(options: Sequence[str] = ()) -> dict[int, str]:
 
 
 def fingerprint(recipe: dict) -> str:
-    """Digest of what a recipe trains. A kept run counts for as long as its rung's is the same."""
+    """Digest of the training fields of a recipe. A kept run counts while its rung's is the same."""
     return recipe_sha256({k: v for k, v in recipe.items() if k not in WATCHED})
 
 
 def run_once(record: int, seed: int, options: Sequence[str], threads: int) -> dict:
-    """Train one rung; what is kept of its log. Raises ValueError where it does not end well."""
+    """Train one rung and return the facts of its log; ValueError where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive",
                    "GOMP_SPINCOUNT": "20000"}  # as env.sh has it
     with tempfile.TemporaryDirectory() as folder:
@@ -75,9 +74,9 @@ def run_once(record: int, seed: int, options: Sequence[str], threads: int) -> di
         done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=environment)
         logs = list(Path(folder).glob("*.txt"))
         if done.returncode or len(logs) != 1:
-            said = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            last = (done.stderr or done.stdout).strip().splitlines()[-1:]
             raise ValueError(f"record {record}, seed {seed}: {' '.join(command[1:])} ended with "
-                             f"{done.returncode}: {' '.join(said)}")
+                             f"{done.returncode}: {' '.join(last)}")
         (run,) = parse(logs[0])
     result = run.result
     return {
@@ -141,11 +140,11 @@ def read(kept: Path) -> list[dict]:
 
 
 def current(runs: Sequence[dict], rungs: dict[int, str]) -> list[dict]:
-    """Those of the runs that trained what their rung is now."""
+    """The runs whose recipe is still that of their rung."""
     return [run for run in runs if rungs.get(run["record"]) == run["fingerprint"]]
 
 
-# --- what the runs say ----------------------------------------------------------------------------
+# --- gains and verdicts ---------------------------------------------------------------------------
 
 def rungs(runs: Sequence[dict], times: Sequence[dict] = ()) -> list[dict]:
     """A row for each record: losses, and the gain over the rung before as paired differences.
@@ -225,8 +224,8 @@ def verdict(row: dict, freedom: int) -> str:
 def rank_correlation(rows: Sequence[dict]) -> tuple[float, float, int]:
     """(Spearman's rho, p, rungs): pocket gains with the published ones, both over the rung before.
 
-    A published gain is the logarithm of tokens saved to the same loss, which is what an idea does;
-    the minutes carry the systems work as well.
+    A published gain is the logarithm of tokens saved to the same loss; minutes would include the
+    systems work.
     """
     import numpy as np
     from scipy import stats
@@ -248,7 +247,7 @@ def rank_correlation(rows: Sequence[dict]) -> tuple[float, float, int]:
 # --- the page -------------------------------------------------------------------------------------
 
 def validation_note(runs: Sequence[dict]) -> str:
-    """What sets these losses apart from the track's, where the runs validate on fewer tokens."""
+    """A warning where the runs validate on fewer tokens than the track."""
     options = {tuple(run["options"]) for run in runs}
     counts = {words[words.index("--val_tokens") + 1] for words in options
               if "--val_tokens" in words}
@@ -326,7 +325,7 @@ def draw(runs: Sequence[dict], out: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    from records.plot import COLORS, STYLE
+    from records.plot import COLORS, STYLE, save
 
     rows = rungs(runs)
     at = {row["record"]: i for i, row in enumerate(rows)}
@@ -352,28 +351,22 @@ def draw(runs: Sequence[dict], out: Path) -> list[Path]:
         below.set_ylabel(f"pocket: loss at {history.count(rows[0]['tokens'])} tokens")
         below.set_xticks(range(len(rows)), [f"{r['record']}" for r in rows])
         below.set_xlabel("record")
-        files = []
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            path = out.with_name(f"{out.name}.{kind}")
-            partial = path.with_name(path.name + ".tmp")
-            figure.savefig(partial, format=kind, metadata=metadata)
-            os.replace(partial, path)
-            files.append(path)
+        files = save(figure, out)
         plt.close(figure)
     return files
 
 
 # --- the command ----------------------------------------------------------------------------------
 
-def add_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--seeds", type=int, default=3, help="runs of each rung (default 3)")
-    sub.add_argument("--records", default="", help="only these rungs, as 2,6,24")
-    sub.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
-    sub.add_argument("--threads", type=int, default=1, help="threads of each run (default 1)")
-    sub.add_argument("--options", default="", help="options for all runs, in quotes")
-    sub.add_argument("--times", type=int, default=0, metavar="ROUNDS",
-                     help="time the steps of all rungs so many times, train nothing else")
-    sub.add_argument("--report", action="store_true", help="only report what has been run so far")
+def add_arguments(add: Callable) -> None:
+    add("--seeds", type=int, default=3, help="runs of each rung (default 3)")
+    add("--records", default="", help="only these rungs, as 2,6,24")
+    add("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    add("--threads", type=int, default=1, help="threads of each run (default 1)")
+    add("--options", default="", help="options for all runs, in quotes")
+    add("--times", type=int, default=0, metavar="ROUNDS",
+        help="time the steps of all rungs so many times, train nothing else")
+    add("--report", action="store_true", help="only report the runs made so far")
 
 
 def ladder(args: argparse.Namespace) -> int:
@@ -396,7 +389,7 @@ def ladder(args: argparse.Namespace) -> int:
     if not runs:
         raise FileNotFoundError(f"{kept}: expected runs of the present recipes, found none; leave "
                                 "out --report")
-    write(args.root / "LADDER.md", page(runs, list(there), times).encode())
+    history.write(args.root / "LADDER.md", page(runs, list(there), times).encode())
     for path in (args.root / "LADDER.md", *draw(runs, args.root / "ladder")):
         print(path)
     return 0

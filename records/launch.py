@@ -1,4 +1,4 @@
-"""Find the program somebody means, and run it: shared by race and reproduce.
+"""Find a program by its name and run it: shared by race and reproduce.
 
 A program is a folder with train_gpt.py and the options it is started with. It prints its steps and,
 in its last lines, `log: PATH`; that log is all that is taken from it.
@@ -47,7 +47,7 @@ class Program:
 
 
 def training_options(command: str) -> list[str]:
-    """The options of a logged command line that say what is trained, without seed and folders."""
+    """The training options of a logged command line, without seed and folders."""
     return [word for name, words in _options(shlex.split(command)[1:]) if name not in DROPPED
             for word in words]
 
@@ -98,7 +98,7 @@ def link_caches(folder: Path, tree: Path) -> None:
 
 
 def find(text: str, place: Path, root: Path = FOLDER) -> Program:
-    """The program that a word (and options after it) means; `place` is where it may be unpacked.
+    """The program of a word, with the options after it; `place`: where it may be unpacked.
 
     A number is a record of the current tree's ladder; a folder with result.json, or the name of a
     record of ours, is that record's program; a folder with train_gpt.py is a working tree; anything
@@ -107,13 +107,13 @@ def find(text: str, place: Path, root: Path = FOLDER) -> Program:
     words = shlex.split(text)
     if not words or not words[0]:
         raise ValueError("expected a record, a folder or a revision, got nothing")
-    what, options = words[0], tuple(words[1:])
+    target, options = words[0], tuple(words[1:])
     tree = root.parent.resolve()
-    if re.fullmatch(r"#?\d+", what):
-        number = what.removeprefix("#")
+    if re.fullmatch(r"#?\d+", target):
+        number = target.removeprefix("#")
         return Program(f"#{number}" + _tail(options), tree, merged(("--record", number), options))
-    folder = next((f for f in (Path(what), root / what) if f.is_dir()), None)
-    named = [r for r in own_records(None, root) if what in (r["name"], r["folder"])]
+    folder = next((f for f in (Path(target), root / target) if f.is_dir()), None)
+    named = [r for r in own_records(None, root) if target in (r["name"], r["folder"])]
     if named and (folder is None or not (folder / SCRIPT).is_file()):
         folder = root / named[0]["folder"]
     if folder is not None and (folder / "result.json").is_file():
@@ -126,11 +126,11 @@ def find(text: str, place: Path, root: Path = FOLDER) -> Program:
         return Program(name + _tail(options), place.resolve(), merged(kept, options))
     if folder is not None:
         if not (folder / SCRIPT).is_file():
-            raise ValueError(f"{what}: expected a folder with {SCRIPT} or result.json")
-        return Program(what + _tail(options), folder.resolve(), options)
-    commit = _git(tree, "rev-parse", "--verify", "--quiet", f"{what}^{{commit}}")
+            raise ValueError(f"{target}: expected a folder with {SCRIPT} or result.json")
+        return Program(target + _tail(options), folder.resolve(), options)
+    commit = _git(tree, "rev-parse", "--verify", "--quiet", f"{target}^{{commit}}")
     if not commit:
-        raise ValueError(f"{what}: expected a record's number or name, a folder with {SCRIPT} or "
+        raise ValueError(f"{target}: expected a record's number or name, a folder with {SCRIPT} or "
                          "result.json, or a git revision; it is none of them")
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -140,17 +140,17 @@ def find(text: str, place: Path, root: Path = FOLDER) -> Program:
              str(place.resolve()), commit], capture_output=True, text=True,
         )
         if done.returncode:
-            raise ValueError(f"{what}: git worktree: {done.stderr.strip()}")
+            raise ValueError(f"{target}: git worktree: {done.stderr.strip()}")
     if _git(place, "rev-parse", "HEAD") != commit:
         raise ValueError(f"{place}: expected revision {commit[:12]}: it holds another; remove it")
     if not (place / SCRIPT).is_file():
-        raise ValueError(f"{what}: revision {commit[:12]} has no {SCRIPT}")
+        raise ValueError(f"{target}: revision {commit[:12]} has no {SCRIPT}")
     link_caches(place, tree)
-    return Program(what + _tail(options), place.resolve(), options)
+    return Program(target + _tail(options), place.resolve(), options)
 
 
 def forget(program: Program, place: Path, root: Path = FOLDER) -> None:
-    """Remove a worktree that `find` made, or what it unpacked."""
+    """Remove the worktree or the unpacked program that `find` made."""
     if program.folder == place.resolve() and place.exists():
         if (place / ".git").exists():
             _git(root.parent, "worktree", "remove", "--force", str(place.resolve()))
@@ -182,7 +182,7 @@ def _terminating():
 
     try:
         before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: whoever runs this takes care
+    except ValueError:  # only the main thread may set a handler
         yield
         return
     try:
@@ -194,16 +194,17 @@ def _terminating():
 def execute(
     program: Program, seed: int | None, nproc: int, output: Path, on_step: Callable = lambda f: None
 ) -> Run:
-    """Run a program to its end; its complete run. What it prints goes to the file `output`.
+    """Run a program to its end and return its complete run. Its output goes to the file `output`.
 
     on_step is called with the fraction of steps done. If this process is interrupted, the program
-    and all its ranks are ended. Raises ProgramFailed with the program's last lines otherwise.
+    and all its ranks are ended. Raises ProgramFailed, with the program's last lines, where it ends
+    without a complete log.
     """
     command = program.command(seed, nproc)
     last: deque[str] = deque(maxlen=8)
     log: Path | None = None
     output.parent.mkdir(parents=True, exist_ok=True)
-    # a thread that waits by spinning slows everybody on a busy machine down
+    # threads that spin while they wait slow down a busy machine
     environment = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000",  # as env.sh has it
                    **os.environ, "PYTHONUNBUFFERED": "1"}
     with _terminating(), open(output, "w", buffering=1) as file:

@@ -1,9 +1,8 @@
 """A and B by turns on one machine: A B A B ..., same seeds, same data; which one is faster.
 
-"Faster than the prior record on the same hardware" as a command. After every run the state is on
-disk (race.json): the same command goes on where it stopped. Interleaving keeps slow changes of the
-machine (heat, other users) from favouring one side; Welch's test of the times does not assume equal
-spreads, and losses are compared seed by seed.
+The state is on disk after every run (race.json): the same command goes on where it stopped.
+Interleaving keeps slow changes of the machine (heat, other users) from favouring one side; Welch's
+test of the times does not assume equal spreads, and losses are compared seed by seed.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from records import check, launch, rules, stats
-from records.add import write
-from records.history import FOLDER, clock
+from records.history import FOLDER, clock, write
 from records.parse import Run
 
 
@@ -143,7 +141,7 @@ def _run_all(state, programs, labels, runs, seed, nproc, out) -> None:
 
 
 def _keep(state: dict, side: str, run: Run, out: Path, i: int) -> dict:
-    """What the race keeps of a run, its log too; refuses a side that changed meanwhile."""
+    """Copy the log of a run and return its entry; ValueError if its side or the machine changed."""
     entry = {
         "log": f"{side}/{i + 1:02d}_{Path(run.path).name}",
         "digest": run.digest,
@@ -221,9 +219,9 @@ def report(state: dict) -> str:
     target = rules.TRACKS[name].target if name in rules.TRACKS else None
     if target is not None:
         reached = [sum(state[side]["losses"]) / num <= target for side in "ab"]
-        said = {(True, True): "both reach", (False, False): "neither reaches",
-                (True, False): "only A reaches", (False, True): "only B reaches"}[tuple(reached)]
-        lines.append(f"By the mean, {said} the target {target:g} of {name}.")
+        verdict = {(True, True): "both reach", (False, False): "neither reaches",
+                   (True, False): "only A reaches", (False, True): "only B reaches"}
+        lines.append(f"By the mean, {verdict[tuple(reached)]} the target {target:g} of {name}.")
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
-"""Where a run stands: one line at each validation, and its place in the table at the end.
+"""A run beside the records: one line at each validation, its place in the table at the end.
 
-The trainer prints `stand` while it runs and `rank` when it ends; `python -m records stand LOG` says
-the same of a finished log through the same functions. Neither raises for a bad loss: a line on the
-screen must never end a run.
+The trainer prints `progress` while it runs and `rank` when it ends; `python -m records rank LOG`
+prints the same for a finished log. Neither raises for a bad loss: a line on the screen must never
+end a run.
 """
 
 from __future__ import annotations
@@ -11,8 +11,18 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from records import history
-from records.history import FOLDER, Curve, amount, clock
+from records.history import (
+    FOLDER,
+    Curve,
+    amount,
+    clock,
+    count,
+    metric_value,
+    own_curves,
+    own_records,
+    public_records,
+    published_curves,
+)
 from records.rules import Track
 from records.rules import track as rules_of
 
@@ -30,7 +40,7 @@ def progress(
     data_digest: str | None = None,
     folder: Path = FOLDER,
 ) -> str:
-    """One line: which record had this loss at this point, and where this run is going.
+    """One line: the records that had this loss near this point, and the projected end of the run.
 
     track            a track of records/rules.py; ValueError for another name
     train_time_ms    milliseconds of training so far; tokens: trained on so far
@@ -38,25 +48,24 @@ def progress(
                      projection where the track has no curve of another run to learn from
     target           the loss to reach, if not the track's own
     num_iterations   steps of the whole run; with step, the projected finish is given
-    data_digest      of the data the run is on; other data than the track's are not compared
+    data_digest      of the data of the run; data other than the track's are not compared
     """
     rules = rules_of(track)
     if not math.isfinite(val_loss):
         return f"{track}: loss is {val_loss}, no record is like that"
     if _other_data(rules, data_digest):
         return f"{track}: {val_loss:.4f} on other data than the track's, no record to compare with"
-    if target is None:
-        target = rules.target
+    target = rules.target if target is None else target
     if step == 0:
         return f"{track}: {val_loss:.4f} before the first step"
-    curves = _curves(rules, folder)
-    at = _position(rules, train_time_ms, tokens, step)
-    parts = [_neighbours(rules, curves, val_loss, at, tokens)]
+    curves = [*(published_curves(rules.published, folder) if rules.published else ()),
+              *own_curves(rules.name, folder)]
+    parts = [_neighbours(rules, curves, val_loss, _metric(rules, train_time_ms, tokens, step),
+                         tokens)]
     if step and num_iterations and 0 < step < num_iterations:
-        parts.append(
-            _finish([c for c in curves if c.is_as_long(tokens, step / num_iterations)], val_loss,
-                    train_time_ms, target, step / num_iterations, history, step)
-        )
+        fraction = step / num_iterations
+        alike = [curve for curve in curves if curve.is_as_long(tokens, fraction)]
+        parts.append(_finish(alike, val_loss, train_time_ms, target, fraction, history, step))
     elif target is not None:
         parts.append(_against(val_loss, target))
     if target is None and (step is None or step == num_iterations):
@@ -75,72 +84,54 @@ def rank(
     data_digest: str | None = None,
     folder: Path = FOLDER,
 ) -> str:
-    """Where a finished run would stand in the track's table. One run is not yet a record."""
+    """The place of a finished run in the track's table. One run is not yet a record."""
     rules = rules_of(track)
     if _other_data(rules, data_digest):
         return f"{track}: no place: the run is on other data than the track's"
+    target = rules.target if target is None else target
     if target is None:
-        target = rules.target
-    if target is None:
-        spent = _measures(rules, train_time_ms, tokens, steps)
-        return (
-            f"{track}: no place yet: the target of this track is not yet fixed "
-            f"(this run: {final_val_loss:.4f} after {spent})"
-        )
+        values = {metric: _metric(rules, train_time_ms, tokens, steps, metric)
+                  for metric in rules.metric}
+        spent = " and ".join(amount(v, metric) for metric, v in values.items() if v is not None)
+        return (f"{track}: no place yet: the target of this track is not yet fixed "
+                f"(this run: {final_val_loss:.4f} after {spent})")
     if not final_val_loss <= target:
         return f"{track}: no place: {final_val_loss:.4f} is above the target {target:g}"
-    value = _position(rules, train_time_ms, tokens, steps)
-    metric = rules.metric[0]
-    table = _table(rules, folder)
+    value, metric = _metric(rules, train_time_ms, tokens, steps), rules.metric[0]
     if value is None:
         return f"{track}: no place: the run does not say its {metric}"
+    table = _table(rules, folder)
     better = [entry for entry in table if entry[0] < value]
     level = [label for at, label in table if at == value]
     worse = [entry for entry in table if entry[0] > value]
-    place, size = len(better) + 1, len(table) + 1
     after = f", behind {better[-1][1]} ({amount(better[-1][0], metric)})" if better else ""
     before = f", ahead of {worse[0][1]} ({amount(worse[0][0], metric)})" if worse else ""
     race = ", where a race decides" if "train_time_ms" in rules.metric[1:] else ""
     beside = f", level with {level[0]}{race}" if level else ""
-    return (
-        f"{track}: {final_val_loss:.4f} reaches {target:g}: with {amount(value, metric)} place "
-        f"{place} of {size}{after}{beside}{before}. A record needs {rules.rule}"
-    )
+    return (f"{track}: {final_val_loss:.4f} reaches {target:g}: with {amount(value, metric)} place "
+            f"{len(better) + 1} of {len(table) + 1}{after}{beside}{before}. A record needs "
+            f"{rules.rule}")
 
 
 def _other_data(rules: Track, digest: str | None) -> bool:
     return None not in (rules.data_digest, digest) and rules.data_digest != digest
 
 
-def _curves(rules: Track, folder: Path) -> list[Curve]:
-    published = history.published_curves(rules.published, folder) if rules.published else ()
-    return [*published, *history.own_curves(rules.name, folder)]
-
-
 def _table(rules: Track, folder: Path) -> list[tuple[float, str]]:
     """(metric, label) of every record of the track, best first."""
     metric = rules.metric[0]
-    entries = [
-        (history.metric_value(record, metric), record["name"])
-        for record in history.own_records(rules.name, folder)
-        if record["kind"] == "record"
-    ]
+    entries = [(metric_value(record, metric), record["name"])
+               for record in own_records(rules.name, folder) if record["kind"] == "record"]
     if metric == "train_time_ms":
-        entries += [
-            (record["minutes"] * 60_000, f"#{record['number']}")
-            for record in history.public_records(folder)
-            if record["track"] == rules.published and record["kind"] == "record"
-        ]
+        entries += [(record["minutes"] * 60_000, f"#{record['number']}")
+                    for record in public_records(folder)
+                    if record["track"] == rules.published and record["kind"] == "record"]
     return sorted(entries)
 
 
-def _position(rules: Track, train_time_ms, tokens, step) -> float | None:
-    return {"train_time_ms": train_time_ms, "tokens": tokens, "steps": step}[rules.metric[0]]
-
-
-def _measures(rules: Track, train_time_ms, tokens, steps) -> str:
-    values = {"train_time_ms": train_time_ms, "tokens": tokens, "steps": steps}
-    return " and ".join(amount(values[m], m) for m in rules.metric if values[m] is not None)
+def _metric(rules: Track, train_time_ms, tokens, steps, metric: str = "") -> float | None:
+    return {"train_time_ms": train_time_ms, "tokens": tokens,
+            "steps": steps}[metric or rules.metric[0]]
 
 
 def _neighbours(
@@ -154,9 +145,9 @@ def _neighbours(
     if not curves:
         return f"{here}: no record yet to compare with"
     last, words = _between(curves, val_loss, at, metric)
-    if last and metric == "train_time_ms" and tokens:  # slower hardware: what counts is tokens
+    if last and metric == "train_time_ms" and tokens:  # slower hardware: compare by tokens
         by_tokens = _between(curves, val_loss, tokens, "tokens")[1]
-        words += f"; by tokens ({history.count(tokens)}) {by_tokens}" if by_tokens else ""
+        words += f"; by tokens ({count(tokens)}) {by_tokens}" if by_tokens else ""
     return f"{here}: {words or 'below every published curve'}"
 
 

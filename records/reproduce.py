@@ -1,7 +1,7 @@
-"""Run the program inside a log again, ours or a public one, or say what it needs.
+"""Unpack the program inside a log and run it again.
 
 A log of ours holds every source, the recipe and the command line; a public log holds its training
-script at most. What is unpacked is somebody's program: `--dry-run` unpacks it and runs nothing.
+script at most, which is unpacked with a list of its requirements. `--dry-run` runs nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from records.parse import CODE, RULE, Run
 
 
 def reproduce(
-    what: Path,
+    path: Path,
     *,
     into: Path | None = None,
     dry_run: bool = False,
@@ -29,10 +29,9 @@ def reproduce(
 ) -> int:
     """Unpack and run. Exit status 0 if the run ended as the log or the record leads to expect."""
     record = None
-    path = what
-    if (what / "result.json").is_file():
-        record = check.read_result(what)
-        path = check.folder_logs(what)[0]
+    if (path / "result.json").is_file():
+        record = check.read_result(path)
+        path = check.folder_logs(path)[0]
     runs = parse(path, keep_sources=True)
     if not runs:
         raise ValueError(f"{path}: expected a log, found no measurement in it")
@@ -93,7 +92,7 @@ def _compare(run: Run, again: Run, record: dict | None, seed: int | None) -> int
 
 
 def _public(path: Path, run: Run, into: Path) -> int:
-    """A public log: its script, and what it would need. It is not run from here."""
+    """Write the script of a public log and print its requirements; it is not run from here."""
     code = embedded_code(path)
     if code is None:
         raise ValueError(f"{path}: expected the program inside the log, it does not hold one "
@@ -106,9 +105,9 @@ def _public(path: Path, run: Run, into: Path) -> int:
     gpus = run.gpu_count or 8
     print(f"the script of the log is in {into / launch.SCRIPT} ({len(text.splitlines())} lines)")
     print("it is not run from here; it needs")
-    print(f"  GPUs      {gpus}x {run.gpu or 'not said in the log'}")
-    print(f"  Python    {run.python or 'not said in the log'}")
-    print(f"  torch     {run.torch or 'not said in the log'}, CUDA {run.cuda or 'not said'}")
+    print(f"  GPUs      {gpus}x {run.gpu or 'not in the log'}")
+    print(f"  Python    {run.python or 'not in the log'}")
+    print(f"  torch     {run.torch or 'not in the log'}, CUDA {run.cuda or 'not in the log'}")
     print(f"  packages  {', '.join(sorted(modules - _STANDARD)) or 'none'}")
     print("  data      python -m data.fineweb --shards 9, in the folder it reads "
           "(data/fineweb10B)")

@@ -1,7 +1,7 @@
-"""The rules of every track, as data. A record is what these rules accept, nothing else.
+"""The rules of every track, as data. A record must meet these rules, and no others.
 
     target      mean final validation loss to reach; None while a track's target is not yet fixed
-    metric      what ranks records, smaller is better, most important first
+    metric      ranks records, smaller is better, most important first
     test        "t": one-sided t-test of the runs' losses against the target, p < alpha
                 "fixed_sigma": (target - mean) * sqrt(n) >= margin, the spread sigma being known
                 "mean": the mean is at or below the target

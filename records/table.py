@@ -1,14 +1,13 @@
 """The record tables: public history and our own records, for a terminal, Markdown or JSON.
 
 Everything is computed from `records/data/` and from the record folders. The README holds a compact
-table between two markers; TABLES.md beside this file holds all of it.
+table between two markers, TABLES.md beside this file all of it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ class Row:
     sd: float | None
     p: float | None
     hardware: str | None
-    evidence: str  # what stands behind the row
+    evidence: str  # the logs behind the row, or the outcome of check
     changed: str
     by: tuple[str, ...]
     folder: str | None
@@ -160,7 +159,7 @@ CHANGED_MIN = 22
 
 
 def terminal(track: Track, found: list[Row], width: int) -> str:
-    """The table of a track in `width` columns: what does not fit is left out, not wrapped."""
+    """The table of a track in `width` columns; columns that do not fit are left out."""
     head = f"{track.name}: {track.title}"
     target = "target not yet fixed" if track.target is None else f"target {track.target:g}"
     lines = [_fit(head, width), _fit(f"{target}; {track.rule}", width)]
@@ -231,7 +230,7 @@ def milestones(found: list[Row]) -> list[Row]:
 
 
 def compact(root: Path = FOLDER) -> str:
-    """What stands between the markers of README.md: our records, and how the public ones fell."""
+    """The tables between the markers of README.md: our records, milestones of the public ones."""
     parts = []
     for track in rules.TRACKS.values():
         ours = [row for row in rows(track, root) if row.own]
@@ -286,7 +285,7 @@ def replaced(text: str, root: Path = FOLDER) -> str:
 
 
 def stale(text: str, root: Path = FOLDER) -> list[str]:
-    """What is out of date in the README text (if it has the markers) and in TABLES.md."""
+    """The tables that are out of date: in the README text (if it has markers) and TABLES.md."""
     problems = []
     renew = "run python -m records table --markdown"
     if BEGIN in text or END in text:
@@ -297,14 +296,14 @@ def stale(text: str, root: Path = FOLDER) -> list[str]:
             problems.append(str(error))
     tables = root / "TABLES.md"
     if not tables.is_file() or tables.read_text() != full(root):
-        problems.append(f"records/TABLES.md is not what the data gives: {renew}")
+        problems.append(f"records/TABLES.md is out of date: {renew}")
     return problems
 
 
 def write_markdown(root: Path = FOLDER) -> list[str]:
     """Bring TABLES.md, README.md and the numbers of every record's README up to date.
 
-    Returns what was written. A README without markers, or none at all, is left alone and said so.
+    Returns a line for each file. A README without markers is left alone.
     """
     done = []
     for folder in check.record_folders(root):
@@ -328,9 +327,7 @@ def write_markdown(root: Path = FOLDER) -> list[str]:
 def _update(path: Path, before: str | None, after: str) -> list[str]:
     if before == after:
         return [f"{path} is up to date"]
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(after)
-    os.replace(partial, path)
+    history.write(path, after.encode())
     return [f"{path} written"]
 
 

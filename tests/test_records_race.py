@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from records import launch, race
 from records.__main__ import main
-from records.add import write
+from records.history import write
 from records.log import parse, source_path, without_sources
 
 PROGRAM = '''
