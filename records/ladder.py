@@ -25,7 +25,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from records import history
+import numpy as np
+import scipy.stats
+
+from records import history, stats
 from records.check import recipe_sha256
 from records.log import parse
 from records.rules import TRACKS
@@ -181,7 +184,7 @@ def rungs(runs: Sequence[dict], times: Sequence[dict] = ()) -> list[dict]:
         }
         rows.append(row)
         before = of_seed
-    spread = pooled_sd([row["gains"] for row in rows])
+    spread = _spread(rows)
     for row in rows:
         row["gain"] = statistics.fmean(row["gains"]) if row["gains"] else math.nan
         row["error"] = spread / math.sqrt(len(row["gains"])) if row["gains"] else math.nan
@@ -203,20 +206,17 @@ def tokens_to(run: dict, loss: float) -> float:
     return math.nan
 
 
-def pooled_sd(samples: Sequence[Sequence[float]]) -> float:
-    samples = [s for s in samples if len(s) > 1]
-    freedom = sum(len(s) - 1 for s in samples)
-    squares = sum(statistics.variance(s) * (len(s) - 1) for s in samples)
-    return math.sqrt(squares / freedom) if freedom else math.nan
+def _spread(rows: Sequence[dict]) -> float:
+    """Standard deviation of the gains of all rungs, each around its own mean."""
+    return stats.pooled_sd([(len(row["gains"]), statistics.stdev(row["gains"]))
+                            for row in rows if len(row["gains"]) > 1])
 
 
 def verdict(row: dict, freedom: int) -> str:
     """helps, hurts, or within noise, by a two-sided t-test with the pooled deviation."""
-    from scipy import stats
-
     if not row["gains"] or not row["error"] > 0:
         return ""
-    if 2 * stats.t.sf(abs(row["gain"]) / row["error"], freedom) > ALPHA:
+    if 2 * scipy.stats.t.sf(abs(row["gain"]) / row["error"], freedom) > ALPHA:
         return "within noise"
     return "helps" if row["gain"] > 0 else "hurts"
 
@@ -227,16 +227,13 @@ def rank_correlation(rows: Sequence[dict]) -> tuple[float, float, int]:
     A published gain is the logarithm of tokens saved to the same loss; minutes would include the
     systems work.
     """
-    import numpy as np
-    from scipy import stats
-
     pairs = [(row["gain"], math.log(prior["published"]["tokens"] / row["published"]["tokens"]))
              for prior, row in itertools.pairwise(rows)
              if row["gains"] and prior["published"] and row["published"]
              and prior["published"]["tokens"] and row["published"]["tokens"]]
     if len(pairs) < 3:
         return math.nan, math.nan, len(pairs)
-    gains, savings = (stats.rankdata(side) for side in zip(*pairs))
+    gains, savings = (scipy.stats.rankdata(side) for side in zip(*pairs))
     rho = float(np.corrcoef(gains, savings)[0, 1])
     rng = np.random.default_rng(0)  # p: how often a shuffled order does as well, either way
     shuffled = [np.corrcoef(rng.permutation(gains), savings)[0, 1] for _ in range(PERMUTATIONS)]
@@ -264,7 +261,7 @@ def page(runs: Sequence[dict], there: Sequence[int] = (), times: Sequence[dict] 
     rows = rungs(runs, times)
     gains = [row["gains"] for row in rows if len(row["gains"]) > 1]
     freedom = sum(len(g) - 1 for g in gains)
-    spread = pooled_sd(gains)
+    spread = _spread(rows)
     rho, p, num = rank_correlation(rows)
     words = {row["record"]: verdict(row, freedom) for row in rows}
 

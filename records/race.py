@@ -7,47 +7,18 @@ test of the times does not assume equal spreads, and losses are compared seed by
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
 import shutil
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 from records import check, launch, rules, stats
 from records.history import FOLDER, clock, write
 from records.parse import Run
-
-
-class Bar:
-    """One line of progress on a terminal; elsewhere a line at the end of each run."""
-
-    WIDTH = 24
-
-    def __init__(self, total: int, done: int) -> None:
-        self.total, self.done = total, done
-        self.live = sys.stderr.isatty()
-        self.begun, self.before = time.monotonic(), done
-
-    def show(self, label: str, fraction: float) -> None:
-        if not self.live:
-            return
-        share = (self.done + fraction) / self.total
-        fill = round(share * self.WIDTH)
-        work = self.done + fraction - self.before
-        left = (self.total - self.done - fraction) / work * (time.monotonic() - self.begun) * 1000 \
-            if work > 0.02 else float("nan")
-        print(f"\r\x1b[K[{'#' * fill}{'.' * (self.WIDTH - fill)}] {self.done}/{self.total} runs, "
-              f"{label[:24]} {fraction:4.0%}, {clock(left)} left", end="", file=sys.stderr,
-              flush=True)
-
-    def step(self, text: str) -> None:
-        self.done += 1
-        if self.live:
-            print("\r\x1b[K", end="", file=sys.stderr)
-        print(f"{self.done}/{self.total}  {text}", file=sys.stderr, flush=True)
 
 
 def race(
@@ -123,21 +94,29 @@ def _resume(out: Path, asked: dict) -> dict:
 
 
 def _run_all(state, programs, labels, runs, seed, nproc, out) -> None:
+    """Run what is missing, A and B by turns; a bar on a terminal, one line for each run."""
+    from tqdm import tqdm
+
     done = sum(min(runs, len(state["runs"][side])) for side in "ab")
-    bar = Bar(2 * runs, done)
-    for i in range(runs):
-        for side in "ab":
+    bar = tqdm(total=2 * runs, initial=done, disable=None, leave=False,
+               bar_format="[{bar:24}] {desc}, {remaining} left")
+    with bar:
+        for i, side in itertools.product(range(runs), "ab"):
             if len(state["runs"][side]) > i:
                 continue
-            bar.show(labels[side], 0.0)
-            run = launch.execute(
-                programs[side], seed + i, nproc, out / f"{side}_{i + 1:02d}.out",
-                on_step=lambda fraction, side=side: bar.show(labels[side], fraction),
-            )
+
+            def show(fraction: float, done=done, label=labels[side][:24]) -> None:
+                bar.n = done + fraction
+                bar.set_description_str(f"{done}/{2 * runs} runs, {label} {fraction:4.0%}")
+
+            show(0.0)
+            run = launch.execute(programs[side], seed + i, nproc, out / f"{side}_{i + 1:02d}.out",
+                                 on_step=show)
             state["runs"][side].append(_keep(state, side, run, out, i))
             _save(out, state)
-            bar.step(f"{side.upper()} {labels[side][:30]}: val_loss {run.final_val_loss:.4f} in "
-                     f"{clock(run.train_time_ms)}")
+            done += 1
+            tqdm.write(f"{done}/{2 * runs}  {side.upper()} {labels[side][:30]}: val_loss "
+                       f"{run.final_val_loss:.4f} in {clock(run.train_time_ms)}", file=sys.stderr)
 
 
 def _keep(state: dict, side: str, run: Run, out: Path, i: int) -> dict:

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from conftest import ROOT
-from records import launch, race
+from records import launch
 from records.__main__ import main
 from records.history import write
 from records.log import parse, source_path, without_sources
@@ -240,10 +240,9 @@ def test_a_public_log_gives_its_script_and_says_what_it_needs(tmp_path, capsys):
     assert main(["reproduce", str(log), "--into", str(tmp_path / "b")]) == 2
 
 
-def test_the_bar_shows_progress_on_a_terminal(monkeypatch, capsys):
+def test_a_race_shows_progress_on_a_terminal(tree, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    bar = race.Bar(4, 1)
-    bar.show("#6", 0.5)
-    bar.step("#6: done")
+    assert records(tree, "race", "6", "5", "--runs", "1", "--out", "r") == 0
     said = capsys.readouterr().err
-    assert "[#########...............] 1/4 runs, #6  50%" in said and "2/4  #6: done" in said
+    assert "0/2 runs, #6  50%" in said and "1/2 runs, #5  50%" in said and " left" in said
+    assert "2/2  B #5: val_loss" in said
