@@ -73,7 +73,7 @@ def add(
         "race": read_race(race) if race else None,
     }
     if own["date"] is None:
-        raise ValueError("the logs do not say when they were made (`started` in the environment)")
+        raise ValueError("`started`: expected a date in the environment of each log, got none")
     check.ahead_of_prior(verdict, own, root)
     check.not_reused(verdict, own, root)
     if verdict.reasons:

@@ -172,10 +172,9 @@ def _between(curves: list[Curve], val_loss: float, at: float, metric: str) -> tu
 def _finish(curves, val_loss, train_time_ms, target, fraction, history, step) -> str:
     """Projected loss and time at the last step.
 
-    The loss: what the records of about this length whose loss was closest after the same fraction
-    of their steps still gained from there (median of up to three). Without such a curve: the
-    straight line of this run's loss against log(step) through its last validations, which knows
-    nothing of a cooldown.
+    The loss: this one plus the median change to the end in up to three records of about this
+    length, those with the closest loss after the same fraction of their steps. Without such a
+    curve: the straight line of this run's loss against log(step), which ignores a cooldown.
     """
     end = clock(train_time_ms / fraction)
     alike = sorted(

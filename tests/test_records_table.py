@@ -24,7 +24,7 @@ def test_this_repository_passes_its_own_check():
         assert verdict.passed, (label, list(map(str, verdict.reasons)))
 
 
-# --- facts ----------------------------------------------------------------------------------------
+# --- history --------------------------------------------------------------------------------------
 
 
 @reference
@@ -156,17 +156,17 @@ def test_a_readme_without_its_markers_is_said(text):
         table.replaced(text)
 
 
-def test_what_stands_around_the_markers_stays():
+def test_text_around_the_markers_stays():
     text = table.replaced(f"before\n{table.BEGIN}\na stale row\n{table.END}\nafter\n")
     assert text.startswith(f"before\n{table.BEGIN}\n") and text.endswith(f"{table.END}\nafter\n")
     assert "a stale row" not in text and table.replaced(text) == text
     assert table.stale(text) == []
 
 
-# --- standing -------------------------------------------------------------------------------------
+# --- rank -----------------------------------------------------------------------------------------
 
 
-def test_a_record_stands_beside_itself():
+def test_a_record_is_its_own_neighbour():
     curve = next(c for c in history.published_curves("short") if c.label == "#18")
     i = 6
     line = rank.progress("short", curve.losses[i], curve.times_ms[i], 0, step=curve.steps[i],
@@ -177,7 +177,7 @@ def test_a_record_stands_beside_itself():
     assert history.clock(curve.times_ms[-1])[:2] in line.partition("heading for")[2]
 
 
-def test_standing_names_the_records_before_and_after():
+def test_progress_names_the_records_before_and_after():
     line = rank.progress("short", 3.35, 200_000, 0)
     before, after = re.search(r"behind #(\d+) \(\S+\), ahead of #(\d+)", line).groups()
     curves = {c.label: c for c in history.published_curves("short")}
@@ -194,7 +194,7 @@ def test_a_short_run_is_not_forecast_by_records_ten_times_as_long():
     assert "heading for" not in rank.progress("pocket", loss, 4e3, tokens // 8, **of_record)
 
 
-def test_standing_at_the_ends():
+def test_progress_at_the_ends():
     assert "the last of all" in rank.progress("short", 3.5, 9e6, 0)
     assert "the first of all" in rank.progress("short", 3.5, 1e3, 0)
     assert "below every published curve" in rank.progress("short", 2.0, 1e3, 0)
@@ -262,7 +262,7 @@ def test_as_many_tokens_as_a_record_is_level_with_it():
     assert f"ahead of {best}" in rank.rank("pocket", 1.0, tokens - 1, 1.6)
 
 
-def test_a_program_without_the_facts_still_stands(tmp_path):
+def test_a_program_without_the_data_has_a_line_too(tmp_path):
     assert "no record yet to compare with" in rank.progress("short", 3.5, 1e3, 0, folder=tmp_path)
     assert "place 1 of 1" in rank.rank("short", 1e3, 0, 3.2, folder=tmp_path)
 
