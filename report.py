@@ -16,6 +16,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -204,11 +205,14 @@ class Reporter:
             return None
 
     def _write(self, line: str) -> None:
+        self._to_log(lambda log: log.line(line))
+
+    def _to_log(self, write: Callable[[RunLog], None]) -> None:
         """A log that cannot be written ends the run: `fault` says so to the loop."""
         if self.log is None or self.fault:
             return
         try:
-            self.log.line(line)
+            write(self.log)
         except (OSError, LogError) as error:
             self.fault = f"the log cannot be written ({error})"
             self.screen.warn(f"{self.fault}: the run stops, because a run without a log is lost")
@@ -225,7 +229,9 @@ class Reporter:
         self._to_wandb(signal.step + 1, train_loss=signal.loss)
 
     def validated(self, step: int, val_loss: float, ms: float, tokens: int) -> None:
-        self.say(val_line(step, self.recipe.num_iterations, val_loss, ms))
+        values = step, self.recipe.num_iterations, val_loss, ms
+        self.screen.line(val_line(*values))
+        self._to_log(lambda log: log.val(*values))
         self.screen.line("  " + progress(
             self.recipe.track, val_loss, ms, tokens, history=self.history,
             target=self.recipe.target, num_iterations=self.recipe.num_iterations, step=step,

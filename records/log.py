@@ -44,7 +44,6 @@ import gzip
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import time
@@ -66,7 +65,6 @@ from records.parse import (
     Source,
     parse_public,
     read_fields,
-    val_point,
 )
 
 __all__ = ["LogError", "Point", "Run", "RunLog", "Source", "parse", "train_line", "val_line"]
@@ -76,6 +74,7 @@ STATUSES = ("complete", "preempted", "failed")
 SOURCE_CAP = 1 << 24  # bytes of source text kept in memory when asked for
 MARKS_PER_LINE = 256
 ROUNDING = 5.1e-5  # of a loss printed with four decimals
+MAX_LOSS = 1e6  # a line with a larger loss is not read as a validation
 
 
 # ---------------------------------------------------------------------------------- result lines
@@ -198,21 +197,25 @@ class RunLog:
         self._size += len(data)
 
     def line(self, text: str) -> None:
-        """Write one line (a step line or a note). Several lines in `text` are several notes."""
+        """Write a training line or a note. Several lines in `text` are several notes."""
         for part in str(text).splitlines() or [""]:
             if part.startswith(("begin ", "end ", "kept ", "marks:", "digest:", MAGIC)):
                 part = " " + part  # a note must not look like a part of the format
-            raw = f"{part}\n".encode(errors="backslashreplace")
-            self._write(raw)
-            self._marks += _mark(raw)
-            fields = read_fields(raw) if b"val_loss:" in raw else None
-            if fields and "val_loss" in fields:
-                try:
-                    point = val_point(fields, 0, "val_loss")
-                except LogError as error:
-                    self._broken = True
-                    raise LogError(f"{self.path}: {error}; val_line() makes it") from None
-                self._last_val = (point.step, point.total or -1, point.val_loss)
+            elif "val_loss:" in part:
+                part = "note: " + part  # nor like a validation
+            self._put(part)
+
+    def val(
+        self, step: int, num_iterations: int, val_loss: float, train_time_ms: float
+    ) -> None:
+        """Write the line of a validation (val_line)."""
+        self._put(val_line(step, num_iterations, val_loss, train_time_ms))
+        self._last_val = (step, num_iterations, val_loss)
+
+    def _put(self, line: str) -> None:
+        raw = f"{line}\n".encode(errors="backslashreplace")
+        self._write(raw)
+        self._marks += _mark(raw)
 
     def close(self, result: Mapping[str, object]) -> None:
         """Write the closing block and make it durable. `result["status"]` says how the run ended.
@@ -264,7 +267,7 @@ class RunLog:
         step, total, loss = self._last_val
         if step != total:
             return f"its last validation is of step {step}, the run has {total}"
-        if not math.isfinite(loss):
+        if not abs(loss) < MAX_LOSS:
             return f"its final loss is {loss}"
         final = result.get("final_val_loss", loss)
         try:

@@ -43,7 +43,7 @@ for step in range(11):
         log.line(train_line(step, 10, 5 - step / 10, clock))
     if step % 5 == 0:
         loss = 5 - step / 10 + rng.gauss(0, 0.01)
-        log.line(val_line(step, 10, loss, clock))
+        log.val(step, 10, loss, clock)
         print(val_line(step, 10, loss, clock), flush=True)
     if args.fail and step == args.fail:
         sys.exit("this program fails here")
