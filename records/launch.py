@@ -72,20 +72,25 @@ def _options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     return found
 
 
-def unpack(run: Run, into: Path) -> None:
-    """Write the sources of a run (of `parse(..., keep_sources=True)`) into a new folder."""
+def unpack(run: Run, label: str, into: Path, tree: Path, options: Sequence[str]) -> Program:
+    """The program of a run (of `parse(..., keep_sources=True)`), its sources written to `into`.
+
+    Started with the training options of the log's command line and then `options`. A folder that
+    is there already is used as it is.
+    """
     if run.edits:
         raise ValueError(f"{run.path}: was changed after the run: {run.edits[0]}")
     if not run.sources:
         raise ValueError(f"{run.path}: expected the sources of the program, the log holds none")
-    into.mkdir(parents=True)
-    for name, source in run.sources.items():
-        target = into / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+    for name, source in run.sources.items() if not into.exists() else ():
         body = (source.text or "").encode()
         if hashlib.sha256(body).hexdigest() != source.sha256:
             raise ValueError(f"{run.path}: {name}: expected UTF-8 text, 16 MiB for all sources")
-        target.write_bytes(body)
+        (into / name).parent.mkdir(parents=True, exist_ok=True)
+        (into / name).write_bytes(body)
+    link_caches(into, tree)
+    kept = training_options(run.environment.get("command", SCRIPT))
+    return Program(label, into.resolve(), merged(kept, options))
 
 
 def link_caches(folder: Path, tree: Path) -> None:
@@ -118,12 +123,8 @@ def find(text: str, place: Path, root: Path = FOLDER) -> Program:
         folder = root / named[0]["folder"]
     if folder is not None and (folder / "result.json").is_file():
         run = parse(check.folder_logs(folder)[0], keep_sources=True)[0]
-        if not place.exists():
-            unpack(run, place)
-        link_caches(place, tree)
-        kept = training_options(run.environment.get("command", SCRIPT))
-        name = check.read_result(folder).get("name", folder.name)
-        return Program(name + _tail(options), place.resolve(), merged(kept, options))
+        name = check.read_result(folder)["name"]
+        return unpack(run, name + _tail(options), place, tree, options)
     if folder is not None:
         if not (folder / SCRIPT).is_file():
             raise ValueError(f"{target}: expected a folder with {SCRIPT} or result.json")

@@ -42,14 +42,8 @@ def reproduce(
         raise ValueError(f"{into} exists already: choose --into, or remove it")
     if run.format != "ours":
         return _public(path, run, into)
-    launch.unpack(run, into)
-    tree = root.parent.resolve()
-    launch.link_caches(into, tree)
-    kept = launch.training_options(run.environment.get("command", launch.SCRIPT))
-    program = launch.Program(
-        record["name"] if record else path.name, into.resolve(),
-        launch.merged(kept, shlex.split(options)),
-    )
+    program = launch.unpack(run, record["name"] if record else path.name, into,
+                            root.parent.resolve(), shlex.split(options))
     nproc = nproc or run.result.get("world_size") or 1
     seed = run.result.get("seed") if seed is None else seed
     command = shlex.join(program.command(seed, nproc))
