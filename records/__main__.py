@@ -43,11 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m records",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m records",
+                                     description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=history.FOLDER, help="another records folder")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -197,10 +195,8 @@ def summary_lines(verdict) -> list[str]:
     if not result:
         return []
     loss, time = result["val_loss"], result["train_time_ms"]
-    lines = [
-        f"{result['track']}: n = {result['num_runs']}, loss mean {number(loss['mean'], 5)}, "
-        f"sd {number(loss['sd'], 5)}, p = {table.p_value(result['p'])}"
-    ]
+    lines = [f"{result['track']}: n = {result['num_runs']}, loss mean {number(loss['mean'], 5)}, "
+             f"sd {number(loss['sd'], 5)}, p = {table.p_value(result['p'])}"]
     measures = []
     if time["mean"] is not None:
         measures.append(f"time mean {time['mean'] / 1000:.3f} s, sd {number(time['sd'], 0)} ms")
@@ -215,11 +211,9 @@ def _add(args) -> int:
     from records.add import Refused, add
 
     try:
-        folder = add(
-            args.logs, args.name, by=args.by, track=args.track,
-            kind="baseline" if args.baseline else "record", systems_only=args.systems_only,
-            differs=args.differs, race=args.race, root=args.root,
-        )
+        folder = add(args.logs, args.name, by=args.by, track=args.track,
+                     kind="baseline" if args.baseline else "record", systems_only=args.systems_only,
+                     differs=args.differs, race=args.race, root=args.root)
     except Refused as refused:
         lines = [*summary_lines(refused.verdict), *check.grouped(refused.verdict.reasons),
                  refused.advice]

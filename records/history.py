@@ -156,14 +156,12 @@ def own_curves(name: str, folder: Path = FOLDER) -> list[Curve]:
     curves = []
     for result in own_records(name, folder):
         points = result["curve"]
-        curves.append(Curve(
-            label=result["name"],
-            minutes=result["train_time_ms"]["mean"] / 60_000,
-            steps=tuple(points["step"]),
-            losses=tuple(points["val_loss"]),
-            times_ms=tuple(points["train_time_ms"]),
-            tokens=None if None in points["tokens"] else tuple(points["tokens"]),
-        ))
+        curves.append(Curve(label=result["name"],
+                            minutes=result["train_time_ms"]["mean"] / 60_000,
+                            steps=tuple(points["step"]),
+                            losses=tuple(points["val_loss"]),
+                            times_ms=tuple(points["train_time_ms"]),
+                            tokens=None if None in points["tokens"] else tuple(points["tokens"])))
     return curves
 
 

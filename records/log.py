@@ -205,9 +205,7 @@ class RunLog:
                 part = "note: " + part  # nor like a validation
             self._put(part)
 
-    def val(
-        self, step: int, num_iterations: int, val_loss: float, train_time_ms: float
-    ) -> None:
+    def val(self, step: int, num_iterations: int, val_loss: float, train_time_ms: float) -> None:
         """Write the line of a validation (val_line)."""
         self._put(val_line(step, num_iterations, val_loss, train_time_ms))
         self._last_val = (step, num_iterations, val_loss)
@@ -556,7 +554,7 @@ def _read_source(stream: _Stream, run: Run, header: re.Match, room: int) -> int:
     if digest.hexdigest() != sha256:
         run.edit(f"source {name} is not the one this run used (sha256 differs)")
     text = body.decode(errors="replace") if len(body) <= room else None
-    run.sources[name] = Source(name, sha256, int(num_lines), text)
+    run.sources[name] = Source(name, sha256, text)
     return len(body)
 
 

@@ -20,7 +20,7 @@ LINE_CAP = 1 << 16  # bytes; longer lines are hashed and counted, never interpre
 FILE_CAP = 1 << 30  # bytes after decompression; a log of 1 GiB is not a log
 POINT_CAP = 200_000  # validation points of one file
 RUN_CAP = 1_000  # runs in one file
-REMARK_CAP = 50  # faults, edits or notes of one run
+REMARK_CAP = 50  # faults or edits of one run
 
 
 class LogError(ValueError):
@@ -42,7 +42,6 @@ class Point:
 class Source:
     name: str
     sha256: str
-    num_lines: int
     text: str | None = None
 
 
@@ -52,7 +51,6 @@ class Run:
 
     faults   reasons against it as evidence: unreadable result lines, contradictions
     edits    signs that the log was changed after it was closed: digest, lines, sources
-    notes    odd, but no reason for doubt
     """
 
     path: str
@@ -73,7 +71,6 @@ class Run:
     gpu_count: int | None = None
     faults: list[str] = field(default_factory=list)
     edits: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     def fault(self, text: str) -> None:
         if len(self.faults) < REMARK_CAP:
@@ -82,10 +79,6 @@ class Run:
     def edit(self, text: str) -> None:
         if len(self.edits) < REMARK_CAP:
             self.edits.append(text)
-
-    def note(self, text: str) -> None:
-        if len(self.notes) < REMARK_CAP:
-            self.notes.append(text)
 
     @property
     def final(self) -> Point | None:
@@ -320,10 +313,8 @@ class Collector:
         if average is None or point.step <= self.EARLY or not point.train_time_ms:
             return
         if not 0.2 < average * point.step / point.train_time_ms < 5.0:
-            self.fault(
-                f"line {line}: train_time and step_avg disagree by more than 5 times: "
-                "one has a wrong unit or was changed"
-            )
+            self.fault(f"line {line}: train_time and step_avg disagree by more than 5 times: "
+                       "one has a wrong unit or was changed")
 
     def not_counted(self, raw: bytes, line: int, why: str) -> None:
         self.fault(f"line {line}: a validation line that is not counted, {why}: {_quoted(raw)}")
@@ -354,8 +345,6 @@ class Collector:
                 )
                 return
             self.decimals = places
-        else:
-            run.note(f"line {line}: loss is {point.val_loss}")
         if run.points and point.total != run.points[-1].total:
             self.fault(
                 f"line {line}: {point.total} steps where this run had {run.points[-1].total}"
@@ -378,10 +367,8 @@ class Collector:
 _LLMC = re.compile(rb"s:(\d{1,9}) (tel|trl):")
 RULE = re.compile(rb"={80,}\s*$")
 CODE = re.compile(rb"(?:import \w|from [\w.]+ import |with open\(sys\.argv)")
-_TORCH = re.compile(
-    r"Running (?i:pytorch) (\S{1,80}) compiled for CUDA (\S{1,20})"
-    r"(?: on (.{1,80}?) with world_size (\d{1,6}))?\s*$"
-)
+_TORCH = re.compile(r"Running (?i:pytorch) (\S{1,80}) compiled for CUDA (\S{1,20})"
+                    r"(?: on (.{1,80}?) with world_size (\d{1,6}))?\s*$")
 _PYTHON = re.compile(r"Running [Pp]ython (\d+\.\d+\.\S{1,20})")
 _DEVICE = re.compile(r"Running on device_name=(.{1,80}?) with world_size=(\d{1,6})\s*$")
 _SMI_GPU = re.compile(
@@ -408,11 +395,8 @@ def parse_public(first: bytes, pieces: Iterator[bytes], name: str, loss_key: str
     def read(raw: bytes, number: int, ended: bool) -> None:
         if curve.read(raw, number, ended):
             return
-        llmc = _LLMC.match(raw)
-        if llmc:
+        if llmc := _LLMC.match(raw):
             _llmc_line(curve, raw, llmc, number, ended)
-        elif not ended and curve.runs and raw.startswith(b"step:"):
-            curve.runs[-1].note(f"line {number}: the last line is cut: {_quoted(raw)}")
 
     try:
         for piece in chain([first], pieces):

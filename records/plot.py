@@ -111,13 +111,11 @@ def _chosen(curves: Sequence[Curve]) -> list[Curve]:
 def _curve(run: Run) -> Curve:
     times = tuple(point.train_time_ms for point in run.points)
     tokens = tuple(run.tokens_at(point.step) for point in run.points)
-    return Curve(
-        label="", minutes=None,
-        steps=tuple(point.step for point in run.points),
-        losses=tuple(point.val_loss for point in run.points),
-        times_ms=None if None in times else times,
-        tokens=None if None in tokens else tokens,
-    )
+    return Curve(label="", minutes=None,
+                 steps=tuple(point.step for point in run.points),
+                 losses=tuple(point.val_loss for point in run.points),
+                 times_ms=None if None in times else times,
+                 tokens=None if None in tokens else tokens)
 
 
 def _xs(curve: Curve, unit: str) -> list[float] | None:

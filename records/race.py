@@ -186,10 +186,8 @@ def report(state: dict) -> str:
     for side in "ab":
         time_, loss = (stats.Sample.of(state[side][key]) for key in ("times_ms", "losses"))
         tokens = state[side]["tokens"]
-        lines.append(
-            f"{side.upper()}  {time_.mean / 1000:8.3f}s  {_sd(time_.sd / 1000, 3)}  "
-            f"{loss.mean:7.4f}  {_sd(loss.sd, 4)}  {f'{tokens:,}' if tokens else '-':>14}"
-        )
+        lines.append(f"{side.upper()}  {time_.mean / 1000:8.3f}s  {_sd(time_.sd / 1000, 3)}  "
+                     f"{loss.mean:7.4f}  {_sd(loss.sd, 4)}  {f'{tokens:,}' if tokens else '-':>14}")
     lines += ["", state["words"] + "."]
     tokens = [state[side]["tokens"] for side in "ab"]
     if all(tokens) and tokens[0] != tokens[1]:

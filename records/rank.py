@@ -177,10 +177,8 @@ def _finish(curves, val_loss, train_time_ms, target, fraction, history, step) ->
     curve: the straight line of this run's loss against log(step), which ignores a cooldown.
     """
     end = clock(train_time_ms / fraction)
-    alike = sorted(
-        (abs(c.at_fraction(fraction) - val_loss), c.losses[-1] - c.at_fraction(fraction))
-        for c in curves
-    )
+    alike = sorted((abs(c.at_fraction(fraction) - val_loss), c.losses[-1] - c.at_fraction(fraction))
+                   for c in curves)
     alike = [gain for distance, gain in alike[:3] if distance < 0.25]
     if fraction < 0.15:
         return f"finish at {end}"

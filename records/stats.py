@@ -100,9 +100,7 @@ def difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95)
     return Interval(value, value - half, value + half, p)
 
 
-def paired_difference(
-    a: Sequence[float], b: Sequence[float], confidence: float = 0.95
-) -> Interval:
+def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Interval:
     """Mean of b - a, pair by pair: the effect of a seed on both sides alike is not noise."""
     x = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
     n, value = len(x), float(x.mean())
