@@ -54,6 +54,11 @@ def rows(track: Track, root: Path = FOLDER) -> list[Row]:
     return found + ours[::-1]
 
 
+def all_rows(root: Path = FOLDER) -> dict[str, list[Row]]:
+    """The rows of every track: each record of ours is checked once for all tables."""
+    return {name: rows(track, root) for name, track in rules.TRACKS.items()}
+
+
 def _public(record: dict) -> Row:
     evidence, minutes = record["evidence"], record["minutes"]
     num = evidence["num_runs"]
@@ -229,11 +234,11 @@ def milestones(found: list[Row]) -> list[Row]:
     return chosen
 
 
-def compact(root: Path = FOLDER) -> str:
+def compact(found: dict[str, list[Row]]) -> str:
     """The tables between the markers of README.md: our records, milestones of the public ones."""
     parts = []
     for track in rules.TRACKS.values():
-        ours = [row for row in rows(track, root) if row.own]
+        ours = [row for row in found[track.name] if row.own]
         if ours:
             names = ["record", "tokens", "time", "loss", "sd", "n", "p", "hardware", "what changed",
                      "by"]
@@ -243,10 +248,9 @@ def compact(root: Path = FOLDER) -> str:
             parts.append(f"**{track.name}**: {track.title}{target}\n\n"
                          + _markdown(names, ours[::-1], "records/"))
     short = rules.TRACKS["short"]
-    public = milestones(rows(short, root))
+    public = milestones(found["short"])
     if public:
-        total = len([r for r in history.public_records(root) if r["kind"] == "record"
-                     and r["track"] == "short"])
+        total = len([row for row in found["short"] if row.kind == "record" and not row.own])
         parts.append(
             f"**{short.name}**, public history: {short.title}, {total} records, of which each "
             f"row took at most {MILESTONE:.0%} of the time of the row above, and the newest\n\n"
@@ -256,7 +260,7 @@ def compact(root: Path = FOLDER) -> str:
     return "\n\n".join(parts)
 
 
-def full(root: Path = FOLDER) -> str:
+def full(found: dict[str, list[Row]]) -> str:
     """TABLES.md: every record of every track."""
     parts = [
         "# Record tables",
@@ -269,33 +273,33 @@ def full(root: Path = FOLDER) -> str:
     for track in rules.TRACKS.values():
         target = "not yet fixed" if track.target is None else f"{track.target:g}"
         parts.append(f"## {track.name}\n\n{track.title}. Target {target}; {track.rule}.")
-        found = rows(track, root)
         names = [name for name, *_ in COLUMNS]
-        parts.append(_markdown(names, found, "") if found else "No record yet.")
+        here = found[track.name]
+        parts.append(_markdown(names, here, "") if here else "No record yet.")
     return "\n\n".join(parts) + "\n"
 
 
-def replaced(text: str, root: Path = FOLDER) -> str:
+def replaced(text: str, found: dict[str, list[Row]]) -> str:
     """README text with the tables of today between the markers; ValueError without markers."""
     start, end = text.find(BEGIN), text.find(END)
     if start < 0 or end < start or text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"README.md: expected the markers {BEGIN} and {END}, once each, in this "
                          "order, around the record table")
-    return f"{text[: start + len(BEGIN)]}\n{compact(root)}\n{text[end:]}"
+    return f"{text[: start + len(BEGIN)]}\n{compact(found)}\n{text[end:]}"
 
 
 def stale(text: str, root: Path = FOLDER) -> list[str]:
     """The tables that are out of date: in the README text (if it has markers) and TABLES.md."""
-    problems = []
+    problems, found = [], all_rows(root)
     renew = "run python -m records table --markdown"
     if BEGIN in text or END in text:
         try:
-            if replaced(text, root) != text:
+            if replaced(text, found) != text:
                 problems.append(f"the table between the markers is out of date: {renew}")
         except ValueError as error:
             problems.append(str(error))
     tables = root / "TABLES.md"
-    if not tables.is_file() or tables.read_text() != full(root):
+    if not tables.is_file() or tables.read_text() != full(found):
         problems.append(f"records/TABLES.md is out of date: {renew}")
     return problems
 
@@ -311,8 +315,9 @@ def write_markdown(root: Path = FOLDER) -> list[str]:
         if path.is_file() and (folder / "result.json").is_file():
             before = path.read_text()
             done += _update(path, before, readme.renew(before, check.read_result(folder)))
+    found = all_rows(root)
     path = root / "TABLES.md"
-    done += _update(path, path.read_text() if path.is_file() else None, full(root))
+    done += _update(path, path.read_text() if path.is_file() else None, full(found))
     path = root.parent / "README.md"
     before = path.read_text() if path.is_file() else None
     if before is None:
@@ -320,7 +325,7 @@ def write_markdown(root: Path = FOLDER) -> list[str]:
     elif BEGIN not in before:
         done.append(f"{path} has no {BEGIN}: no table written")
     else:
-        done += _update(path, before, replaced(before, root))
+        done += _update(path, before, replaced(before, found))
     return done
 
 

@@ -153,13 +153,14 @@ def test_milestones_each_take_at_most_four_fifths():
                                   f"{table.BEGIN}{table.END}{table.BEGIN}{table.END}"])
 def test_a_readme_without_its_markers_is_said(text):
     with pytest.raises(ValueError, match="expected the markers"):
-        table.replaced(text)
+        table.replaced(text, table.all_rows())
 
 
 def test_text_around_the_markers_stays():
-    text = table.replaced(f"before\n{table.BEGIN}\na stale row\n{table.END}\nafter\n")
+    found = table.all_rows()
+    text = table.replaced(f"before\n{table.BEGIN}\na stale row\n{table.END}\nafter\n", found)
     assert text.startswith(f"before\n{table.BEGIN}\n") and text.endswith(f"{table.END}\nafter\n")
-    assert "a stale row" not in text and table.replaced(text) == text
+    assert "a stale row" not in text and table.replaced(text, found) == text
     assert table.stale(text) == []
 
 
