@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 
 from model import GPT, GPTConfig, Stage, flops_per_token, init_weights, parameter_entry
+from records.rules import FINEWEB_VAL_TOKENS, TRACKS
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Recipe:
     tie_first: bool = False         # the head's table is the embedding until the last third (#51)
 
     # validation
-    val_tokens: int = 10_485_760
+    val_tokens: int = FINEWEB_VAL_TOKENS
     val_seq_len: int | None = None  # none: seq_len
     val_every: int = 128
     target: float | None = 3.28
@@ -489,9 +490,6 @@ DEFAULT_POCKET = 27
 
 POCKET_TOKENS = 2 ** 19     # every rung of the pocket ladder sees as many
 POCKET_BATCH = 256          # its batches are so many times smaller
-# What a GPT-2 (record #1) with AdamW, learning rate swept, comes to on ten times these tokens,
-# about five minutes on two cores: bench/pocket_target.py.
-POCKET_TARGET = 1.77
 
 
 def pocket(recipe: Recipe) -> Recipe:
@@ -520,7 +518,7 @@ def pocket(recipe: Recipe) -> Recipe:
                       for role in ("embed", "value_embed")}
     return change(
         recipe, scale="pocket", track="pocket", corpus="built-in",
-        target=POCKET_TARGET,
+        target=TRACKS["pocket"].target,
         num_layers=max(2, round(recipe.model.num_layers / 3)), num_heads=2, head_dim=64,
         vocab_size=257, seq_len=batch_tokens // 4 if packed else recipe.model.seq_len // 4,
         max_seq_len=1024 if packed else None,
@@ -535,7 +533,8 @@ def pocket(recipe: Recipe) -> Recipe:
         max_doc_len=recipe.max_doc_len and recipe.max_doc_len // 4,
         window_range=tuple(w // 4 for w in recipe.window_range),
         window_block=recipe.window_block // 4,
-        val_tokens=131_072, val_seq_len=1024 if packed else None,
+        val_tokens=TRACKS["pocket"].fixed["val_tokens"],
+        val_seq_len=1024 if packed else None,
         val_every=math.ceil(num_iterations / 5))
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import recipes
 from records.log import Run, parse
 
 STEPS = 2560  # of 2,048 tokens
@@ -32,13 +31,6 @@ def is_baseline(run: Run, rate: float | None = None) -> bool:
     recipe = run.recipe
     return recipe["record"] == 1 and recipe["num_iterations"] == STEPS and (
         rate is None or recipe["matrix_lr"] == rate)
-
-
-def tokens_until(step: int, run: Run) -> int:
-    """Trained on before `step`; batches may grow."""
-    recipe = recipes.from_dict(run.recipe)
-    shapes = (recipes.batch_shape(s, recipe) for s in range(step))
-    return sum(num_rows * seq_len for num_rows, seq_len in shapes)
 
 
 def main() -> None:
@@ -75,7 +67,7 @@ def main() -> None:
         if there is None:
             print(f"| {name} | {run.final_val_loss:.4f} | not reached | | | |")
             continue
-        tokens = tokens_until(there.step, run)
+        tokens = run.tokens_at(there.step)
         print(f"| {name} | {run.final_val_loss:.4f} | {tokens:,.0f} | "
               f"{tokens / best.result['tokens']:.1%} | {there.train_time_ms / 1000:.1f} | "
               f"{there.train_time_ms / best.train_time_ms:.1%} |")

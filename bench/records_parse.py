@@ -24,29 +24,34 @@ CODE = "import torch\n" + "".join(f"    x{i} = layer(x{i - 1})  # a line of code
 RULE = "=" * 100 + "\n"
 
 
-def lines(kib: int, with_loss: bool) -> list[str]:
-    """Step lines that bring a log to this size."""
-    num = max(2, (kib * 1024 - len(CODE) - 500) // (82 if with_loss else 62))
-    made = []
-    for step in range(num + 1):
-        clock = 100.0 * step
-        if step:
-            made.append(train_line(step, num, 3.9, clock) if with_loss
-                        else f"step:{step}/{num} train_time:{clock:.0f}ms step_avg:100.00ms")
-        if step % 125 == 0 or step == num:
-            made.append(val_line(step, num, 3.5, clock))
-    return made
+def num_steps(kib: int, line_bytes: int) -> int:
+    """Steps that bring a log to this size."""
+    return max(2, (kib * 1024 - len(CODE) - 500) // line_bytes)
+
+
+def is_validated(step: int, num: int) -> bool:
+    return step % 125 == 0 or step == num
 
 
 def public_log(path: Path, kib: int) -> None:
-    head = CODE + RULE + "Running PyTorch 2.9.0 compiled for CUDA 12.6\n" + RULE
-    path.write_text(head + "\n".join(lines(kib, with_loss=False)) + "\n")
+    num = num_steps(kib, 62)
+    lines = [CODE + RULE + "Running PyTorch 2.9.0 compiled for CUDA 12.6\n" + RULE.rstrip()]
+    for step in range(num + 1):
+        if step:
+            lines.append(f"step:{step}/{num} train_time:{100 * step}ms step_avg:100.00ms")
+        if is_validated(step, num):
+            lines.append(val_line(step, num, 3.5, 100.0 * step))
+    path.write_text("\n".join(lines) + "\n")
 
 
 def our_log(path: Path, kib: int) -> None:
-    log = RunLog(path, {"train_gpt.py": CODE}, {"python": "3.11"}, {"num_iterations": 1})
-    made = lines(kib, with_loss=True)
-    log.line("\n".join(made))
+    num = num_steps(kib, 82)
+    log = RunLog(path, {"train_gpt.py": CODE}, {"python": "3.11"}, {"num_iterations": num})
+    for step in range(num + 1):
+        if step:
+            log.line(train_line(step, num, 3.9, 100.0 * step))
+        if is_validated(step, num):
+            log.val(step, num, 3.5, 100.0 * step)
     log.close({"status": "complete"})
 
 

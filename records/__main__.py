@@ -3,13 +3,13 @@
     table                 the record tables of all tracks
     check [FOLDER|LOG..]  re-derive every number; exit status 1 and every reason by name
     add LOGS.. --name X   make a record folder from logs that pass the rules
-    race A B              run two programs by turns on this machine; which one is faster
+    race A B              run two programs by turns on this machine and compare their times
     reproduce LOG|RECORD  unpack the program of a log and run it again
     plot RUNS..           loss curves over the published ones, as PNG and SVG
-    stand LOG             where a finished log stands
+    rank LOG              each validation of a finished log beside the records, and its place
     ladder                every rung of the ladder at pocket scale, beside the published one
 
-`python -m records COMMAND --help` says more; records/README.md is the guide to a submission.
+`python -m records COMMAND --help` lists the options; records/README.md is the guide.
 """
 
 from __future__ import annotations
@@ -22,97 +22,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from records import facts, ladder, rules
+from records import check, history, ladder, rules, table
 from records.log import parse
-from records.standing import rank, stand
+from records.rank import progress, rank
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m records",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--root", type=Path, default=facts.FOLDER, help="another records folder")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    def command(name: str, function: Callable, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(function=function)
-        return sub
-
-    sub = command("table", _table, "Show the record tables, or write them where they belong.")
-    sub.add_argument("tracks", nargs="*", metavar="TRACK", help="default: all")
-    sub.add_argument("--markdown", action="store_true",
-                     help="write README.md (between its markers), records/TABLES.md and the "
-                     "numbers in the README of each record")
-    sub.add_argument("--json", action="store_true", help="print everything as JSON")
-    sub.add_argument("--last", type=int, metavar="N", help="only the last N rows of each track")
-
-    sub = command("check", _check, "Re-derive what records claim: all of them, folders, or logs.")
-    sub.add_argument("what", nargs="*", type=Path, metavar="FOLDER|LOG",
-                     help="record folders, or the logs of one claim; default: everything")
-    sub.add_argument("--track", choices=list(rules.TRACKS), help="for logs that do not say theirs")
-    sub.add_argument("--systems-only", action="store_true",
-                     help="the change leaves the mathematics alone (no p where the track allows)")
-    sub.add_argument("--differs", action="append", default=[], metavar="SOURCE",
-                     help="a source that may differ between the runs (repeatable)")
-    sub.add_argument("--waive", action="append", default=[], metavar="NAME",
-                     help="a reason, by name, that is shown and does not count (repeatable)")
-
-    sub = command("add", _add, "Make a record folder from logs that pass the rules.")
-    sub.add_argument("logs", nargs="+", type=Path, metavar="LOG")
-    sub.add_argument("--name", required=True, help="short name of the record")
-    sub.add_argument("--by", action="append", default=[], metavar="WHO",
-                     help="who made it (repeatable); default: git's user name")
-    sub.add_argument("--track", choices=list(rules.TRACKS), help="default: what the logs say")
-    sub.add_argument("--baseline", action="store_true",
-                     help="a reference that need not be ahead of the record before it")
-    sub.add_argument("--systems-only", action="store_true",
-                     help="the change leaves the mathematics alone (no p where the track allows)")
-    sub.add_argument("--differs", action="append", default=[], metavar="SOURCE",
-                     help="a source that may differ between the runs (repeatable)")
-    sub.add_argument("--race", type=Path, metavar="JSON", help="race.json against the prior record")
-
-    sub = command("stand", _stand, "What the live line says, for a finished log.")
-    sub.add_argument("log", type=Path)
-    sub.add_argument("--track", choices=list(rules.TRACKS), help="default: what the log says")
-    sub.add_argument("--every", type=int, default=1, metavar="N", help="every N-th validation")
-
-    sub = command("plot", _plot, "Loss curves of runs, against time and tokens, as PNG and SVG.")
-    sub.add_argument("runs", nargs="+", metavar="[LABEL=]LOG|FOLDER",
-                     help="logs or record folders; LABEL= puts logs into one group")
-    sub.add_argument("--out", type=Path, help="OUT.png and OUT.svg (default logs/curves)")
-    sub.add_argument("--track", choices=list(rules.TRACKS), help="default: what the logs say")
-    sub.add_argument("--title", default="")
-    sub.add_argument("--no-published", action="store_true", help="leave out the published curves")
-
-    sub = command("race", _race, "Run A and B by turns on this machine and compare them.")
-    side = "a record's number, a record folder, a git revision or a working tree; options of " \
-           "train_gpt.py may follow in the same quotes: '6 --matrix_lr 0.01'"
-    sub.add_argument("a", metavar="A", help=side)
-    sub.add_argument("b", metavar="B", help="the same; B is what is new")
-    sub.add_argument("--runs", type=int, default=5, metavar="N", help="runs of each (default 5)")
-    sub.add_argument("--seed", type=int, default=0, help="of the first run of each (default 0)")
-    sub.add_argument("--nproc", type=int, default=1, help="ranks of a run (torchrun above 1)")
-    sub.add_argument("--options", default="", help="options for both, in quotes")
-    sub.add_argument("--out", type=Path, help="folder of the race (default logs/race/A_vs_B)")
-    sub.add_argument("--report", action="store_true", help="only report what has been run so far")
-
-    sub = command("reproduce", _reproduce,
-                  "Unpack the program inside a log into a folder and run it. It is somebody's "
-                  "program: read it first (--dry-run) if you do not know who wrote it.")
-    sub.add_argument("what", type=Path, metavar="LOG|RECORD")
-    sub.add_argument("--into", type=Path, help="folder to unpack into (default: below logs)")
-    sub.add_argument("--dry-run", action="store_true", help="unpack and say what would be run")
-    sub.add_argument("--nproc", type=int, help="ranks (default: as in the log, or 1)")
-    sub.add_argument("--seed", type=int, help="another seed than the log's")
-    sub.add_argument("--options", default="", help="further options for the program, in quotes")
-
-    ladder.add_arguments(command("ladder", ladder.ladder,
-                                 "Train every rung of the ladder at pocket scale; table and plot."))
-
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
         return args.function(args)
     except BrokenPipeError:  # `| head`
@@ -126,69 +42,142 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _table(args) -> int:
-    from records import table
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m records",
+                                     description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=history.FOLDER, help="another records folder")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
+    def command(name: str, function: Callable, text: str) -> Callable:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(function=function)
+        return sub.add_argument
+
+    def claim(add: Callable) -> None:
+        add("--track", choices=list(rules.TRACKS), help="default: the track that the logs name")
+        add("--systems-only", action="store_true",
+            help="the change leaves the mathematics alone (no p where the track allows)")
+        add("--differs", action="append", default=[], metavar="SOURCE",
+            help="a source that may differ between the runs (repeatable)")
+
+    add = command("table", _table, "Show the record tables, or write them into the Markdown files.")
+    add("tracks", nargs="*", metavar="TRACK", help="default: all")
+    add("--markdown", action="store_true",
+        help="write README.md (between its markers), records/TABLES.md and the numbers in the "
+        "README of each record")
+    add("--json", action="store_true", help="print everything as JSON")
+    add("--last", type=int, metavar="N", help="only the last N rows of each track")
+
+    add = command("check", _check, "Re-derive every number of all records, of folders, or of logs.")
+    add("paths", nargs="*", type=Path, metavar="FOLDER|LOG",
+        help="record folders, or the logs of one claim; default: everything")
+    claim(add)
+    add("--waive", action="append", default=[], metavar="NAME",
+        help="a reason, by name, that is shown and does not count (repeatable)")
+
+    add = command("add", _add, "Make a record folder from logs that pass the rules.")
+    add("logs", nargs="+", type=Path, metavar="LOG")
+    add("--name", required=True, help="short name of the record")
+    add("--by", action="append", default=[], metavar="AUTHOR",
+        help="an author (repeatable); default: git's user name")
+    claim(add)
+    add("--baseline", action="store_true",
+        help="a reference that need not be ahead of the record before it")
+    add("--race", type=Path, metavar="JSON", help="race.json against the prior record")
+
+    add = command("rank", _rank, "Compare a finished log with the records, as its run did live.")
+    add("log", type=Path)
+    add("--track", choices=list(rules.TRACKS), help="default: the track that the log names")
+    add("--every", type=int, default=1, metavar="N", help="every N-th validation")
+
+    add = command("plot", _plot, "Loss curves of runs, against time and tokens, as PNG and SVG.")
+    add("runs", nargs="+", metavar="[LABEL=]LOG|FOLDER",
+        help="logs or record folders; LABEL= puts logs into one group")
+    add("--out", type=Path, help="OUT.png and OUT.svg (default logs/curves)")
+    add("--track", choices=list(rules.TRACKS), help="default: the track that the logs name")
+    add("--title", default="")
+    add("--no-published", action="store_true", help="leave out the published curves")
+
+    add = command("race", _race, "Run A and B by turns on this machine and compare them.")
+    add("a", metavar="A", help="a record's number, a record folder, a git revision or a working "
+        "tree; options of train_gpt.py may follow in the same quotes: '6 --matrix_lr 0.01'")
+    add("b", metavar="B", help="the same, for the new program")
+    add("--runs", type=int, default=5, metavar="N", help="runs of each (default 5)")
+    add("--seed", type=int, default=0, help="of the first run of each (default 0)")
+    add("--nproc", type=int, default=1, help="ranks of a run (torchrun above 1)")
+    add("--options", default="", help="options for both, in quotes")
+    add("--out", type=Path, help="folder of the race (default logs/race/A_vs_B)")
+    add("--report", action="store_true", help="only report the runs made so far")
+
+    add = command("reproduce", _reproduce,
+                  "Unpack the program inside a log into a folder and run it. Read programs of "
+                  "unknown authors first (--dry-run).")
+    add("path", type=Path, metavar="LOG|RECORD")
+    add("--into", type=Path, help="folder to unpack into (default: below logs)")
+    add("--dry-run", action="store_true", help="unpack and print the command, run nothing")
+    add("--nproc", type=int, help="ranks (default: as in the log, or 1)")
+    add("--seed", type=int, help="another seed than the log's")
+    add("--options", default="", help="further options for the program, in quotes")
+
+    ladder.add_arguments(command(
+        "ladder", ladder.ladder, "Train every rung of the ladder at pocket scale; table and plot."))
+    return parser
+
+
+def _table(args) -> int:
     chosen = [rules.track(name) for name in args.tracks or rules.TRACKS]
     if args.markdown:
         print("\n".join(table.write_markdown(args.root)))
-        return 0
-    if args.json:
+    elif args.json:
         print(table.as_json(chosen, args.root))
-        return 0
-    width = shutil.get_terminal_size((100, 24)).columns
-    texts = []
-    for track in chosen:
-        found = table.rows(track, args.root)
-        texts.append(table.terminal(track, found[-args.last :] if args.last else found, width))
-    print("\n\n".join(texts))
+    else:
+        width = shutil.get_terminal_size((100, 24)).columns
+        found = [(track, table.rows(track, args.root)[-(args.last or 0) :]) for track in chosen]
+        print("\n\n".join(table.terminal(track, rows, width) for track, rows in found))
     return 0
 
 
 def _check(args) -> int:
-    from records import check
-
     unknown = set(args.waive) - set(check.RULES)
     if unknown:
         raise ValueError(f"--waive: expected names of reasons ({', '.join(check.RULES)}), "
                          f"got {', '.join(sorted(unknown))}")
-    if not args.what:
-        verdicts = check.check_all(args.root)
-    else:
-        for path in args.what:
-            if not path.exists():
-                raise FileNotFoundError(f"{path}: expected a record folder or a log, found nothing")
-        folders = [p for p in args.what if (p / "result.json").is_file()]
-        verdicts = [(str(folder), check.check_folder(folder, args.root)) for folder in folders]
-        logs = [log for p in args.what if p not in folders for log in _logs(p)]
-        if logs:
-            runs, unread = check.load(logs)
-            name = args.track or check.track_of(runs)
-            if name is None:
-                raise ValueError("--track: these logs do not say one track: name it "
-                                 f"({', '.join(rules.TRACKS)})")
-            verdict = check.judge(runs, rules.track(name), differs=args.differs,
-                                  systems_only=args.systems_only)
-            verdict.reasons += unread
-            verdicts.append((f"{len(logs)} log{'s' * (len(logs) > 1)}", verdict))
+    for path in args.paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: expected a record folder or a log, found nothing")
+    folders = [p for p in args.paths if (p / "result.json").is_file()]
+    verdicts = [(str(folder), check.check_folder(folder, args.root)) for folder in folders]
+    logs = [log for p in args.paths if p not in folders for log in _logs(p)]
+    if logs:
+        runs, unread = check.load(logs)
+        verdict = check.judge(runs, rules.track(_track(args, runs)), differs=args.differs,
+                              systems_only=args.systems_only)
+        verdict.reasons += unread
+        verdicts.append((f"{len(logs)} log{'s' * (len(logs) > 1)}", verdict))
+    if not args.paths:
+        verdicts = table.check_all(args.root)
     failed = 0
     for label, verdict in verdicts:
         counted = [r for r in verdict.reasons if r.name not in args.waive]
         failed += bool(counted)
-        print(f"{'FAIL' if counted else 'ok'}  {label}")
-        for line in summary_lines(verdict):
-            print(f"      {line}")
-        for reason in check.grouped(verdict.reasons):
-            print(f"      {'waived ' if reason.name in args.waive else ''}{reason}")
-        for fact in verdict.facts:
-            print(f"      {fact}")
-        advice = check.outlook(verdict, args.root) if counted else None
-        if advice:
-            print(f"      {advice}")
-    if not args.what:
+        lines = summary_lines(verdict)
+        lines += [f"{'waived ' if reason.name in args.waive else ''}{reason}"
+                  for reason in check.grouped(verdict.reasons)]
+        lines += [*verdict.notes, check.outlook(verdict, args.root) if counted else None]
+        print("\n      ".join([f"{'FAIL' if counted else 'ok'}  {label}", *filter(None, lines)]))
+    if not args.paths:
         print(f"{len(verdicts) - 1} record{'s' * (len(verdicts) != 2)} and the tables checked, "
               f"{failed or 'nothing'} failed")
     return 1 if failed else 0
+
+
+def _track(args, runs) -> str:
+    name = args.track or check.track_of(runs)
+    if name is None:
+        raise ValueError(f"--track: the logs do not name one track; expected one of "
+                         f"{', '.join(rules.TRACKS)}")
+    return name
 
 
 def _logs(path: Path) -> list[Path]:
@@ -202,16 +191,12 @@ def _logs(path: Path) -> list[Path]:
 
 def summary_lines(verdict) -> list[str]:
     """The numbers of a verdict, as `check` and `add` print them."""
-    from records.table import number, p_value
-
-    result = verdict.result
+    result, number = verdict.result, table.number
     if not result:
         return []
     loss, time = result["val_loss"], result["train_time_ms"]
-    lines = [
-        f"{result['track']}: n = {result['num_runs']}, loss mean {number(loss['mean'], 5)}, "
-        f"sd {number(loss['sd'], 5)}, p = {p_value(result['p'])}"
-    ]
+    lines = [f"{result['track']}: n = {result['num_runs']}, loss mean {number(loss['mean'], 5)}, "
+             f"sd {number(loss['sd'], 5)}, p = {table.p_value(result['p'])}"]
     measures = []
     if time["mean"] is not None:
         measures.append(f"time mean {time['mean'] / 1000:.3f} s, sd {number(time['sd'], 0)} ms")
@@ -223,22 +208,17 @@ def summary_lines(verdict) -> list[str]:
 
 
 def _add(args) -> int:
-    from records import check, table
     from records.add import Refused, add
 
     try:
-        folder = add(
-            args.logs, args.name, by=args.by, track=args.track,
-            kind="baseline" if args.baseline else "record", systems_only=args.systems_only,
-            differs=args.differs, race=args.race, root=args.root,
-        )
+        folder = add(args.logs, args.name, by=args.by, track=args.track,
+                     kind="baseline" if args.baseline else "record", systems_only=args.systems_only,
+                     differs=args.differs, race=args.race, root=args.root)
     except Refused as refused:
-        reasons = check.grouped(refused.verdict.reasons)
-        print("These runs are not a record yet:", file=sys.stderr)
-        for line in [*summary_lines(refused.verdict), *map(str, reasons)]:
-            print(f"  {line}", file=sys.stderr)
-        if refused.advice:
-            print(f"  {refused.advice}", file=sys.stderr)
+        lines = [*summary_lines(refused.verdict), *check.grouped(refused.verdict.reasons),
+                 refused.advice]
+        print("These runs are not a record yet:", *(line for line in lines if line), sep="\n  ",
+              file=sys.stderr)
         print("Nothing was written.", file=sys.stderr)
         return 1
     print(f"{folder} made")
@@ -248,28 +228,20 @@ def _add(args) -> int:
     return 0
 
 
-def _stand(args) -> int:
+def _rank(args) -> int:
     for run in parse(args.log):
-        name = args.track or run.result.get("track")
-        if name is None:
-            raise ValueError("--track: this log does not say its track: name it "
-                             f"({', '.join(rules.TRACKS)})")
-        history: list[tuple[int, float]] = []
-        last = run.final
+        name = _track(args, [run])
+        same = {"data_digest": run.result.get("data_digest"), "folder": args.root}
+        curve: list[tuple[int, float]] = []
         for i, point in enumerate(run.points):
-            history.append((point.step, point.val_loss))
-            if i % args.every == 0 or point is last:
-                print(f"step:{point.step}/{point.total or '?'} " + stand(
-                    name, point.val_loss, point.train_time_ms,
-                    run.tokens_at(point.step), history=history,
-                    num_iterations=point.total, step=point.step,
-                    data_digest=run.result.get("data_digest"), folder=args.root,
-                ))
-        if last is None:
-            print(f"{args.log}: no validation in it")
-        elif run.complete:
-            print(rank(name, last.train_time_ms, run.tokens, last.val_loss, steps=last.step,
-                       data_digest=run.result.get("data_digest"), folder=args.root))
+            curve.append((point.step, point.val_loss))
+            if i % args.every == 0 or point is run.final:
+                print(f"step:{point.step}/{point.total or '?'} " + progress(
+                    name, point.val_loss, point.train_time_ms, run.tokens_at(point.step),
+                    history=curve, num_iterations=point.total, step=point.step, **same))
+        if run.complete:
+            print(rank(name, run.train_time_ms, run.tokens, run.final_val_loss,
+                       steps=run.final_step, **same))
         else:
             print(f"{args.log}: not a finished run: {run.why_incomplete}")
         for fault in [*run.edits, *run.faults]:
@@ -284,7 +256,7 @@ def _label(path: Path) -> str:
 
 
 def _plot(args) -> int:
-    from records import check, plot
+    from records import plot
 
     groups: dict[str, list] = {}
     for text in args.runs:
@@ -329,7 +301,7 @@ def _reproduce(args) -> int:
     from records.reproduce import reproduce
 
     return reproduce(
-        args.what, into=args.into, dry_run=args.dry_run, nproc=args.nproc, seed=args.seed,
+        args.path, into=args.into, dry_run=args.dry_run, nproc=args.nproc, seed=args.seed,
         options=args.options, root=args.root,
     )
 

@@ -1,12 +1,13 @@
-"""Make a record folder from logs: numbers filled in, sources once, logs without them, the plot.
+"""Make a record folder from logs: README with its numbers, result.json, logs, the plot.
 
-Nothing is written unless the runs pass every rule that `check` would ask of them; the folder is
-made under a temporary name, checked like a stranger's, and then renamed.
+Nothing is written unless the runs pass every rule of `check`. Sources go to records/sources, which
+keeps each version of a file once. The folder gets a temporary name, is checked, and is renamed.
 """
 
 from __future__ import annotations
 
 import getpass
+import gzip
 import hashlib
 import json
 import os
@@ -16,16 +17,16 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from records import check, facts, page, plot, rules
+from records import check, history, plot, readme, rules
 from records.check import Verdict
-from records.facts import FOLDER
-from records.log import without_sources
+from records.history import FOLDER, write
+from records.log import source_path, without_sources
 
 RACE_KEYS = ("label", "code_sha256", "recipe_sha256", "losses", "times_ms")
 
 
 class Refused(ValueError):
-    """The runs are not a record; `verdict` says why."""
+    """The runs are not a record; `verdict` has the reasons."""
 
     def __init__(self, verdict: Verdict, advice: str | None) -> None:
         super().__init__("these runs are not a record yet")
@@ -50,13 +51,12 @@ def add(
             f"--name: expected up to 40 letters, digits, dots and dashes, got {name!r}"
         )
     runs, unread = check.load(logs)
-    said = track or check.track_of(runs)
-    if said is None:
+    found = track or check.track_of(runs)
+    if found is None:
         raise ValueError("--track: the logs do not agree on a track; name one of "
                          f"{', '.join(rules.TRACKS)}")
-    rule = rules.track(said)
-    everyone = facts.own_records(None, root)
-    if any(record["name"] == name for record in everyone):
+    rule = rules.track(found)
+    if any(record["name"] == name for record in history.own_records(None, root)):
         raise ValueError(f"--name: there is a record named {name} already")
     verdict = check.judge(runs, rule, differs=differs, systems_only=systems_only)
     verdict.reasons += unread
@@ -73,7 +73,7 @@ def add(
         "race": read_race(race) if race else None,
     }
     if own["date"] is None:
-        raise ValueError("the logs do not say when they were made (`started` in the environment)")
+        raise ValueError("`started`: expected a date in the environment of each log, got none")
     check.ahead_of_prior(verdict, own, root)
     check.not_reused(verdict, own, root)
     if verdict.reasons:
@@ -84,44 +84,37 @@ def add(
         raise ValueError(f"{target} exists already: choose another --name")
     work = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
+    new_sources: list[Path] = []
     try:
-        _fill(work, runs, result, rule, name, root)
+        _fill(work, runs, result, rule, name, root, new_sources)
         again = check.check_folder(work, root)
         again.reasons = [r for r in again.reasons if r.name != "unwritten"]
         if again.reasons:
             raise Refused(again, None)
         os.replace(work, target)
+    except BaseException:
+        for path in new_sources:
+            path.unlink()
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
 
 
-def _fill(work: Path, runs, result: dict, rule: rules.Track, name: str, root: Path) -> None:
-    (work / "logs").mkdir(parents=True)
-    source = work / "source"
+def _fill(work: Path, runs, result: dict, rule: rules.Track, name: str, root: Path,
+          new_sources: list[Path]) -> None:
+    """Writes everything; appends to `new_sources` the files that records/sources did not have."""
     for run in runs:
         kept, sources = without_sources(run.path)
         write(work / "logs" / Path(run.path).name.removesuffix(".gz"), kept)
         for file, body in sources.items():
-            path = source / file
-            if path.exists() and path.read_bytes() != body:  # a difference that the author named
-                path = source / "variants" / hashlib.sha256(body).hexdigest()[:12] / file
+            path = source_path(root / "sources", file, hashlib.sha256(body).hexdigest())
             if not path.exists():
-                write(path, body)
+                write(path, gzip.compress(body, mtime=0))
+                new_sources.append(path)
     write(work / "result.json", (json.dumps(result, indent=1) + "\n").encode())
-    write(work / "README.md", page.template(result).encode())
+    write(work / "README.md", readme.template(result).encode())
     plot.draw([(name, runs)], rule, work / "curves", root=root)
-
-
-def write(path: Path, data: bytes) -> None:
-    """A whole file or none: temporary name, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def record_date(runs) -> str | None:
@@ -133,7 +126,7 @@ def record_date(runs) -> str | None:
 
 def prior_record(rule: rules.Track, root: Path) -> dict | None:
     """The record to beat: the best by the track's metric, or, where that is time, the newest."""
-    records = [r for r in facts.own_records(rule.name, root) if r["kind"] == "record"]
+    records = [r for r in history.own_records(rule.name, root) if r["kind"] == "record"]
     if not records:
         return None
     if rule.metric[0] == "train_time_ms":  # times of other machines do not rank
@@ -142,7 +135,7 @@ def prior_record(rule: rules.Track, root: Path) -> dict | None:
 
 
 def read_race(path: Path) -> dict:
-    """What a race found, as result.json keeps it."""
+    """The result of a race, as result.json keeps it."""
     try:
         race = json.loads(path.read_text())
         return {side: {key: race[side][key] for key in RACE_KEYS} for side in "ab"}
@@ -152,7 +145,7 @@ def read_race(path: Path) -> dict:
 
 
 def author() -> str:
-    """Who submits: git's user name, or the account."""
+    """The default of --by: git's user name, or the account."""
     try:
         found = subprocess.run(
             ["git", "config", "user.name"], capture_output=True, text=True, timeout=10

@@ -1,13 +1,13 @@
 """The ladder at pocket scale: every rung trained on this machine, beside the published ladder.
 
-    python -m records ladder --seeds 3          run what is missing, write table and plot
+    python -m records ladder --seeds 3          run the missing runs, write table and plot
     python -m records ladder --times 2          time all rungs in turns, on a quiet machine
-    python -m records ladder --report           only write table and plot of what was run
+    python -m records ladder --report           only write table and plot of the runs so far
 
 Runs go seed by seed, within a seed rung by rung: the same seed gives every rung the same start and
 the same order of data, so gains are differences between pairs of runs. Results are kept in one line
-a run; an interrupted ladder goes on where it stopped. Losses do not depend on what else the machine
-does, times do: they come from short runs of all rungs in turns, one at a time.
+a run; an interrupted ladder goes on where it stopped. Losses do not depend on other work on the
+machine, times do: they come from short runs of all rungs in turns, one at a time.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from records import facts
-from records.add import write
+import numpy as np
+import scipy.stats
+
+from records import history, stats
 from records.check import recipe_sha256
 from records.log import parse
 from records.rules import TRACKS
@@ -47,7 +49,7 @@ print(json.dumps({record: recipes.to_dict(options.parse(
     ["--record", str(record), "--scale", "pocket", *sys.argv[1:]], has_cuda=False)[1])
     for record in recipes.RECORDS}))
 """
-# How a run is watched, not what it trains.
+# Fields of a recipe that change how a run is measured, not the training.
 WATCHED = ("val_tokens", "val_every", "val_seq_len", "target", "title", "track")
 
 
@@ -61,12 +63,12 @@ def known_rungs(options: Sequence[str] = ()) -> dict[int, str]:
 
 
 def fingerprint(recipe: dict) -> str:
-    """Digest of what a recipe trains. A kept run counts for as long as its rung's is the same."""
+    """Digest of the training fields of a recipe. A kept run counts while its rung's is the same."""
     return recipe_sha256({k: v for k, v in recipe.items() if k not in WATCHED})
 
 
 def run_once(record: int, seed: int, options: Sequence[str], threads: int) -> dict:
-    """Train one rung; what is kept of its log. Raises ValueError where it does not end well."""
+    """Train one rung and return the facts of its log; ValueError where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive",
                    "GOMP_SPINCOUNT": "20000"}  # as in tools/env.sh
     with tempfile.TemporaryDirectory() as folder:
@@ -75,9 +77,9 @@ def run_once(record: int, seed: int, options: Sequence[str], threads: int) -> di
         done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env=environment)
         logs = list(Path(folder).glob("*.txt"))
         if done.returncode or len(logs) != 1:
-            said = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            last = (done.stderr or done.stdout).strip().splitlines()[-1:]
             raise ValueError(f"record {record}, seed {seed}: {' '.join(command[1:])} ended with "
-                             f"{done.returncode}: {' '.join(said)}")
+                             f"{done.returncode}: {' '.join(last)}")
         (run,) = parse(logs[0])
     result = run.result
     return {
@@ -141,11 +143,11 @@ def read(kept: Path) -> list[dict]:
 
 
 def current(runs: Sequence[dict], rungs: dict[int, str]) -> list[dict]:
-    """Those of the runs that trained what their rung is now."""
+    """The runs whose recipe is still that of their rung."""
     return [run for run in runs if rungs.get(run["record"]) == run["fingerprint"]]
 
 
-# --- what the runs say ----------------------------------------------------------------------------
+# --- gains and verdicts ---------------------------------------------------------------------------
 
 def rungs(runs: Sequence[dict], times: Sequence[dict] = ()) -> list[dict]:
     """A row for each record: losses, and the gain over the rung before as paired differences.
@@ -156,7 +158,7 @@ def rungs(runs: Sequence[dict], times: Sequence[dict] = ()) -> list[dict]:
     by_record: dict[int, dict[int, dict]] = {}
     for run in runs:
         by_record.setdefault(run["record"], {})[run["seed"]] = run
-    published = {r["number"]: r for r in facts.history() if r["track"] == "short"
+    published = {r["number"]: r for r in history.public_records() if r["track"] == "short"
                  and r["kind"] == "record"}
     bar = by_record.get(BASELINE)
     bar = statistics.fmean(r["val_loss"] for r in bar.values()) if bar else math.nan
@@ -182,7 +184,7 @@ def rungs(runs: Sequence[dict], times: Sequence[dict] = ()) -> list[dict]:
         }
         rows.append(row)
         before = of_seed
-    spread = pooled_sd([row["gains"] for row in rows])
+    spread = _spread(rows)
     for row in rows:
         row["gain"] = statistics.fmean(row["gains"]) if row["gains"] else math.nan
         row["error"] = spread / math.sqrt(len(row["gains"])) if row["gains"] else math.nan
@@ -204,20 +206,17 @@ def tokens_to(run: dict, loss: float) -> float:
     return math.nan
 
 
-def pooled_sd(samples: Sequence[Sequence[float]]) -> float:
-    samples = [s for s in samples if len(s) > 1]
-    freedom = sum(len(s) - 1 for s in samples)
-    squares = sum(statistics.variance(s) * (len(s) - 1) for s in samples)
-    return math.sqrt(squares / freedom) if freedom else math.nan
+def _spread(rows: Sequence[dict]) -> float:
+    """Standard deviation of the gains of all rungs, each around its own mean."""
+    return stats.pooled_sd([(len(row["gains"]), statistics.stdev(row["gains"]))
+                            for row in rows if len(row["gains"]) > 1])
 
 
 def verdict(row: dict, freedom: int) -> str:
     """helps, hurts, or within noise, by a two-sided t-test with the pooled deviation."""
-    from scipy import stats
-
     if not row["gains"] or not row["error"] > 0:
         return ""
-    if 2 * stats.t.sf(abs(row["gain"]) / row["error"], freedom) > ALPHA:
+    if 2 * scipy.stats.t.sf(abs(row["gain"]) / row["error"], freedom) > ALPHA:
         return "within noise"
     return "helps" if row["gain"] > 0 else "hurts"
 
@@ -225,19 +224,16 @@ def verdict(row: dict, freedom: int) -> str:
 def rank_correlation(rows: Sequence[dict]) -> tuple[float, float, int]:
     """(Spearman's rho, p, rungs): pocket gains with the published ones, both over the rung before.
 
-    A published gain is the logarithm of tokens saved to the same loss, which is what an idea does;
-    the minutes carry the systems work as well.
+    A published gain is the logarithm of tokens saved to the same loss; minutes would include the
+    systems work.
     """
-    import numpy as np
-    from scipy import stats
-
     pairs = [(row["gain"], math.log(prior["published"]["tokens"] / row["published"]["tokens"]))
              for prior, row in itertools.pairwise(rows)
              if row["gains"] and prior["published"] and row["published"]
              and prior["published"]["tokens"] and row["published"]["tokens"]]
     if len(pairs) < 3:
         return math.nan, math.nan, len(pairs)
-    gains, savings = (stats.rankdata(side) for side in zip(*pairs))
+    gains, savings = (scipy.stats.rankdata(side) for side in zip(*pairs))
     rho = float(np.corrcoef(gains, savings)[0, 1])
     rng = np.random.default_rng(0)  # p: how often a shuffled order does as well, either way
     shuffled = [np.corrcoef(rng.permutation(gains), savings)[0, 1] for _ in range(PERMUTATIONS)]
@@ -248,7 +244,7 @@ def rank_correlation(rows: Sequence[dict]) -> tuple[float, float, int]:
 # --- the page -------------------------------------------------------------------------------------
 
 def validation_note(runs: Sequence[dict]) -> str:
-    """What sets these losses apart from the track's, where the runs validate on fewer tokens."""
+    """A warning where the runs validate on fewer tokens than the track."""
     options = {tuple(run["options"]) for run in runs}
     counts = {words[words.index("--val_tokens") + 1] for words in options
               if "--val_tokens" in words}
@@ -265,7 +261,7 @@ def page(runs: Sequence[dict], there: Sequence[int] = (), times: Sequence[dict] 
     rows = rungs(runs, times)
     gains = [row["gains"] for row in rows if len(row["gains"]) > 1]
     freedom = sum(len(g) - 1 for g in gains)
-    spread = pooled_sd(gains)
+    spread = _spread(rows)
     rho, p, num = rank_correlation(rows)
     words = {row["record"]: verdict(row, freedom) for row in rows}
 
@@ -296,7 +292,7 @@ def page(runs: Sequence[dict], there: Sequence[int] = (), times: Sequence[dict] 
             f" ± {row['error']:.4f}" if row["error"] > 0 else "")
         lines.append(
             f"| {row['record']} | {known.get('title', '')} | {known.get('minutes', '')} | "
-            f"{facts.count(known.get('tokens'))} | {row['loss']:.4f} | {row['n']} | {gain} | "
+            f"{history.count(known.get('tokens'))} | {row['loss']:.4f} | {row['n']} | {gain} | "
             f"{words[row['record']]} | {number(row['tokens_to_bar'], ',.0f')} | "
             f"{number(row['seconds'], '.1f')} | {number(row['seconds_to_target'], '.1f')} | "
             f"{row['parameters']:,} | {row['num_iterations']} |")
@@ -326,7 +322,7 @@ def draw(runs: Sequence[dict], out: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    from records.plot import COLORS, STYLE
+    from records.plot import COLORS, STYLE, save
 
     rows = rungs(runs)
     at = {row["record"]: i for i, row in enumerate(rows)}
@@ -349,31 +345,25 @@ def draw(runs: Sequence[dict], out: Path) -> list[Path]:
                    marker="o", markersize=3, label="mean")
         for r in rows:
             below.plot([at[r["record"]]] * r["n"], r["losses"], ".", color="#999999", markersize=3)
-        below.set_ylabel(f"pocket: loss at {facts.count(rows[0]['tokens'])} tokens")
+        below.set_ylabel(f"pocket: loss at {history.count(rows[0]['tokens'])} tokens")
         below.set_xticks(range(len(rows)), [f"{r['record']}" for r in rows])
         below.set_xlabel("record")
-        files = []
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            path = out.with_name(f"{out.name}.{kind}")
-            partial = path.with_name(path.name + ".tmp")
-            figure.savefig(partial, format=kind, metadata=metadata)
-            os.replace(partial, path)
-            files.append(path)
+        files = save(figure, out)
         plt.close(figure)
     return files
 
 
 # --- the command ----------------------------------------------------------------------------------
 
-def add_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--seeds", type=int, default=3, help="runs of each rung (default 3)")
-    sub.add_argument("--records", default="", help="only these rungs, as 2,6,24")
-    sub.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
-    sub.add_argument("--threads", type=int, default=1, help="threads of each run (default 1)")
-    sub.add_argument("--options", default="", help="options for all runs, in quotes")
-    sub.add_argument("--times", type=int, default=0, metavar="ROUNDS",
-                     help="time the steps of all rungs so many times, train nothing else")
-    sub.add_argument("--report", action="store_true", help="only report what has been run so far")
+def add_arguments(add: Callable) -> None:
+    add("--seeds", type=int, default=3, help="runs of each rung (default 3)")
+    add("--records", default="", help="only these rungs, as 2,6,24")
+    add("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    add("--threads", type=int, default=1, help="threads of each run (default 1)")
+    add("--options", default="", help="options for all runs, in quotes")
+    add("--times", type=int, default=0, metavar="ROUNDS",
+        help="time the steps of all rungs so many times, train nothing else")
+    add("--report", action="store_true", help="only report the runs made so far")
 
 
 def ladder(args: argparse.Namespace) -> int:
@@ -396,7 +386,7 @@ def ladder(args: argparse.Namespace) -> int:
     if not runs:
         raise FileNotFoundError(f"{kept}: expected runs of the present recipes, found none; leave "
                                 "out --report")
-    write(args.root / "LADDER.md", page(runs, list(there), times).encode())
+    history.write(args.root / "LADDER.md", page(runs, list(there), times).encode())
     for path in (args.root / "LADDER.md", *draw(runs, args.root / "ladder")):
         print(path)
     return 0

@@ -1,4 +1,4 @@
-"""Find the program somebody means, and run it: shared by race and reproduce.
+"""Find a program by its name and run it: shared by race and reproduce.
 
 A program is a folder with train_gpt.py and the options it is started with. It prints its steps and,
 in its last lines, `log: PATH`; that log is all that is taken from it.
@@ -6,6 +6,7 @@ in its last lines, `log: PATH`; that log is all that is taken from it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -20,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from records import check
-from records.facts import FOLDER, own_records
-from records.lines import Run
-from records.log import find_kept, parse, without_sources
+from records.history import FOLDER, own_records
+from records.log import parse
+from records.parse import Run
 
 SCRIPT = "train_gpt.py"
 CACHES = ("data/corpus_cache", "data/fineweb10B")  # kept out of git; linked, never copied
@@ -46,7 +47,7 @@ class Program:
 
 
 def training_options(command: str) -> list[str]:
-    """The options of a logged command line that say what is trained, without seed and folders."""
+    """The training options of a logged command line, without seed and folders."""
     return [word for name, words in _options(shlex.split(command)[1:]) if name not in DROPPED
             for word in words]
 
@@ -71,21 +72,25 @@ def _options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     return found
 
 
-def unpack(run: Run, into: Path) -> None:
-    """Write the sources of a log of ours, each checked by its sha256, into a new folder."""
+def unpack(run: Run, label: str, into: Path, tree: Path, options: Sequence[str]) -> Program:
+    """The program of a run (of `parse(..., keep_sources=True)`), its sources written to `into`.
+
+    Started with the training options of the log's command line and then `options`. A folder that
+    is there already is used as it is.
+    """
     if run.edits:
         raise ValueError(f"{run.path}: was changed after the run: {run.edits[0]}")
     if not run.sources:
         raise ValueError(f"{run.path}: expected the sources of the program, the log holds none")
-    raw = without_sources(run.path)[1]
-    into.mkdir(parents=True)
-    for name, source in run.sources.items():
-        target = into / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if name in raw:
-            target.write_bytes(raw[name])
-        else:
-            shutil.copyfile(find_kept(Path(run.path), name, source.sha256), target)
+    for name, source in run.sources.items() if not into.exists() else ():
+        body = (source.text or "").encode()
+        if hashlib.sha256(body).hexdigest() != source.sha256:
+            raise ValueError(f"{run.path}: {name}: expected UTF-8 text, 16 MiB for all sources")
+        (into / name).parent.mkdir(parents=True, exist_ok=True)
+        (into / name).write_bytes(body)
+    link_caches(into, tree)
+    kept = training_options(run.environment.get("command", SCRIPT))
+    return Program(label, into.resolve(), merged(kept, options))
 
 
 def link_caches(folder: Path, tree: Path) -> None:
@@ -98,7 +103,7 @@ def link_caches(folder: Path, tree: Path) -> None:
 
 
 def find(text: str, place: Path, root: Path = FOLDER) -> Program:
-    """The program that a word (and options after it) means; `place` is where it may be unpacked.
+    """The program of a word, with the options after it; `place`: where it may be unpacked.
 
     A number is a record of the current tree's ladder; a folder with result.json, or the name of a
     record of ours, is that record's program; a folder with train_gpt.py is a working tree; anything
@@ -107,30 +112,26 @@ def find(text: str, place: Path, root: Path = FOLDER) -> Program:
     words = shlex.split(text)
     if not words or not words[0]:
         raise ValueError("expected a record, a folder or a revision, got nothing")
-    what, options = words[0], tuple(words[1:])
+    target, options = words[0], tuple(words[1:])
     tree = root.parent.resolve()
-    if re.fullmatch(r"#?\d+", what):
-        number = what.removeprefix("#")
+    if re.fullmatch(r"#?\d+", target):
+        number = target.removeprefix("#")
         return Program(f"#{number}" + _tail(options), tree, merged(("--record", number), options))
-    folder = next((f for f in (Path(what), root / what) if f.is_dir()), None)
-    named = [r for r in own_records(None, root) if what in (r["name"], r["folder"])]
+    folder = next((f for f in (Path(target), root / target) if f.is_dir()), None)
+    named = [r for r in own_records(None, root) if target in (r["name"], r["folder"])]
     if named and (folder is None or not (folder / SCRIPT).is_file()):
         folder = root / named[0]["folder"]
     if folder is not None and (folder / "result.json").is_file():
-        run = parse(check.folder_logs(folder)[0])[0]
-        if not place.exists():
-            unpack(run, place)
-        link_caches(place, tree)
-        kept = training_options(run.environment.get("command", SCRIPT))
-        name = check.read_result(folder).get("name", folder.name)
-        return Program(name + _tail(options), place.resolve(), merged(kept, options))
+        run = parse(check.folder_logs(folder)[0], keep_sources=True)[0]
+        name = check.read_result(folder)["name"]
+        return unpack(run, name + _tail(options), place, tree, options)
     if folder is not None:
         if not (folder / SCRIPT).is_file():
-            raise ValueError(f"{what}: expected a folder with {SCRIPT} or result.json")
-        return Program(what + _tail(options), folder.resolve(), options)
-    commit = _git(tree, "rev-parse", "--verify", "--quiet", f"{what}^{{commit}}")
+            raise ValueError(f"{target}: expected a folder with {SCRIPT} or result.json")
+        return Program(target + _tail(options), folder.resolve(), options)
+    commit = _git(tree, "rev-parse", "--verify", "--quiet", f"{target}^{{commit}}")
     if not commit:
-        raise ValueError(f"{what}: expected a record's number or name, a folder with {SCRIPT} or "
+        raise ValueError(f"{target}: expected a record's number or name, a folder with {SCRIPT} or "
                          "result.json, or a git revision; it is none of them")
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -140,17 +141,17 @@ def find(text: str, place: Path, root: Path = FOLDER) -> Program:
              str(place.resolve()), commit], capture_output=True, text=True,
         )
         if done.returncode:
-            raise ValueError(f"{what}: git worktree: {done.stderr.strip()}")
+            raise ValueError(f"{target}: git worktree: {done.stderr.strip()}")
     if _git(place, "rev-parse", "HEAD") != commit:
         raise ValueError(f"{place}: expected revision {commit[:12]}: it holds another; remove it")
     if not (place / SCRIPT).is_file():
-        raise ValueError(f"{what}: revision {commit[:12]} has no {SCRIPT}")
+        raise ValueError(f"{target}: revision {commit[:12]} has no {SCRIPT}")
     link_caches(place, tree)
-    return Program(what + _tail(options), place.resolve(), options)
+    return Program(target + _tail(options), place.resolve(), options)
 
 
 def forget(program: Program, place: Path, root: Path = FOLDER) -> None:
-    """Remove a worktree that `find` made, or what it unpacked."""
+    """Remove the worktree or the unpacked program that `find` made."""
     if program.folder == place.resolve() and place.exists():
         if (place / ".git").exists():
             _git(root.parent, "worktree", "remove", "--force", str(place.resolve()))
@@ -182,7 +183,7 @@ def _terminating():
 
     try:
         before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: whoever runs this takes care
+    except ValueError:  # only the main thread may set a handler
         yield
         return
     try:
@@ -194,16 +195,17 @@ def _terminating():
 def execute(
     program: Program, seed: int | None, nproc: int, output: Path, on_step: Callable = lambda f: None
 ) -> Run:
-    """Run a program to its end; its complete run. What it prints goes to the file `output`.
+    """Run a program to its end and return its complete run. Its output goes to the file `output`.
 
     on_step is called with the fraction of steps done. If this process is interrupted, the program
-    and all its ranks are ended. Raises ProgramFailed with the program's last lines otherwise.
+    and all its ranks are ended. Raises ProgramFailed, with the program's last lines, where it ends
+    without a complete log.
     """
     command = program.command(seed, nproc)
     last: deque[str] = deque(maxlen=8)
     log: Path | None = None
     output.parent.mkdir(parents=True, exist_ok=True)
-    # a thread that waits by spinning slows everybody on a busy machine down
+    # threads that spin while they wait slow down a busy machine
     environment = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000",  # as in tools/env.sh
                    **os.environ, "PYTHONUNBUFFERED": "1"}
     with _terminating(), open(output, "w", buffering=1) as file:

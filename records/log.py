@@ -8,6 +8,7 @@ Our format, version 1. UTF-8 text, lines end in a newline:
     end source
     begin environment lines=N
     key: value                                        Python, torch, GPUs, commit, ...
+    tokens_per_step: [[0, 131072], [640, 262144]]     from step 0 on, from step 640 on
     end environment
     begin recipe lines=N
     {...}                                             the resolved recipe as JSON
@@ -22,20 +23,19 @@ Our format, version 1. UTF-8 text, lines end in a newline:
     marks: 3f2a...                                    4 hex digits for each line outside the sources
     digest: HEX                                       sha256 of every byte above this line
 
-Blocks carry their number of lines, so a source may contain anything, this docstring too. In a
-record folder the sources are kept once, beside the logs: a log there says `kept source NAME ...`
-instead of the block, and reading it puts the block back, so the digest is still that of the log as
-it was written.
+Blocks carry their number of lines, so a source may contain anything, this docstring too. The logs
+of a record folder have a line `kept source NAME ...` in place of each source block: the text is in
+`records/sources/`, once for all records, and reading puts the block back. The digest is still that
+of the log as it was closed.
 
-What the digest proves: the file is, byte for byte, what was closed. A changed digit, a lost line,
-a swapped source or a cut tail is found, and the marks name the line. What it cannot prove: that the
-numbers were ever measured. Whoever rewrites a log can compute a new digest; only running the
-program again (`python -m records reproduce`) answers that.
+The digest proves that the file has not changed since it was closed: it finds a changed digit, a
+lost line, a swapped source, a cut tail, and the marks name the line. It does not prove that the
+numbers were measured: a new digest for an edited log is easy to compute. Only running the program
+again (`python -m records reproduce`) answers that.
 
-`parse` reads this format and the public ones: `step:N/M val_loss:X train_time:Yms step_avg:Zms`
-with milliseconds or seconds, and llm.c's `s:N tel:X`. It is strict about what a result line is and
-lenient about everything else; what looks like a result and cannot be read is named in `Run.faults`,
-never guessed. Memory is bounded whatever the file holds.
+`parse` reads this format and the public ones of records/parse.py. It is strict about result lines
+and lenient about everything else; a line that looks like a result and cannot be read is named in
+`Run.faults`, never guessed. Memory is bounded for every file.
 """
 
 from __future__ import annotations
@@ -44,14 +44,16 @@ import gzip
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import time
+import zlib
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
-from records.lines import (
+from records.parse import (
+    BATCHES,
     FILE_CAP,
     LINE_CAP,
     POINT_CAP,
@@ -61,10 +63,9 @@ from records.lines import (
     Point,
     Run,
     Source,
+    parse_public,
     read_fields,
-    val_point,
 )
-from records.public import parse_public
 
 __all__ = ["LogError", "Point", "Run", "RunLog", "Source", "parse", "train_line", "val_line"]
 
@@ -73,6 +74,7 @@ STATUSES = ("complete", "preempted", "failed")
 SOURCE_CAP = 1 << 24  # bytes of source text kept in memory when asked for
 MARKS_PER_LINE = 256
 ROUNDING = 5.1e-5  # of a loss printed with four decimals
+MAX_LOSS = 1e6  # a line with a larger loss is not read as a validation
 
 
 # ---------------------------------------------------------------------------------- result lines
@@ -138,19 +140,22 @@ class RunLog:
     ) -> None:
         self.path = Path(path)
         environment = {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **environment}
-        head = [f"{MAGIC}\n".encode()]
-        bodies: dict[int, bytes] = {}  # position in head -> source body, which carries no marks
+        head, self._marks = bytearray(), bytearray()
+
+        def put(line: str) -> None:
+            raw = f"{line}\n".encode()
+            head.extend(raw)
+            self._marks.extend(_mark(raw))
+
+        put(MAGIC)
         for name, text in sources.items():
             body = text.encode()
             newline = int(body.endswith(b"\n") or not body)
-            num_lines = body.count(b"\n") + (1 - newline)
-            digest = hashlib.sha256(body).hexdigest()
-            head.append(
-                f"begin source {_clean_name(name)} lines={num_lines} newline={newline} "
-                f"sha256={digest}\n".encode()
-            )
-            bodies[len(head)] = body if newline else body + b"\n"
-            head.append(b"end source\n")
+            num_lines = body.count(b"\n") + 1 - newline
+            put(f"begin source {_clean_name(name)} lines={num_lines} newline={newline} "
+                f"sha256={hashlib.sha256(body).hexdigest()}")
+            head += body if newline else body + b"\n"  # without marks: it has a sha256
+            put("end source")
         env_lines = []
         for key, value in environment.items():
             if not re.fullmatch(r"[\w .()/+-]{1,80}", key):
@@ -158,13 +163,13 @@ class RunLog:
             env_lines.append(f"{key}: {_one_line(value)}")
         recipe_lines = json.dumps(recipe, indent=1, sort_keys=True, allow_nan=False).split("\n")
         for title, lines in (("environment", env_lines), ("recipe", recipe_lines)):
-            head.append(f"begin {title} lines={len(lines)}\n".encode())
-            head.extend(f"{line}\n".encode() for line in lines)
-            head.append(f"end {title}\n".encode())
-        head.append(b"begin steps\n")
+            put(f"begin {title} lines={len(lines)}")
+            for line in lines:
+                put(line)
+            put(f"end {title}")
+        put("begin steps")
 
         self._hash = hashlib.sha256()
-        self._marks = bytearray()
         self._size = 0
         self._broken = False
         self._last_val: tuple[int, int, float] | None = None  # step, num_iterations, loss
@@ -175,11 +180,7 @@ class RunLog:
             raise FileExistsError(
                 f"{self.path} exists already: another run has this name; choose another run id"
             ) from None
-        chunk = bytearray()
-        for i, line in enumerate(head):
-            chunk += bodies.get(i, b"") + line
-            self._marks += _mark(line)
-        self._write(bytes(chunk))
+        self._write(bytes(head))
 
     def _write(self, data: bytes) -> None:
         if self._broken or self._file.closed:
@@ -196,21 +197,23 @@ class RunLog:
         self._size += len(data)
 
     def line(self, text: str) -> None:
-        """Write one line (a step line or a note). Several lines in `text` are several notes."""
+        """Write a training line or a note. Several lines in `text` are several notes."""
         for part in str(text).splitlines() or [""]:
             if part.startswith(("begin ", "end ", "kept ", "marks:", "digest:", MAGIC)):
                 part = " " + part  # a note must not look like a part of the format
-            raw = f"{part}\n".encode(errors="backslashreplace")
-            self._write(raw)
-            self._marks += _mark(raw)
-            fields = read_fields(raw)
-            if fields and "val_loss" in fields:
-                try:
-                    point = val_point(fields, 0, "val_loss")
-                except LogError as error:
-                    self._broken = True
-                    raise LogError(f"{self.path}: {error}; val_line() makes it") from None
-                self._last_val = (point.step, point.total or -1, point.val_loss)
+            elif "val_loss:" in part:
+                part = "note: " + part  # nor like a validation
+            self._put(part)
+
+    def val(self, step: int, num_iterations: int, val_loss: float, train_time_ms: float) -> None:
+        """Write the line of a validation (val_line)."""
+        self._put(val_line(step, num_iterations, val_loss, train_time_ms))
+        self._last_val = (step, num_iterations, val_loss)
+
+    def _put(self, line: str) -> None:
+        raw = f"{line}\n".encode(errors="backslashreplace")
+        self._write(raw)
+        self._marks += _mark(raw)
 
     def close(self, result: Mapping[str, object]) -> None:
         """Write the closing block and make it durable. `result["status"]` says how the run ended.
@@ -262,7 +265,7 @@ class RunLog:
         step, total, loss = self._last_val
         if step != total:
             return f"its last validation is of step {step}, the run has {total}"
-        if not math.isfinite(loss):
+        if not abs(loss) < MAX_LOSS:
             return f"its final loss is {loss}"
         final = result.get("final_val_loss", loss)
         try:
@@ -274,7 +277,7 @@ class RunLog:
         return None
 
     def _check_untouched(self) -> None:
-        """What is on disk under this path is what was written here, read back byte for byte."""
+        """Compare the file under this path, byte for byte, with the bytes written here."""
         try:
             here, ours = os.stat(self.path), os.fstat(self._file.fileno())
         except FileNotFoundError:
@@ -304,6 +307,34 @@ def _mark(raw: bytes) -> bytes:
 # ---------------------------------------------------------------------------------- reading files
 
 
+def parse(
+    source: str | bytes | os.PathLike, *, loss_key: str = "val_loss", keep_sources: bool = False
+) -> list[Run]:
+    """All runs of a log file (a path, or its text), ours or public, gzip or plain.
+
+    loss_key       the field that counts as the loss (`val_loss`; one public record names another)
+    keep_sources   keep the text of our logs' sources in `Run.sources`, up to SOURCE_CAP bytes
+    A file without a measurement gives []. Raises FileNotFoundError if there is no such file.
+    """
+    file, name, path = _open(source)
+    with file:
+        pieces = _pieces(file, path)
+        try:
+            first = next(pieces, b"")
+            if first.rstrip(b"\r\n") != MAGIC.encode():
+                return parse_public(first, pieces, name, loss_key)
+            return _parse_ours(first, pieces, name, source, loss_key, keep_sources)
+        except LogError as error:
+            return [Run(name, faults=[str(error)])]
+
+
+def read_lines(path: str | os.PathLike) -> Iterator[bytes]:
+    """A log as it was closed, sources included, in lines of at most LINE_CAP bytes."""
+    file, _, path = _open(path)
+    with file:
+        yield from _pieces(file, path)
+
+
 def _open(source: object) -> tuple[io.BufferedIOBase, str, Path | None]:
     if isinstance(source, bytes):
         return io.BytesIO(source), "<bytes>", None
@@ -320,9 +351,9 @@ def _open(source: object) -> tuple[io.BufferedIOBase, str, Path | None]:
     return file, str(path), path
 
 
-def _pieces(file: io.BufferedIOBase) -> Iterator[bytes]:
-    """Lines of at most LINE_CAP bytes; a longer line comes in several pieces."""
-    total = 0
+def _pieces(file: io.BufferedIOBase, path: Path | None) -> Iterator[bytes]:
+    """The lines of a log, source blocks put back; a line above LINE_CAP comes in pieces."""
+    total, at_head = 0, path is not None
     while True:
         try:
             piece = file.readline(LINE_CAP)
@@ -333,29 +364,65 @@ def _pieces(file: io.BufferedIOBase) -> Iterator[bytes]:
         total += len(piece)
         if total > FILE_CAP:
             raise LogError(f"the file is larger than {FILE_CAP >> 20} MiB, the rest was not read")
+        if at_head:  # the sources of a log follow its first line
+            if piece.startswith(b"kept "):
+                yield from _source_block(piece, path)
+                continue
+            at_head = piece.startswith(MAGIC.encode())
         yield piece
 
 
-def parse(
-    source: str | bytes | os.PathLike, *, loss_key: str = "val_loss", keep_sources: bool = False
-) -> list[Run]:
-    """All runs of a log file (a path, or its text), ours or public, gzip or plain.
+def _source_block(kept: bytes, log: Path) -> Iterator[bytes]:
+    """The block that a `kept source` line replaced; the line itself where its text is missing."""
+    header = _SOURCE.match(kept.decode(errors="replace").rstrip("\n"))
+    folders = log.resolve().parents
+    body = None
+    if header and len(folders) > 3:  # records/<track>/<record>/logs/<log>
+        body = read_source(folders[3] / "sources", header[2], header[5])
+    if body is None:
+        yield kept
+        return
+    yield b"begin" + kept.removeprefix(b"kept")
+    yield from io.BytesIO(body if header[4] == "1" else body + b"\n")
+    yield b"end source\n"
 
-    loss_key       the field that counts as the loss (`val_loss`; one public record names another)
-    keep_sources   keep the text of our logs' sources in `Run.sources`, up to SOURCE_CAP bytes
-    A file without a measurement gives []. Raises FileNotFoundError if there is no such file.
-    """
-    file, name, path = _open(source)
-    with file:
-        pieces = _pieces(file)
-        first = b""
-        try:
-            first = next(pieces, b"")
-            if first.rstrip(b"\r\n") == MAGIC.encode():
-                return _parse_ours(first, pieces, name, path, source, loss_key, keep_sources)
-            return parse_public(first, pieces, name, loss_key)
-        except LogError as error:
-            return [Run(name, faults=[str(error)])]
+
+def source_path(folder: Path, name: str, sha256: str) -> Path:
+    """Where `folder` (records/sources) keeps this version of a source."""
+    return folder / f"{_clean_name(name)}.{sha256[:16]}.gz"
+
+
+def read_source(folder: Path, name: str, sha256: str) -> bytes | None:
+    """A stored source; None if it is missing, damaged or another one than this sha256 says."""
+    try:
+        with gzip.open(source_path(folder, name, sha256)) as file:
+            body = file.read(SOURCE_CAP + 1)
+    except (OSError, EOFError, zlib.error):
+        return None
+    return body if hashlib.sha256(body).hexdigest() == sha256 else None
+
+
+def without_sources(path: str | os.PathLike) -> tuple[bytes, dict[str, bytes]]:
+    """A log of ours as a record folder keeps it, and the sources that it held, byte for byte."""
+    kept, sources = bytearray(), {}
+    lines = read_lines(path)
+    if next(lines, b"").rstrip(b"\r\n") != MAGIC.encode():
+        raise LogError(f"{path}: expected a log that starts with {MAGIC!r}")
+    kept += f"{MAGIC}\n".encode()
+    for raw in lines:
+        header = _SOURCE.match(raw.decode(errors="replace").rstrip("\n"))
+        if not header:
+            kept += raw + b"".join(lines)
+            break
+        body, left = bytearray(), int(header[3])
+        while left and (piece := next(lines, b"")):
+            body += piece
+            left -= piece.endswith(b"\n")
+        if next(lines, b"") != b"end source\n":
+            raise LogError(f"{path}: source {header[2]} does not have the lines it announces")
+        sources[_clean_name(header[2])] = bytes(body if header[4] == "1" else body[:-1])
+        kept += b"kept" + raw.removeprefix(b"begin")
+    return bytes(kept), sources
 
 
 # ---------------------------------------------------------------------------------- our format
@@ -366,80 +433,51 @@ _SOURCE = re.compile(
 _BLOCK = re.compile(r"begin (environment|recipe) lines=(\d{1,7})$")
 
 
-def find_kept(path: Path | None, name: str, sha256: str) -> Path | None:
-    """The file of a kept source, in `source/` beside the log or one folder up; maybe a variant."""
-    if path is None:
-        return None
-    for folder in (path.parent / "source", path.parent.parent / "source"):
-        for candidate in (folder / name, folder / "variants" / sha256[:12] / name):
-            if candidate.is_file() and _file_sha256(candidate) == sha256:
-                return candidate
-    return None
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class _Stream:
     """The pieces of a log of ours, with its hash, line number and marks kept up to date.
 
-    The hash covers every piece handed out so far but the current one, so that the digest line can
-    be compared with what stands above it.
+    The hash covers every piece handed out before `current`, so the digest line can be compared
+    with the lines above it.
     """
 
-    def __init__(self, first: bytes, pieces: Iterator[bytes], marks: bool) -> None:
-        self.pieces, self.pending = pieces, first
+    def __init__(self, pieces: Iterator[bytes], marks: bool = False) -> None:
+        self.pieces = pieces
         self.hash = hashlib.sha256()
         self.current = b""
-        self.line = 0
+        self.number = 0
         self.want_marks, self.marks, self.mark_lines = marks, bytearray(), []
 
     def next(self) -> bytes:
-        self.commit()
-        if self.pending:
-            piece, self.pending = self.pending, b""
-        else:
-            piece = next(self.pieces, b"")
-        self.current = piece
-        return piece
+        self.hash.update(self.current)
+        self.current = next(self.pieces, b"")
+        return self.current
 
-    def text(self) -> str | None:
-        """The next whole line without its newline, None at the end of the file or if it is cut."""
+    def line(self) -> bytes:
+        """The next line with its newline; b"" at the end of the file or where it is cut.
+
+        A line above LINE_CAP is b"\n" here: it is hashed, never interpreted.
+        """
         piece = self.next()
-        if not piece:
-            return None
-        whole = piece.endswith(b"\n")
-        if not whole and len(piece) == LINE_CAP:
-            while piece and not piece.endswith(b"\n"):  # a line nobody wants to read: hash only
+        if not piece.endswith(b"\n"):
+            if len(piece) < LINE_CAP:
+                return b""
+            while piece and not piece.endswith(b"\n"):
                 piece = self.next()
-            self.line += 1
-            return ""
-        self.line += 1
+            self.number += 1
+            return b"\n"
+        self.number += 1
         if self.want_marks and len(self.marks) < 2 * POINT_CAP:
             self.marks += _mark(piece)
-            self.mark_lines.append(self.line)
-        return piece[:-1].decode(errors="replace") if whole else None
-
-    def commit(self) -> None:
-        if self.current:
-            self.hash.update(self.current)
-            self.current = b""
-
-    def replace(self, text: str) -> None:
-        """The line as it was when the log was closed (`kept source` was `begin source`)."""
-        self.current = text.encode() + b"\n"
-        if self.want_marks:
-            self.marks[-2:] = _mark(self.current)
+            self.mark_lines.append(self.number)
+        return piece
 
 
-def _parse_ours(first, pieces, name, path, source, loss_key, keep_sources) -> list[Run]:
+def _parse_ours(first, pieces, name, source, loss_key, keep_sources) -> list[Run]:
     runs = []
     while first:
-        stream = _Stream(first, pieces, marks=False)
+        stream = _Stream(chain([first], pieces))
         run = Run(name, format="ours")
-        _read_ours(stream, run, path, loss_key, keep_sources)
+        _read_ours(stream, run, loss_key, keep_sources)
         if run.edits and not runs:
             changed = _locate(source)
             if changed:
@@ -448,7 +486,7 @@ def _parse_ours(first, pieces, name, path, source, loss_key, keep_sources) -> li
         # a file may hold a second log after the first one's digest
         first = next(pieces, b"")
         if first and first.rstrip(b"\r\n") != MAGIC.encode():
-            run.edit(f"line {stream.line + 1}: text after the closing block")
+            run.edit(f"line {stream.number + 1}: text after the closing block")
             run.digest = None
             break
         if len(runs) >= RUN_CAP:
@@ -456,186 +494,134 @@ def _parse_ours(first, pieces, name, path, source, loss_key, keep_sources) -> li
     return runs
 
 
-def _read_ours(
-    stream: _Stream, run: Run, path: Path | None, loss_key: str, keep_sources: bool
-) -> list[str]:
+def _read_ours(stream: _Stream, run: Run, loss_key: str, keep_sources: bool) -> str:
     """Reads one log into `run`; returns the marks of its closing block."""
-    fault = run.fault
     curve = Collector(run.path, loss_key, fixed_run=run)
-    code = hashlib.sha256()
-    kept_bytes = 0
-    section = "head"
     marks: list[str] = []
-    stream.text()  # the first line, MAGIC
-    while True:
-        text = stream.text()
-        if text is None:
-            if stream.current:
-                fault(f"line {stream.line}: the log ends in the middle of a line")
-                curve_line = stream.current
-                fields = read_fields(curve_line)
-                if fields and loss_key in fields:
-                    curve.val(fields, curve_line, stream.line, ended=False)
-            return marks
-        if section == "result":
-            key, colon, value = text.partition(": ")
-            if key == "digest" and colon:
-                actual = stream.hash.hexdigest()
-                if value == actual:
-                    run.digest = value
-                else:
-                    run.edit(
-                        f"the digest does not fit (it says {value[:12]}, the log gives "
-                        f"{actual[:12]})"
-                    )
-                break
-            if key == "marks" and colon:
-                if len(value) <= 4 * MARKS_PER_LINE and len(marks) < POINT_CAP // MARKS_PER_LINE:
-                    marks.append(value)
-            elif colon and len(run.result) < 1000:
-                run.result[key] = _value(value[:4096])
+    stream.line()  # MAGIC
+    whole = (_read_head(stream, run, keep_sources) and _read_steps(stream, curve)
+             and _read_result(stream, run, marks))
+    if not whole and stream.current:
+        run.fault(f"line {stream.number}: the log ends in the middle of a line")
+        fields = read_fields(stream.current)
+        if fields and loss_key in fields:
+            curve.val(fields, stream.current, stream.number, ended=False)
+    return "".join(marks)
+
+
+def _read_head(stream: _Stream, run: Run, keep_sources: bool) -> bool:
+    """Sources, environment and recipe; False if the log ends in them."""
+    missing: list[str] = []
+    room = SOURCE_CAP if keep_sources else -1
+    text = ""
+    while text != "begin steps" and (raw := stream.line()):
+        text = raw[:-1].decode(errors="replace")
+        if header := _SOURCE.match(text):
+            if header[1] == "kept":
+                missing.append(header[2])
             else:
-                fault(f"line {stream.line}: not a `key: value` of the closing block: {text[:80]!r}")
-            continue
-        if section == "steps":
-            if text == "begin result":
-                section = "result"
-                continue
-            if text:  # "" is an empty line or one too long to be a result
-                curve.read(stream.current, stream.line, ended=True)
-            continue
-        if text == "begin steps":
-            section = "steps"
-            continue
-        header = _SOURCE.match(text)
-        if header:
-            state, source_name, num_lines, newline, sha256 = header.groups()
-            try:
-                _clean_name(source_name)
-            except LogError as error:
-                fault(f"line {stream.line}: {error}")
-                continue
-            if source_name in run.sources:
-                fault(f"line {stream.line}: source {source_name} appears twice")
-            body: list[bytes] = []
-            digest = hashlib.sha256()
-            want = keep_sources and kept_bytes < SOURCE_CAP
-            if state == "kept":
-                kept_bytes += _insert_kept(stream, run, path, text, header, digest, body, want)
-            else:
-                kept_bytes += _read_body(
-                    stream, int(num_lines), newline == "0", digest, body, want
-                )
-                if stream.text() != "end source":
-                    fault(
-                        f"line {stream.line}: source {source_name} does not have the "
-                        f"{num_lines} lines it announces"
-                    )
-            if digest.hexdigest() != sha256:
-                run.edit(f"source {source_name} is not the one this run used (sha256 differs)")
-            full = want and kept_bytes <= SOURCE_CAP
-            run.sources[source_name] = Source(
-                source_name,
-                sha256,
-                int(num_lines),
-                b"".join(body).decode(errors="replace") if full else None,
-            )
-            code.update(f"{source_name} {sha256}\n".encode())
-            continue
-        block = _BLOCK.match(text)
-        if block:
-            lines, size = [], 0
-            for _ in range(int(block[2])):
-                inner = stream.text()
-                if inner is None:
-                    break
-                size += len(inner)
-                if size <= 1 << 20:
-                    lines.append(inner)
-            if stream.text() != f"end {block[1]}":
-                fault(f"line {stream.line}: the {block[1]} does not have the lines it announces")
-            _take_block(run, block[1], lines)
-            continue
-        fault(f"line {stream.line}: not a part of the format: {text[:80]!r}")
+                room -= _read_source(stream, run, header, room)
+        elif block := _BLOCK.match(text):
+            _read_block(stream, run, block[1], int(block[2]))
+        elif text != "begin steps":
+            run.fault(f"line {stream.number}: not a part of the format: {text[:80]!r}")
+    if missing:
+        run.edit(f"not in records/sources, or not as it was run: {', '.join(missing[:9])}")
     if run.sources:
-        run.code_sha256 = code.hexdigest()
-    final = run.final
-    claimed = run.result.get("final_val_loss")
-    agree = claimed is None or final is None or (
-        isinstance(claimed, (int, float)) and abs(claimed - final.val_loss) <= ROUNDING
-    )
-    if run.result.get("status") == "complete" and not agree:
-        fault(f"final_val_loss is {claimed}, the last validation line says {final.val_loss}")
-    return marks
+        code = "".join(f"{source.name} {source.sha256}\n" for source in run.sources.values())
+        run.code_sha256 = hashlib.sha256(code.encode()).hexdigest()
+    return text == "begin steps"
 
 
-def _read_body(stream, num_lines, cut_newline, digest, body, want) -> int:
-    size = 0
-    while num_lines:
-        piece = stream.next()
-        if not piece:
-            break
-        ends = piece.endswith(b"\n")
-        if ends:
-            num_lines -= 1
-            stream.line += 1
-        kept = piece[:-1] if ends and cut_newline and not num_lines else piece
-        digest.update(kept)
-        size += len(kept)
-        if want and size <= SOURCE_CAP:
-            body.append(kept)
-    return size
-
-
-def _insert_kept(stream, run, path, text, header, digest, body, want) -> int:
-    """Hashes the block of a source that the record folder keeps, as if it stood in the log."""
+def _read_source(stream: _Stream, run: Run, header: re.Match, room: int) -> int:
+    """One source block; its text is kept if it has at most `room` bytes. Bytes kept."""
     _, name, num_lines, newline, sha256 = header.groups()
-    file = find_kept(path, name, sha256)
-    if file is None:
-        run.edit(f"source {name} is not in the record folder, or not as it was run")
-        digest.update(b"missing")
-        return 0
-    stream.replace("begin" + text.removeprefix("kept"))
-    stream.commit()
-    data = b""
-    size = 0
-    with open(file, "rb") as content:
-        while data := content.read(1 << 20):
-            digest.update(data)
-            stream.hash.update(data)
-            size += len(data)
-            if want and size <= SOURCE_CAP:
-                body.append(data)
-    if newline == "0":
-        stream.hash.update(b"\n")
-    stream.current = b"end source\n"
-    stream.line += int(num_lines) + 1
-    if stream.want_marks:
-        stream.marks += _mark(stream.current)
-        stream.mark_lines.append(stream.line)
-    return size
+    if _clean_name(name) in run.sources:
+        run.fault(f"line {stream.number}: source {name} appears twice")
+    digest, body, left = hashlib.sha256(), bytearray(), int(num_lines)
+    while left and (piece := stream.next()):
+        if piece.endswith(b"\n"):
+            left -= 1
+            stream.number += 1
+            if newline == "0" and not left:
+                piece = piece[:-1]
+        digest.update(piece)
+        if len(body) <= room:
+            body += piece
+    if stream.line() != b"end source\n":
+        run.fault(f"line {stream.number}: source {name} does not have the {num_lines} lines it "
+                  "announces")
+    if digest.hexdigest() != sha256:
+        run.edit(f"source {name} is not the one this run used (sha256 differs)")
+    text = body.decode(errors="replace") if len(body) <= room else None
+    run.sources[name] = Source(name, sha256, text)
+    return len(body)
 
 
-def _take_block(run: Run, title: str, lines: list[str]) -> None:
+def _read_block(stream: _Stream, run: Run, title: str, num_lines: int) -> None:
+    lines, size = [], 0
+    while len(lines) < num_lines and (raw := stream.line()):
+        size += len(raw)
+        lines.append(raw[:-1].decode(errors="replace") if size <= 1 << 20 else "")
+    if stream.line() != f"end {title}\n".encode():
+        run.fault(f"line {stream.number}: the {title} does not have the lines it announces")
     if title == "recipe":
         try:
             recipe = json.loads("\n".join(lines))
         except (ValueError, RecursionError):
             recipe = None
-        if not isinstance(recipe, dict):
-            run.fault("the recipe is not JSON")
-        else:
+        if isinstance(recipe, dict):
             run.recipe = recipe
+        else:
+            run.fault("the recipe is not JSON")
         return
-    for line in lines:
-        key, colon, value = line.partition(": ")
-        if colon:
-            run.environment[key] = value
     env = run.environment
+    env.update(line.split(": ", 1) for line in lines if ": " in line)
     run.python, run.torch, run.cuda = env.get("python"), env.get("torch"), env.get("cuda")
     run.gpu = env.get("gpu")
+    if not BATCHES.fullmatch(env.get("tokens_per_step", "[[0, 1]]")):
+        run.fault(f"tokens_per_step: expected [[0, TOKENS], [STEP, TOKENS], ...], got "
+                  f"{env['tokens_per_step'][:80]!r}")
     count = env.get("gpu_count", "")
     run.gpu_count = int(count) if re.fullmatch(r"\d{1,6}", count) else None
+
+
+def _read_steps(stream: _Stream, curve: Collector) -> bool:
+    while raw := stream.line():
+        if raw == b"begin result\n":
+            return True
+        curve.read(raw, stream.number, ended=True)
+    return False
+
+
+def _read_result(stream: _Stream, run: Run, marks: list[str]) -> bool:
+    """The closing block, with its digest compared; appends to `marks`."""
+    while raw := stream.line():
+        text = raw[:-1].decode(errors="replace")
+        key, colon, value = text.partition(": ")
+        if key == "digest" and colon:
+            break
+        if key == "marks" and colon:
+            if len(value) <= 4 * MARKS_PER_LINE and len(marks) < POINT_CAP // MARKS_PER_LINE:
+                marks.append(value)
+        elif colon and len(run.result) < 1000:
+            run.result[key] = _value(value[:4096])
+        else:
+            run.fault(f"line {stream.number}: not a `key: value` of the closing block: "
+                      f"{text[:80]!r}")
+    else:
+        return False
+    actual = stream.hash.hexdigest()
+    if value == actual:
+        run.digest = value
+    else:
+        run.edit(f"the digest does not fit (it says {value[:12]}, the log gives {actual[:12]})")
+    final, claimed = run.final_val_loss, run.result.get("final_val_loss")
+    agree = claimed is None or final is None or (
+        isinstance(claimed, (int, float)) and abs(claimed - final) <= ROUNDING)
+    if run.result.get("status") == "complete" and not agree:
+        run.fault(f"final_val_loss is {claimed}, the last validation line says {final}")
+    return True
 
 
 _FLOAT = re.compile(r"-?(?:\d{1,18}\.\d{0,20}|\d{1,18}(?=e))(?:e[+-]?\d{1,3})?|-?inf|nan")
@@ -648,27 +634,22 @@ def _value(text: str) -> object:
         return None
     if re.fullmatch(r"-?\d{1,18}", text):
         return int(text)
-    if _FLOAT.fullmatch(text):
-        return float(text)
-    return text
+    return float(text) if _FLOAT.fullmatch(text) else text
 
 
 def _locate(source: object) -> str | None:
     """Second reading of a log whose digest does not fit: the first line its marks disagree with."""
     file, name, path = _open(source)
     with file:
-        pieces = _pieces(file)
-        stream = _Stream(next(pieces, b""), pieces, marks=True)
-        run = Run(name, format="ours")
-        said = "".join(_read_ours(stream, run, path, "val_loss", False))
+        stream = _Stream(_pieces(file, path), marks=True)
+        written = _read_ours(stream, Run(name, format="ours"), "val_loss", False)
     try:
-        expected = bytes.fromhex(said)
+        expected = bytes.fromhex(written)
     except ValueError:
         return "the marks of the closing block were changed"
-    num_marks = len(said) // 4
-    closing = -(-num_marks // MARKS_PER_LINE) + 1  # the lines of the marks and of the digest
-    pairs = range(0, len(stream.marks) - 2 * closing, 2)
-    actual = [bytes(stream.marks[i : i + 2]) for i in pairs]
+    closing = -(-len(written) // 4 // MARKS_PER_LINE) + 1  # lines of the marks and of the digest
+    actual = stream.marks[: max(0, len(stream.marks) - 2 * closing)]
+    actual = [bytes(actual[i : i + 2]) for i in range(0, len(actual), 2)]
     wanted = [expected[i : i + 2] for i in range(0, len(expected), 2)]
     if actual == wanted:
         return None  # a source, named by its own sha256, or the marks or digest themselves
@@ -682,29 +663,3 @@ def _locate(source: object) -> str | None:
     if gap < 0 and actual[at - gap :] == wanted[at:]:
         return f"line {line}: {-gap} line{'s' * (gap < -1)} added from here"
     return f"line {line}: changed"
-
-
-def without_sources(path: str | os.PathLike) -> tuple[bytes, dict[str, bytes]]:
-    """A log of ours as a record folder keeps it, and the sources it held, byte for byte.
-
-    Reading the result beside a `source/` folder with these files gives the digest of the whole log.
-    """
-    kept, sources = bytearray(), {}
-    file, name, _ = _open(path)
-    with file:
-        if file.readline(LINE_CAP).rstrip(b"\r\n") != MAGIC.encode():
-            raise LogError(f"{name}: expected a log that starts with {MAGIC!r}")
-        kept += f"{MAGIC}\n".encode()
-        while raw := file.readline():
-            header = _SOURCE.match(raw.decode(errors="replace").rstrip("\n"))
-            if not header or header[1] != "begin":
-                kept += raw
-                if raw == b"begin steps\n":
-                    kept += file.read(FILE_CAP)
-                continue
-            body = b"".join(file.readline() for _ in range(int(header[3])))
-            if file.readline() != b"end source\n":
-                raise LogError(f"{name}: source {header[2]} does not have the lines it announces")
-            sources[_clean_name(header[2])] = body if header[4] == "1" else body[:-1]
-            kept += b"kept" + raw.removeprefix(b"begin")
-    return bytes(kept), sources

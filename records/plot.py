@@ -5,14 +5,14 @@ The same input gives the same files: no date, fixed identifiers in the SVG, the 
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from records import facts, rules
-from records.facts import FOLDER, Curve
-from records.lines import Run
+from records import history, rules
+from records.history import FOLDER, Curve, write
+from records.parse import Run
 
 # colours that stay apart in grey and for colour-blind readers (Okabe and Ito)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -48,7 +48,7 @@ def draw(
 ) -> list[Path]:
     """Draw groups of runs (label, runs); writes OUT.png and OUT.svg and returns their paths.
 
-    Published curves and our records of the track lie behind in grey; an axis without data is left
+    Published curves and our records of the track are behind in grey; an axis without data is left
     out.
     """
     import matplotlib
@@ -58,19 +58,19 @@ def draw(
 
     behind: list[Curve] = []
     if track is not None and published:
-        behind = _chosen(facts.published_curves(track.published, root) if track.published else ())
+        behind = _chosen(history.published_curves(track.published, root) if track.published else ())
         labels = {label for label, _ in groups}
-        behind += [c for c in facts.own_curves(track.name, root) if c.label not in labels]
-    axes_of = [a for a in ("time", "tokens") if _has(groups, a)]
-    if not axes_of:
-        axes_of = ["steps"]
+        behind += [c for c in history.own_curves(track.name, root) if c.label not in labels]
+    curves = [(label, [_curve(run) for run in runs]) for label, runs in groups]
+    axes_of = [axis for axis in ("time", "tokens")
+               if any(_xs(curve, axis) for _, group in curves for curve in group)] or ["steps"]
     with plt.rc_context(STYLE):
         width = 4.6 * len(axes_of) + (0.6 if len(axes_of) == 1 else 0)
         figure, axes = plt.subplots(
             1, len(axes_of), figsize=(width, 3.5), layout="constrained", squeeze=False, sharey=True
         )
-        for axis, what in zip(axes[0], axes_of):
-            _panel(axis, what, groups, behind, track)
+        for axis, unit in zip(axes[0], axes_of):
+            _panel(axis, unit, curves, behind, track)
         handles, names = axes[0][0].get_legend_handles_labels()
         if max(map(len, names), default=0) <= 24 and len(names) <= 6:
             axes[0][0].legend(loc="upper right")
@@ -80,14 +80,19 @@ def draw(
         axes[0][0].set_ylabel("validation loss")
         if title:
             figure.suptitle(title, fontsize=10)
-        files = []
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            path = out.with_name(f"{out.name}.{kind}")
-            partial = path.with_name(path.name + ".tmp")
-            figure.savefig(partial, format=kind, metadata=metadata)
-            os.replace(partial, path)
-            files.append(path)
+        files = save(figure, out)
         plt.close(figure)
+    return files
+
+
+def save(figure, out: Path) -> list[Path]:
+    """Write OUT.png and OUT.svg, each whole or not at all."""
+    files = []
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        data = io.BytesIO()
+        figure.savefig(data, format=kind, metadata=metadata)
+        files.append(out.with_name(f"{out.name}.{kind}"))
+        write(files[-1], data.getvalue())
     return files
 
 
@@ -103,29 +108,24 @@ def _chosen(curves: Sequence[Curve]) -> list[Curve]:
     return [records[i] for i in sorted({int(np.abs(logs - value).argmin()) for value in wanted})]
 
 
-def _has(groups, what: str) -> bool:
-    return any(_xs(run, what) is not None for _, runs in groups for run in runs)
+def _curve(run: Run) -> Curve:
+    times = tuple(point.train_time_ms for point in run.points)
+    tokens = tuple(run.tokens_at(point.step) for point in run.points)
+    return Curve(label="", minutes=None,
+                 steps=tuple(point.step for point in run.points),
+                 losses=tuple(point.val_loss for point in run.points),
+                 times_ms=None if None in times else times,
+                 tokens=None if None in tokens else tokens)
 
 
-def _xs(run: Run, what: str) -> list[float] | None:
-    if what == "time":
-        times = [p.train_time_ms for p in run.points]
-        return None if None in times else [t / 1000 for t in times]
-    if what == "tokens":
-        counts = [run.tokens_at(p.step) for p in run.points]
-        return None if None in counts else counts
-    return [float(p.step) for p in run.points]
+def _xs(curve: Curve, unit: str) -> list[float] | None:
+    """Seconds, tokens or steps of each point; None if unknown."""
+    if unit == "time":
+        return curve.times_ms and [t / 1000 for t in curve.times_ms]
+    return curve.axis(unit)
 
 
-def _curve_xs(curve: Curve, what: str) -> list[float] | None:
-    if what == "time":
-        return [t / 1000 for t in curve.times_ms] if curve.times_ms else None
-    if what == "tokens":
-        return list(curve.tokens) if curve.tokens else None
-    return list(curve.steps)
-
-
-def _panel(axis, what, groups, behind, track) -> None:
+def _panel(axis, unit, groups, behind, track) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     floors, tops, starts, ends = [], [], [], []
@@ -142,8 +142,8 @@ def _panel(axis, what, groups, behind, track) -> None:
         return True
 
     labelled = -math.inf
-    for curve in sorted(behind, key=lambda c: (_curve_xs(c, what) or [0])[-1]):
-        xs = _curve_xs(curve, what)
+    for curve in sorted(behind, key=lambda c: (_xs(c, unit) or [0])[-1]):
+        xs = _xs(curve, unit)
         if xs is None or not line(xs, curve.losses, color="#b8b8b8", lw=0.8, zorder=1):
             continue
         if math.log(xs[-1] / labelled if labelled > 0 else math.inf) > 0.05:
@@ -155,20 +155,19 @@ def _panel(axis, what, groups, behind, track) -> None:
                 va="top" if short else "bottom", fontsize=6, color="#808080",
             )
             labelled = xs[-1]
-    for i, (label, runs) in enumerate(groups):
-        color, several, first = COLORS[i % len(COLORS)], len(runs) > 1, True
+    for i, (label, curves) in enumerate(groups):
+        color, several, first = COLORS[i % len(COLORS)], len(curves) > 1, True
         dashes = DASHES[i // len(COLORS) % len(DASHES)]
-        name = f"{label} (n = {len(runs)})" if several else label
-        for run in runs:
-            xs = _xs(run, what)
-            losses = [p.val_loss for p in run.points]
+        name = f"{label} (n = {len(curves)})" if several else label
+        for curve in curves:
+            xs = _xs(curve, unit)
             if xs is None or not line(
-                xs, losses, color=color, ls=dashes, lw=0.9 if several else 1.6, zorder=3,
+                xs, curve.losses, color=color, ls=dashes, lw=0.9 if several else 1.6, zorder=3,
                 alpha=0.75 if several else 1.0, label=name if first else None,
             ):
                 continue
-            axis.plot(xs[-1:], losses[-1:], "o", ms=3, color=color, zorder=4)
-            tops.append(max(p.val_loss for p in run.points if p.step > 0))
+            axis.plot(xs[-1:], curve.losses[-1:], "o", ms=3, color=color, zorder=4)
+            tops.append(max(y for step, y in zip(curve.steps, curve.losses) if step > 0))
             first = False
     if track is not None and track.target is not None:
         axis.axhline(track.target, color="#444444", lw=0.8, ls=(0, (4, 3)), zorder=2)
@@ -180,30 +179,30 @@ def _panel(axis, what, groups, behind, track) -> None:
     if not ends:
         return
     floor = min(floors)
-    # the part where runs differ: the first validations stand far above all others
+    # the part where runs differ; the first validations are far above all others
     height = min(max(tops, default=floor + 1) - floor, 1.5)
     axis.set_ylim(floor - 0.13 * height, floor + 1.04 * height)
     logarithmic = max(ends) > 5 * min(ends)
     names = {"time": "training time", "tokens": "training tokens", "steps": "steps"}
     labels = {"time": _time_label, "tokens": _tokens_label, "steps": lambda x, _: f"{x:,.0f}"}
-    axis.set_xlabel(names[what])
+    axis.set_xlabel(names[unit])
     if logarithmic:
         axis.set_xscale("log")
         low, high = max(min(starts) * 0.8, max(ends) / 1000), max(ends) * 1.15
         axis.set_xlim(low, high)
-        axis.xaxis.set_major_locator(FixedLocator(_ticks(low, high, what)))
+        axis.xaxis.set_major_locator(FixedLocator(_ticks(low, high, unit)))
         axis.xaxis.set_minor_locator(NullLocator())
     else:
         axis.set_xlim(0, max(ends) * 1.04)
-    axis.xaxis.set_major_formatter(FuncFormatter(labels[what]))
+    axis.xaxis.set_major_formatter(FuncFormatter(labels[unit]))
 
 
 _TIMES = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 18_000, 36_000, 86_400)
 
 
-def _ticks(low: float, high: float, what: str) -> list[float]:
+def _ticks(low: float, high: float, unit: str) -> list[float]:
     """Round numbers of the unit on a logarithmic axis, far enough apart to be read."""
-    every = _TIMES if what == "time" else [m * 10**e for e in range(13) for m in (1, 2, 5)]
+    every = _TIMES if unit == "time" else [m * 10**e for e in range(13) for m in (1, 2, 5)]
     chosen: list[float] = []
     for x in every:
         apart = not chosen or math.log(x / chosen[-1]) > 0.1 * math.log(high / low)

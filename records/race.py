@@ -1,55 +1,24 @@
 """A and B by turns on one machine: A B A B ..., same seeds, same data; which one is faster.
 
-"Faster than the prior record on the same hardware" as a command. After every run the state is on
-disk (race.json): the same command goes on where it stopped. Interleaving keeps slow changes of the
-machine (heat, other users) from favouring one side; Welch's test of the times does not assume equal
-spreads, and losses are compared seed by seed.
+The state is on disk after every run (race.json): the same command goes on where it stopped.
+Interleaving keeps slow changes of the machine (heat, other users) from favouring one side; Welch's
+test of the times does not assume equal spreads, and losses are compared seed by seed.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
 import shutil
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 from records import check, launch, rules, stats
-from records.add import write
-from records.facts import FOLDER, clock
-from records.lines import Run
-
-
-class Bar:
-    """One line of progress on a terminal; elsewhere a line at the end of each run."""
-
-    WIDTH = 24
-
-    def __init__(self, total: int, done: int) -> None:
-        self.total, self.done = total, done
-        self.live = sys.stderr.isatty()
-        self.begun, self.before = time.monotonic(), done
-
-    def show(self, label: str, fraction: float) -> None:
-        if not self.live:
-            return
-        share = (self.done + fraction) / self.total
-        fill = round(share * self.WIDTH)
-        work = self.done + fraction - self.before
-        left = (self.total - self.done - fraction) / work * (time.monotonic() - self.begun) * 1000 \
-            if work > 0.02 else float("nan")
-        print(f"\r\x1b[K[{'#' * fill}{'.' * (self.WIDTH - fill)}] {self.done}/{self.total} runs, "
-              f"{label[:24]} {fraction:4.0%}, {clock(left)} left", end="", file=sys.stderr,
-              flush=True)
-
-    def step(self, text: str) -> None:
-        self.done += 1
-        if self.live:
-            print("\r\x1b[K", end="", file=sys.stderr)
-        print(f"{self.done}/{self.total}  {text}", file=sys.stderr, flush=True)
+from records.history import FOLDER, clock, write
+from records.parse import Run
 
 
 def race(
@@ -125,25 +94,33 @@ def _resume(out: Path, asked: dict) -> dict:
 
 
 def _run_all(state, programs, labels, runs, seed, nproc, out) -> None:
+    """Run what is missing, A and B by turns; a bar on a terminal, one line for each run."""
+    from tqdm import tqdm
+
     done = sum(min(runs, len(state["runs"][side])) for side in "ab")
-    bar = Bar(2 * runs, done)
-    for i in range(runs):
-        for side in "ab":
+    bar = tqdm(total=2 * runs, initial=done, disable=None, leave=False,
+               bar_format="[{bar:24}] {desc}, {remaining} left")
+    with bar:
+        for i, side in itertools.product(range(runs), "ab"):
             if len(state["runs"][side]) > i:
                 continue
-            bar.show(labels[side], 0.0)
-            run = launch.execute(
-                programs[side], seed + i, nproc, out / f"{side}_{i + 1:02d}.out",
-                on_step=lambda fraction, side=side: bar.show(labels[side], fraction),
-            )
+
+            def show(fraction: float, done=done, label=labels[side][:24]) -> None:
+                bar.n = done + fraction
+                bar.set_description_str(f"{done}/{2 * runs} runs, {label} {fraction:4.0%}")
+
+            show(0.0)
+            run = launch.execute(programs[side], seed + i, nproc, out / f"{side}_{i + 1:02d}.out",
+                                 on_step=show)
             state["runs"][side].append(_keep(state, side, run, out, i))
             _save(out, state)
-            bar.step(f"{side.upper()} {labels[side][:30]}: val_loss {run.final_val_loss:.4f} in "
-                     f"{clock(run.train_time_ms)}")
+            done += 1
+            tqdm.write(f"{done}/{2 * runs}  {side.upper()} {labels[side][:30]}: val_loss "
+                       f"{run.final_val_loss:.4f} in {clock(run.train_time_ms)}", file=sys.stderr)
 
 
 def _keep(state: dict, side: str, run: Run, out: Path, i: int) -> dict:
-    """What the race keeps of a run, its log too; refuses a side that changed meanwhile."""
+    """Copy the log of a run and return its entry; ValueError if its side or the machine changed."""
     entry = {
         "log": f"{side}/{i + 1:02d}_{Path(run.path).name}",
         "digest": run.digest,
@@ -209,10 +186,8 @@ def report(state: dict) -> str:
     for side in "ab":
         time_, loss = (stats.Sample.of(state[side][key]) for key in ("times_ms", "losses"))
         tokens = state[side]["tokens"]
-        lines.append(
-            f"{side.upper()}  {time_.mean / 1000:8.3f}s  {_sd(time_.sd / 1000, 3)}  "
-            f"{loss.mean:7.4f}  {_sd(loss.sd, 4)}  {f'{tokens:,}' if tokens else '-':>14}"
-        )
+        lines.append(f"{side.upper()}  {time_.mean / 1000:8.3f}s  {_sd(time_.sd / 1000, 3)}  "
+                     f"{loss.mean:7.4f}  {_sd(loss.sd, 4)}  {f'{tokens:,}' if tokens else '-':>14}")
     lines += ["", state["words"] + "."]
     tokens = [state[side]["tokens"] for side in "ab"]
     if all(tokens) and tokens[0] != tokens[1]:
@@ -221,9 +196,9 @@ def report(state: dict) -> str:
     target = rules.TRACKS[name].target if name in rules.TRACKS else None
     if target is not None:
         reached = [sum(state[side]["losses"]) / num <= target for side in "ab"]
-        said = {(True, True): "both reach", (False, False): "neither reaches",
-                (True, False): "only A reaches", (False, True): "only B reaches"}[tuple(reached)]
-        lines.append(f"By the mean, {said} the target {target:g} of {name}.")
+        verdict = {(True, True): "both reach", (False, False): "neither reaches",
+                   (True, False): "only A reaches", (False, True): "only B reaches"}
+        lines.append(f"By the mean, {verdict[tuple(reached)]} the target {target:g} of {name}.")
     return "\n".join(lines)
 
 

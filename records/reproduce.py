@@ -1,7 +1,7 @@
-"""Run the program inside a log again, ours or a public one, or say what it needs.
+"""Unpack the program inside a log and run it again.
 
 A log of ours holds every source, the recipe and the command line; a public log holds its training
-script at most. What is unpacked is somebody's program: `--dry-run` unpacks it and runs nothing.
+script at most, which is unpacked with a list of its requirements. `--dry-run` runs nothing.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import shlex
 import sys
 from pathlib import Path
 
-from records import check, launch, public, stats
-from records.facts import FOLDER, clock
-from records.lines import Run
-from records.log import parse
+from records import check, launch, stats
+from records.history import FOLDER, clock
+from records.log import SOURCE_CAP, parse, read_lines
+from records.parse import CODE, RULE, Run
 
 
 def reproduce(
-    what: Path,
+    path: Path,
     *,
     into: Path | None = None,
     dry_run: bool = False,
@@ -29,11 +29,10 @@ def reproduce(
 ) -> int:
     """Unpack and run. Exit status 0 if the run ended as the log or the record leads to expect."""
     record = None
-    path = what
-    if (what / "result.json").is_file():
-        record = check.read_result(what)
-        path = check.folder_logs(what)[0]
-    runs = parse(path)
+    if (path / "result.json").is_file():
+        record = check.read_result(path)
+        path = check.folder_logs(path)[0]
+    runs = parse(path, keep_sources=True)
     if not runs:
         raise ValueError(f"{path}: expected a log, found no measurement in it")
     run = runs[0]
@@ -43,17 +42,13 @@ def reproduce(
         raise ValueError(f"{into} exists already: choose --into, or remove it")
     if run.format != "ours":
         return _public(path, run, into)
-    launch.unpack(run, into)
-    tree = root.parent.resolve()
-    launch.link_caches(into, tree)
-    kept = launch.training_options(run.environment.get("command", launch.SCRIPT))
-    program = launch.Program(
-        record["name"] if record else path.name, into.resolve(),
-        launch.merged(kept, shlex.split(options)),
-    )
+    program = launch.unpack(run, record["name"] if record else path.name, into,
+                            root.parent.resolve(), shlex.split(options))
     nproc = nproc or run.result.get("world_size") or 1
     seed = run.result.get("seed") if seed is None else seed
     command = shlex.join(program.command(seed, nproc))
+    if record:
+        (into / path.name).write_bytes(b"".join(read_lines(path)))  # as it was closed
     print(f"{len(run.sources)} sources unpacked into {into}")
     print(f"made with Python {run.python}, torch {run.torch}, on {check.hardware(run)}")
     print(f"run with: cd {shlex.quote(str(into))} && {command}")
@@ -91,8 +86,8 @@ def _compare(run: Run, again: Run, record: dict | None, seed: int | None) -> int
 
 
 def _public(path: Path, run: Run, into: Path) -> int:
-    """A public log: its script, and what it would need. It is not run from here."""
-    code = public.embedded_code(path)
+    """Write the script of a public log and print its requirements; it is not run from here."""
+    code = embedded_code(path)
     if code is None:
         raise ValueError(f"{path}: expected the program inside the log, it does not hold one "
                          "(some logs never did; of others the source was removed)")
@@ -104,9 +99,9 @@ def _public(path: Path, run: Run, into: Path) -> int:
     gpus = run.gpu_count or 8
     print(f"the script of the log is in {into / launch.SCRIPT} ({len(text.splitlines())} lines)")
     print("it is not run from here; it needs")
-    print(f"  GPUs      {gpus}x {run.gpu or 'not said in the log'}")
-    print(f"  Python    {run.python or 'not said in the log'}")
-    print(f"  torch     {run.torch or 'not said in the log'}, CUDA {run.cuda or 'not said'}")
+    print(f"  GPUs      {gpus}x {run.gpu or 'not in the log'}")
+    print(f"  Python    {run.python or 'not in the log'}")
+    print(f"  torch     {run.torch or 'not in the log'}, CUDA {run.cuda or 'not in the log'}")
     print(f"  packages  {', '.join(sorted(modules - _STANDARD)) or 'none'}")
     print("  data      python -m data.fineweb --shards 9, in the folder it reads "
           "(data/fineweb10B)")
@@ -115,6 +110,26 @@ def _public(path: Path, run: Run, into: Path) -> int:
     print(f"then: cd {shlex.quote(str(into))} && torchrun --standalone --nproc_per_node={gpus} "
           f"{launch.SCRIPT}")
     return 0
+
+
+def embedded_code(path: Path) -> bytes | None:
+    """The program at the head of a public log, byte for byte; None if there is none.
+
+    All before the first rule of 100 `=` (after a rule of 80 that opens some logs), if it imports
+    anything.
+    """
+    kept, imports = bytearray(), False
+    for raw in read_lines(path):
+        if RULE.match(raw):
+            if kept.strip():
+                return bytes(kept) if imports else None
+            kept.clear()
+            continue
+        imports = imports or CODE.match(raw) is not None
+        kept += raw
+        if len(kept) > SOURCE_CAP:
+            return None
+    return None
 
 
 _STANDARD = set(sys.stdlib_module_names)

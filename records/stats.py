@@ -1,6 +1,6 @@
 """The statistics of records: one-sided t-test, Welch's test, ratios with intervals, power.
 
-Everything is computed by scipy from the numbers of the logs; nothing here knows what a log is.
+Computed by scipy from plain numbers; nothing here reads a log.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Sample:
 
 
 def p_below(values: Sequence[float], target: float) -> float:
-    """p of the one-sided t-test that the mean lies below `target`; NaN where there is none.
+    """p of the one-sided t-test that the mean is below `target`; NaN where it is undefined.
 
-    There is none for a single run, for a NaN among the values, and for runs that are all equal:
+    Undefined for a single run, for a NaN among the values, and for runs that are all equal:
     a spread of zero is not evidence but a sign that the runs are not independent.
     """
     x = np.asarray(values, dtype=float)
@@ -73,7 +73,7 @@ def pooled_sd(groups: Sequence[tuple[int, float]]) -> float:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its confidence interval and the p of a t-test that there is nothing.
+    """An estimate with its confidence interval, and the p of a t-test against no difference.
 
     Low, high and p are NaN where a side has a single value.
     """
@@ -100,10 +100,8 @@ def difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95)
     return Interval(value, value - half, value + half, p)
 
 
-def paired_difference(
-    a: Sequence[float], b: Sequence[float], confidence: float = 0.95
-) -> Interval:
-    """Mean of b - a, pair by pair: what a seed does to both sides alike is not noise."""
+def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Mean of b - a, pair by pair: the effect of a seed on both sides alike is not noise."""
     x = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
     n, value = len(x), float(x.mean())
     if n < 2:
@@ -132,7 +130,7 @@ def prediction_limit(values: Sequence[float], confidence: float = 0.99) -> float
 
 
 def comparison_words(a: dict, b: dict, alpha: float = 0.05) -> str:
-    """What a race between a and b (`times_ms`, `losses` each) says, in one or two sentences.
+    """The result of a race between a and b (`times_ms`, `losses` each), in one or two sentences.
 
     Run i of both sides has the same seed and data, so losses are compared pair by pair.
     """

@@ -1,19 +1,21 @@
 """The record tables: public history and our own records, for a terminal, Markdown or JSON.
 
 Everything is computed from `records/data/` and from the record folders. The README holds a compact
-table between two markers; TABLES.md beside this file holds all of it.
+table between two markers, TABLES.md beside this file all of it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from records import check, facts, page, rules
-from records.facts import FOLDER, clock, count
+from records import check, history, readme, rules
+from records.check import Verdict
+from records.history import FOLDER, clock, count
+from records.log import source_path
 from records.rules import Track
 
 BEGIN = "<!-- records:begin -->"
@@ -39,7 +41,7 @@ class Row:
     sd: float | None
     p: float | None
     hardware: str | None
-    evidence: str  # what stands behind the row
+    evidence: str  # the logs behind the row, or the outcome of check
     changed: str
     by: tuple[str, ...]
     folder: str | None
@@ -47,9 +49,14 @@ class Row:
 
 def rows(track: Track, root: Path = FOLDER) -> list[Row]:
     """The records of a track: the public ones as they came, then ours, best last."""
-    found = [_public(r) for r in facts.history(root) if r["track"] == track.name]
-    ours = [_own(r, root) for r in facts.own_records(track.name, root)]
+    found = [_public(r) for r in history.public_records(root) if r["track"] == track.name]
+    ours = [_own(r, root) for r in history.own_records(track.name, root)]
     return found + ours[::-1]
+
+
+def all_rows(root: Path = FOLDER) -> dict[str, list[Row]]:
+    """The rows of every track: each record of ours is checked once for all tables."""
+    return {name: rows(track, root) for name, track in rules.TRACKS.items()}
 
 
 def _public(record: dict) -> Row:
@@ -90,7 +97,7 @@ def _own(record: dict, root: Path) -> Row:
     folder = root / record["folder"]
     names = check.check_folder(folder, root).names() - {"unwritten"}
     try:
-        changed = page.changed(facts.read_text(folder / "README.md"))
+        changed = readme.changed(history.read_text(folder / "README.md"))
     except (OSError, ValueError):
         changed = ""
     return Row(
@@ -157,7 +164,7 @@ CHANGED_MIN = 22
 
 
 def terminal(track: Track, found: list[Row], width: int) -> str:
-    """The table of a track in `width` columns: what does not fit is left out, not wrapped."""
+    """The table of a track in `width` columns; columns that do not fit are left out."""
     head = f"{track.name}: {track.title}"
     target = "target not yet fixed" if track.target is None else f"target {track.target:g}"
     lines = [_fit(head, width), _fit(f"{target}; {track.rule}", width)]
@@ -227,11 +234,11 @@ def milestones(found: list[Row]) -> list[Row]:
     return chosen
 
 
-def compact(root: Path = FOLDER) -> str:
-    """What stands between the markers of README.md: our records, and how the public ones fell."""
+def compact(found: dict[str, list[Row]]) -> str:
+    """The tables between the markers of README.md: our records, milestones of the public ones."""
     parts = []
     for track in rules.TRACKS.values():
-        ours = [row for row in rows(track, root) if row.own]
+        ours = [row for row in found[track.name] if row.own]
         if ours:
             names = ["record", "tokens", "time", "loss", "sd", "n", "p", "hardware", "what changed",
                      "by"]
@@ -241,10 +248,9 @@ def compact(root: Path = FOLDER) -> str:
             parts.append(f"**{track.name}**: {track.title}{target}\n\n"
                          + _markdown(names, ours[::-1], "records/"))
     short = rules.TRACKS["short"]
-    public = milestones(rows(short, root))
+    public = milestones(found["short"])
     if public:
-        total = len([r for r in facts.history(root) if r["kind"] == "record"
-                     and r["track"] == "short"])
+        total = len([row for row in found["short"] if row.kind == "record" and not row.own])
         parts.append(
             f"**{short.name}**, public history: {short.title}, {total} records, of which each "
             f"row took at most {MILESTONE:.0%} of the time of the row above, and the newest\n\n"
@@ -254,7 +260,7 @@ def compact(root: Path = FOLDER) -> str:
     return "\n\n".join(parts)
 
 
-def full(root: Path = FOLDER) -> str:
+def full(found: dict[str, list[Row]]) -> str:
     """TABLES.md: every record of every track."""
     parts = [
         "# Record tables",
@@ -267,67 +273,66 @@ def full(root: Path = FOLDER) -> str:
     for track in rules.TRACKS.values():
         target = "not yet fixed" if track.target is None else f"{track.target:g}"
         parts.append(f"## {track.name}\n\n{track.title}. Target {target}; {track.rule}.")
-        found = rows(track, root)
         names = [name for name, *_ in COLUMNS]
-        parts.append(_markdown(names, found, "") if found else "No record yet.")
+        here = found[track.name]
+        parts.append(_markdown(names, here, "") if here else "No record yet.")
     return "\n\n".join(parts) + "\n"
 
 
-def replaced(text: str, root: Path = FOLDER) -> str:
+def replaced(text: str, found: dict[str, list[Row]]) -> str:
     """README text with the tables of today between the markers; ValueError without markers."""
     start, end = text.find(BEGIN), text.find(END)
     if start < 0 or end < start or text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"README.md: expected the markers {BEGIN} and {END}, once each, in this "
                          "order, around the record table")
-    return f"{text[: start + len(BEGIN)]}\n{compact(root)}\n{text[end:]}"
+    return f"{text[: start + len(BEGIN)]}\n{compact(found)}\n{text[end:]}"
 
 
 def stale(text: str, root: Path = FOLDER) -> list[str]:
-    """What is out of date in the README text (if it has the markers) and in TABLES.md."""
-    problems = []
+    """The tables that are out of date: in the README text (if it has markers) and TABLES.md."""
+    problems, found = [], all_rows(root)
     renew = "run python -m records table --markdown"
     if BEGIN in text or END in text:
         try:
-            if replaced(text, root) != text:
+            if replaced(text, found) != text:
                 problems.append(f"the table between the markers is out of date: {renew}")
         except ValueError as error:
             problems.append(str(error))
     tables = root / "TABLES.md"
-    if not tables.is_file() or tables.read_text() != full(root):
-        problems.append(f"records/TABLES.md is not what the data gives: {renew}")
+    if not tables.is_file() or tables.read_text() != full(found):
+        problems.append(f"records/TABLES.md is out of date: {renew}")
     return problems
 
 
 def write_markdown(root: Path = FOLDER) -> list[str]:
     """Bring TABLES.md, README.md and the numbers of every record's README up to date.
 
-    Returns what was written. A README without markers, or none at all, is left alone and said so.
+    Returns a line for each file. A README without markers is left alone.
     """
     done = []
     for folder in check.record_folders(root):
-        readme = folder / "README.md"
-        if readme.is_file() and (folder / "result.json").is_file():
-            before = readme.read_text()
-            done += _update(readme, before, page.renew(before, check.read_result(folder)))
-    tables = root / "TABLES.md"
-    done += _update(tables, tables.read_text() if tables.is_file() else None, full(root))
-    readme = root.parent / "README.md"
-    if not readme.is_file():
-        done.append(f"{readme} is not there: no table written")
-    elif BEGIN not in readme.read_text():
-        done.append(f"{readme} has no {BEGIN}: no table written")
+        path = folder / "README.md"
+        if path.is_file() and (folder / "result.json").is_file():
+            before = path.read_text()
+            done += _update(path, before, readme.renew(before, check.read_result(folder)))
+    found = all_rows(root)
+    path = root / "TABLES.md"
+    done += _update(path, path.read_text() if path.is_file() else None, full(found))
+    path = root.parent / "README.md"
+    before = path.read_text() if path.is_file() else None
+    if before is None:
+        done.append(f"{path} is not there: no table written")
+    elif BEGIN not in before:
+        done.append(f"{path} has no {BEGIN}: no table written")
     else:
-        before = readme.read_text()
-        done += _update(readme, before, replaced(before, root))
+        done += _update(path, before, replaced(before, found))
     return done
 
 
 def _update(path: Path, before: str | None, after: str) -> list[str]:
     if before == after:
         return [f"{path} is up to date"]
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(after)
-    os.replace(partial, path)
+    history.write(path, after.encode())
     return [f"{path} written"]
 
 
@@ -336,3 +341,26 @@ def as_json(tracks: list[Track], root: Path = FOLDER) -> str:
     return json.dumps(
         {t.name: [row.__dict__ for row in rows(t, root)] for t in tracks}, indent=1, default=list
     )
+
+
+def check_all(root: Path = FOLDER) -> list[tuple[str, Verdict]]:
+    """The verdict on every record folder of ours, and last that on the tables and the sources."""
+    verdicts = [(f"{folder.parent.name}/{folder.name}", check.check_folder(folder, root))
+                for folder in check.record_folders(root)]
+    whole = Verdict(rules.TRACKS["short"], [])
+    names = Counter(verdict.result.get("name") for _, verdict in verdicts if verdict.result)
+    for name, num in names.items():
+        if num > 1:
+            whole.add("broken-folder", str(name), f"{num} records have this name")
+    known = {source_path(root / "sources", source.name, source.sha256)
+             for _, verdict in verdicts for run in verdict.runs for source in run.sources.values()}
+    for path in sorted((root / "sources").rglob("*")):
+        if path.is_file() and path not in known:
+            whole.add("broken-folder", str(path.relative_to(root)), "no log of a record names it")
+    front = root.parent / "README.md"
+    try:
+        for problem in stale(front.read_text() if front.is_file() else "", root):
+            whole.add("stale-table", "", problem)
+    except ValueError as error:
+        whole.add("stale-table", "", str(error))
+    return [*verdicts, ("tables", whole)]

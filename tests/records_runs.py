@@ -3,7 +3,7 @@
 import random
 from pathlib import Path
 
-from records.log import RunLog, train_line, val_line
+from records.log import RunLog, train_line
 
 SOURCES = {"train_gpt.py": "print('hello')\n", "data/loader.py": "x = 1\nno_newline = True"}
 TARGET = 1.9
@@ -28,7 +28,7 @@ def write_log(path: Path, seed: int = 0, *, loss: float | None = None, steps: in
         if step % 20 == 0:
             at = final if step == steps else \
                 5.55 - (5.55 - final) * (step / steps) ** 0.3 + rng.gauss(0, 0.01)
-            log.line(val_line(step, steps, at, clock))
+            log.val(step, steps, at, clock)
             log.line("a note: level with #12")
     log.close({
         "status": "complete", "track": "pocket", "record": 6, "scale": "pocket", "seed": seed,

@@ -1,13 +1,14 @@
 """Every rule of a record, each broken by itself; and the way from logs to a record folder."""
 
 import dataclasses
+import gzip
 import json
 import shutil
 
 import pytest
-from records_runs import TARGET, write_log, write_logs
+from records_runs import SOURCES, TARGET, write_log, write_logs
 
-from records import add, check, facts, rules, table
+from records import add, check, history, rules, table
 from records.__main__ import main
 from records.log import parse
 
@@ -73,7 +74,7 @@ def test_a_difference_that_is_named_is_allowed(tmp_path):
                                     "data/loader.py": "x = 1\nno_newline = True"})
     assert judged(paths).names() == {"source-differs"}
     verdict = judged(paths, differs=["train_gpt.py"])
-    assert verdict.passed and "differs between runs, as named" in verdict.facts[0]
+    assert verdict.passed and "differs between runs, as named" in verdict.notes[0]
 
 
 def test_a_copy_is_a_copy_under_any_name_and_seed(tmp_path):
@@ -143,7 +144,7 @@ def test_a_systems_record_needs_no_p_but_the_target(tmp_path):
     paths = public(tmp_path, ["3.2790", "3.2799", "3.2801"])
     assert judged(paths, "short").names() == {"no-digest", "not-significant"}
     verdict = judged(paths, "short", systems_only=True)
-    assert verdict.names() == {"no-digest"} and "exempt" in verdict.facts[0]
+    assert verdict.names() == {"no-digest"} and "exempt" in verdict.notes[0]
 
 
 def test_the_steps_track_counts_with_a_known_spread(tmp_path):
@@ -186,7 +187,7 @@ def made(tmp_path_factory):
     """Six logs, and a repository with the record of them, finished, and a README with a table."""
     place = tmp_path_factory.mktemp("made")
     root = place / "repo" / "records"
-    shutil.copytree(facts.FOLDER / "data", root / "data")
+    shutil.copytree(history.FOLDER / "data", root / "data")
     (root.parent / "README.md").write_text(f"# x\n\n{table.BEGIN}\n{table.END}\n\nend\n")
     logs = write_logs(place / "logs")
     with pytest.MonkeyPatch.context() as patch:
@@ -218,22 +219,24 @@ def answer(folder):
 
 
 def check_questions(text):
-    from records import page
+    from records import readme
 
-    return page.unanswered(text)
+    return readme.unanswered(text)
 
 
 def record(root):
     return next((root / "pocket").glob("*_first"))
 
 
-def test_a_record_folder_holds_everything_once(root, tmp_path):
+def test_a_record_holds_everything_once(root, tmp_path):
     folder = record(root)
     assert folder.name == "2026-11-20_first"
     held = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     assert held == ["README.md", "curves.png", "curves.svg",
-                    *(f"logs/run{s}.txt" for s in range(6)), "result.json",
-                    "source/data/loader.py", "source/train_gpt.py"]
+                    *(f"logs/run{s}.txt" for s in range(6)), "result.json"]
+    store = root / "sources"
+    assert {str(p.relative_to(store)).split(".py.")[0] for p in store.rglob("*.gz")} == \
+        {"data/loader", "train_gpt"}
     assert not any("print('hello')" in p.read_text() for p in (folder / "logs").iterdir())
     for seed in range(6):
         [here], [there] = parse(folder / f"logs/run{seed}.txt"), parse(tmp_path /
@@ -256,6 +259,12 @@ def edit(path, old, new, count=1):
     path.write_text(text.replace(old, new, count))
 
 
+def stored(folder):
+    """train_gpt.py of the record, in records/sources."""
+    [path] = (folder.parents[1] / "sources").glob("train_gpt.py.*.gz")
+    return path
+
+
 def change_digit(folder):
     log = folder / "logs/run3.txt"
     line = next(x for x in log.read_text().splitlines() if x.startswith("step:100/100 val_loss"))
@@ -273,8 +282,10 @@ def cut_last_log(folder):
     (change_digit, {"edited", "stale-result"}),
     (cut_last_log, {"incomplete", "unreadable", "stale-result"}),
     (lambda f: (f / "logs/run3.txt").unlink(), {"stale-result"}),
-    (lambda f: edit(f / "source/train_gpt.py", "hello", "HELLO"), {"edited"}),
-    (lambda f: (f / "source/train_gpt.py").unlink(), {"edited"}),
+    (lambda f: stored(f).write_bytes(gzip.compress(b"print('HELLO')\n")), {"edited"}),
+    (lambda f: stored(f).write_bytes(stored(f).read_bytes()[:-9]), {"edited"}),
+    (lambda f: stored(f).write_text("print('hello')\n"), {"edited"}),
+    (lambda f: stored(f).unlink(), {"edited"}),
     (lambda f: edit(f / "result.json", '"p": ', '"p": 1'), {"stale-result", "stale-readme"}),
     (lambda f: edit(f / "result.json", '"num_runs": 6', '"num_runs": 7'),
      {"stale-result", "stale-readme"}),
@@ -314,15 +325,15 @@ def test_a_stale_table_is_found_and_written_again(root, capsys, path, old, new):
 
 
 def test_a_new_fact_makes_the_tables_stale(root):
-    history = root / "data/history.json"
-    text = history.read_text().replace('"minutes": 45.0', '"minutes": 46.0')
+    path = root / "data/history.json"
+    text = path.read_text().replace('"minutes": 45.0', '"minutes": 46.0')
     assert table.stale((root.parent / "README.md").read_text(), root) == []
-    history.write_text(text)
-    facts.history.cache_clear()
+    path.write_text(text)
+    history.public_records.cache_clear()
     try:
         assert len(table.stale((root.parent / "README.md").read_text(), root)) == 2
     finally:
-        facts.history.cache_clear()
+        history.public_records.cache_clear()
 
 
 def test_add_refuses_what_check_would_refuse(root, tmp_path, capsys):
@@ -342,7 +353,7 @@ def test_a_record_must_be_ahead_of_the_one_before(root, tmp_path, capsys):
     assert run(root, "add", *more, "--name", "reference", "--baseline") == 0
     fewer = write_logs(tmp_path / "fewer", 6, steps=80)
     assert run(root, "add", *fewer, "--name", "second") == 0
-    assert [r["name"] for r in facts.own_records("pocket", root)] == ["second", "first",
+    assert [r["name"] for r in history.own_records("pocket", root)] == ["second", "first",
                                                                      "reference"]
     assert check.read_result(root / "pocket/2026-11-20_second")["prior"] == "first"
 
@@ -401,6 +412,19 @@ def test_add_wants_one_log_for_each_run(root, tmp_path, capsys):
     assert "expected one run in each log" in capsys.readouterr().err
 
 
+def test_a_version_of_a_source_is_kept_once_for_all_records(root, tmp_path):
+    before = {p: p.read_bytes() for p in (root / "sources").rglob("*.gz")}
+    logs = write_logs(tmp_path / "vary", 6, steps=80, sources={**SOURCES, "muon.py": "x = 1\n"})
+    assert run(root, "add", *logs, "--name", "second") == 0
+    new = {p: p.read_bytes() for p in (root / "sources").rglob("*.gz")}
+    assert before.items() <= new.items() and len(new) == len(before) + 1
+    stray = root / "sources/muon.py.0123456789abcdef.gz"
+    stray.write_bytes(b"")
+    tables = table.check_all(root)[-1][1]
+    assert [(r.name, r.where) for r in tables.reasons] == [
+        ("broken-folder", f"sources/{stray.name}")]
+
+
 def test_a_named_difference_is_kept_with_the_record(root, tmp_path):
     logs = write_logs(tmp_path / "vary", 6, steps=80)
     logs[5].unlink()
@@ -408,7 +432,7 @@ def test_a_named_difference_is_kept_with_the_record(root, tmp_path):
                                              "data/loader.py": "x = 1\nno_newline = True"})
     assert run(root, "add", *logs, "--name", "second", "--differs", "train_gpt.py") == 0
     folder = root / "pocket/2026-11-20_second"
-    assert len(list((folder / "source/variants").rglob("train_gpt.py"))) == 1
+    assert len(list((root / "sources").glob("train_gpt.py.*.gz"))) == 2
     answer(folder)
     assert check.check_folder(folder, root).passed
 
@@ -418,10 +442,12 @@ def test_nothing_is_left_behind_when_writing_fails(root, tmp_path, monkeypatch, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(add.plot, "draw", fails)
-    logs = write_logs(tmp_path / "b", 6, steps=80)
+    before = list((root / "sources").rglob("*.gz"))
+    logs = write_logs(tmp_path / "b", 6, steps=80, sources={"train_gpt.py": "new = 1\n"})
     assert run(root, "add", *logs, "--name", "second") == 2
     assert "No space left" in capsys.readouterr().err
     assert [p.name for p in (root / "pocket").iterdir()] == ["2026-11-20_first"]
+    assert list((root / "sources").rglob("*.gz")) == before
 
 
 def test_a_reason_can_be_waived_by_name(tmp_path, capsys):
@@ -468,17 +494,29 @@ def test_a_run_may_be_entered_for_a_track_with_the_same_goal(tmp_path):
     assert "track-differs" in judged([path], "pocket").names()
 
 
-def test_tokens_follow_from_a_batch_that_grows(tmp_path):
-    """Three stages over 90 of 100 steps, then ten more of the last."""
-    staged = {"batch_stages": [100, 200, 300], "extension_steps": 10}
-    log = write_log(tmp_path / "a.txt", recipe=staged, tokens=30 * 100 + 30 * 200 + 40 * 300)
+STAGED = {"recipe": {"batch_stages": [100, 200, 300], "extension_steps": 10}}  # until 2026-11-28
+SAID = {"environment": {"tokens_per_step": [[0, 100], [30, 200], [60, 300]]}}
+
+
+@pytest.mark.parametrize("grows", [STAGED, SAID])
+def test_tokens_follow_from_a_batch_that_grows(tmp_path, grows):
+    """Three sizes over 90 of 100 steps, then ten more steps of the last."""
+    log = write_log(tmp_path / "a.txt", **grows, tokens=30 * 100 + 30 * 200 + 40 * 300)
     [run] = parse(log)
     assert check.arithmetic(run) is None
     assert [run.tokens_at(s) for s in (0, 1, 30, 31, 60, 61, 90, 100)] == \
         [0, 100, 3000, 3200, 9000, 9300, 18_000, 21_000]
     assert judged([log]).result["curve"]["tokens"] == [0, 2000, 5000, 9000, 15_000, 21_000]
-    [run] = parse(write_log(tmp_path / "b.txt", recipe=staged))
+    [run] = parse(write_log(tmp_path / "b.txt", **grows))
     assert check.arithmetic(run) == "100 steps of its recipe are 21000 tokens, it claims 409600"
+
+
+def test_a_batch_that_cannot_be_read_is_named(tmp_path):
+    log = write_log(tmp_path / "a.txt", environment={"tokens_per_step": "4096"})
+    [run] = parse(log)
+    assert run.tokens_at(5) is None
+    [fault] = run.faults
+    assert fault == "tokens_per_step: expected [[0, TOKENS], [STEP, TOKENS], ...], got '4096'"
 
 
 def test_a_reason_that_all_runs_share_is_said_once(tmp_path, capsys):

@@ -84,9 +84,11 @@ def test_rank_correlation_with_the_published_ladder():
     assert p == pytest.approx(2 / 120, abs=0.005)  # two of 120 orders are as good
 
 
-def test_pooled_deviation():
-    assert ladder.pooled_sd([[1.0, 3.0], [5.0, 5.0, 5.0], [7.0]]) == pytest.approx((2 / 3) ** 0.5)
-    assert math.isnan(ladder.pooled_sd([[1.0]]))
+def test_the_error_of_a_gain_pools_the_rungs():
+    """Gains 1, 3 and 5, 5, 5 around their own means: the pooled variance is 2 / 3."""
+    rows = [{"gains": [1.0, 3.0]}, {"gains": [5.0, 5.0, 5.0]}, {"gains": [7.0]}]
+    assert ladder._spread(rows) == pytest.approx((2 / 3) ** 0.5)
+    assert math.isnan(ladder._spread([{"gains": [1.0]}]))
 
 
 def test_a_ladder_goes_on_where_it_stopped(tmp_path, monkeypatch):

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from records_runs import SOURCES, write_log, write_logs
 
 from conftest import ROOT
-from records.log import LogError, RunLog, parse, train_line, val_line, without_sources
+from records.log import (
+    LogError,
+    RunLog,
+    parse,
+    read_lines,
+    source_path,
+    train_line,
+    val_line,
+    without_sources,
+)
 
 # the expression that fits the public logs since 2024-10
 PUBLIC = re.compile(r"^step:(\d+)/(\d+) val_loss:(\d+\.\d+) train_time:(\d+)ms step_avg:(\S+)ms$")
@@ -32,7 +41,7 @@ def log(tmp_path):
 
 def test_what_is_written_is_read(log):
     [run] = parse(log, keep_sources=True)
-    assert run.complete and not run.faults and not run.edits and not run.notes
+    assert run.complete and not run.faults and not run.edits
     assert {name: source.text for name, source in run.sources.items()} == SOURCES
     for name, text in SOURCES.items():
         assert run.sources[name].sha256 == hashlib.sha256(text.encode()).hexdigest()
@@ -67,7 +76,7 @@ def test_any_text_survives(tmp_path_factory, sources, notes, value):
     log = RunLog(path, sources, {"host": value}, {"text": value})
     for note in notes:
         log.line(note)
-    log.line(val_line(1, 1, 2.5, 10))
+    log.val(1, 1, 2.5, 10)
     log.close({"status": "complete", "note": value})
     [run] = parse(path, keep_sources=True)
     assert not run.faults and not run.edits and run.complete
@@ -76,10 +85,18 @@ def test_any_text_survives(tmp_path_factory, sources, notes, value):
     assert run.final_val_loss == 2.5
 
 
+def test_a_note_is_never_a_validation(tmp_path):
+    log = small(tmp_path / "run.txt")
+    log.line(val_line(2, 2, 1.5, 20))
+    with pytest.raises(LogError, match="step 1, the run has 2"):
+        log.close({"status": "complete"})
+    assert [point.step for point in one(tmp_path / "run.txt").points] == [1]
+
+
 def test_a_source_may_hold_a_whole_log(tmp_path, log):
     nested = tmp_path / "nested.txt"
     outer = RunLog(nested, {"old.py": log.read_text()}, {}, {})
-    outer.line(val_line(1, 1, 2.5, 10))
+    outer.val(1, 1, 2.5, 10)
     outer.close({"status": "complete"})
     assert one(nested).final_val_loss == 2.5
 
@@ -89,24 +106,25 @@ def test_a_source_may_hold_a_whole_log(tmp_path, log):
 
 def small(path, **result):
     log = RunLog(path, {}, {}, {})
-    log.line(val_line(1, 2, 2.5, 10))
+    log.val(1, 2, 2.5, 10)
     return log
 
 
 @pytest.mark.parametrize("lines, result, why", [
     ([], {"status": "complete"}, "no validation line"),
-    ([val_line(1, 2, 2.5, 10)], {"status": "complete"}, "step 1, the run has 2"),
-    ([val_line(2, 2, float("nan"), 10)], {"status": "complete"}, "final loss is nan"),
-    ([val_line(2, 2, 2.5, 10)], {"status": "complete", "final_val_loss": 2.4}, "2.4"),
-    ([val_line(2, 2, 2.5, 10)], {"status": "complete", "final_val_loss": "good"}, "good"),
-    ([val_line(2, 2, 2.5, 10)], {"status": "done"}, "expected one of"),
-    ([val_line(2, 2, 2.5, 10)], {}, "expected one of"),
-    ([val_line(2, 2, 2.5, 10)], {"status": "complete", "digest": "x"}, "result key"),
+    ([(1, 2, 2.5, 10)], {"status": "complete"}, "step 1, the run has 2"),
+    ([(2, 2, float("nan"), 10)], {"status": "complete"}, "final loss is nan"),
+    ([(2, 2, 2.5, 10)], {"status": "complete", "final_val_loss": 2.4}, "2.4"),
+    ([(2, 2, 2.5, 10)], {"status": "complete", "final_val_loss": "good"}, "good"),
+    ([(2, 2, 1.2e6, 10)], {"status": "complete"}, "final loss is 1200000"),
+    ([(2, 2, 2.5, 10)], {"status": "done"}, "expected one of"),
+    ([(2, 2, 2.5, 10)], {}, "expected one of"),
+    ([(2, 2, 2.5, 10)], {"status": "complete", "digest": "x"}, "result key"),
 ])
 def test_a_run_that_did_not_end_cannot_be_closed_as_complete(tmp_path, lines, result, why):
     log = RunLog(tmp_path / "run.txt", {}, {}, {})
     for line in lines:
-        log.line(line)
+        log.val(*line)
     with pytest.raises(LogError, match=re.escape(why)):
         log.close(result)
     log.abandon()
@@ -123,7 +141,7 @@ def test_a_stopped_run_is_closed_and_not_complete(tmp_path, status):
 
 def test_an_exception_leaves_an_incomplete_log(tmp_path):
     with pytest.raises(RuntimeError), small(tmp_path / "run.txt") as log:
-        log.line(val_line(2, 2, 2.5, 10))
+        log.val(2, 2, 2.5, 10)
         raise RuntimeError
     assert one(tmp_path / "run.txt").why_incomplete == "no valid closing block"
 
@@ -140,12 +158,12 @@ FULL_DISK = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-from records.log import RunLog, val_line
+from records.log import RunLog
 log = RunLog(sys.argv[1], {}, {}, {})
 failed = ""
 for step in range(1, 200):
     try:
-        log.line(val_line(step, 199, 2.5, 10))
+        log.val(step, 199, 2.5, 10)
     except Exception as error:
         failed += type(error).__name__ + " "
 try:
@@ -166,7 +184,7 @@ def test_a_full_disk_raises_and_the_log_stays_incomplete(tmp_path):
 
 def test_a_disk_that_fills_at_the_end_leaves_no_digest(tmp_path, monkeypatch):
     log = small(tmp_path / "run.txt")
-    log.line(val_line(2, 2, 2.5, 10))
+    log.val(2, 2, 2.5, 10)
     calls = []
 
     def fsync(number):
@@ -190,7 +208,7 @@ def test_a_disk_that_fills_at_the_end_leaves_no_digest(tmp_path, monkeypatch):
 def test_a_log_that_somebody_else_touched_is_not_closed(tmp_path, meddle, why):
     path = tmp_path / "run.txt"
     log = small(path)
-    log.line(val_line(2, 2, 2.5, 10))
+    log.val(2, 2, 2.5, 10)
     meddle(path)
     with pytest.raises(LogError, match=why):
         log.close({"status": "complete"})
@@ -307,27 +325,29 @@ def test_text_after_the_digest_is_found(log):
 
 def test_a_clock_that_runs_backwards_is_a_fault(tmp_path):
     log = RunLog(tmp_path / "run.txt", {}, {}, {})
-    log.line(val_line(1, 2, 2.6, 100))
-    log.line(val_line(2, 2, 2.5, 90))
+    log.val(1, 2, 2.6, 100)
+    log.val(2, 2, 2.5, 90)
     log.close({"status": "complete"})
     assert "the clock runs backwards, 90 ms after 100 ms" in one(tmp_path / "run.txt").faults[0]
 
 
-# --- sources kept beside the log ------------------------------------------------------------------
+# --- sources kept once for all records ----------------------------------------------------------
 
 
-def test_sources_can_be_kept_beside_the_log(tmp_path, log):
+def test_sources_can_be_kept_apart_from_the_log(tmp_path, log):
     kept, sources = without_sources(log)
     assert {name: body.decode() for name, body in sources.items()} == SOURCES
     assert b"print('hello')" not in kept
-    (tmp_path / "record/logs").mkdir(parents=True)
-    thin = tmp_path / "record/logs/run.txt"
+    thin = tmp_path / "records/pocket/a/logs/run.txt"
+    thin.parent.mkdir(parents=True)
     thin.write_bytes(kept)
-    assert "is not in the record folder" in one(thin).edits[0]
+    assert any("train_gpt.py, data/loader.py" in edit for edit in one(thin).edits)
+    store = tmp_path / "records/sources"
     for name, body in sources.items():
-        path = tmp_path / "record/source" / name
+        path = source_path(store, name, hashlib.sha256(body).hexdigest())
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(body)
+        path.write_bytes(gzip.compress(body))
+    assert b"".join(read_lines(thin)) == log.read_bytes()
     [run] = parse(thin, keep_sources=True)
     assert run.complete and run.digest == one(log).digest
     assert {name: source.text for name, source in run.sources.items()} == SOURCES
@@ -335,7 +355,10 @@ def test_sources_can_be_kept_beside_the_log(tmp_path, log):
     line = line_of(log.read_bytes(), b"step:77/100")
     thin.write_bytes(kept.replace(b"step:77/100 train_loss", b"step:77/100 train_l0ss"))
     assert f"line {line}: changed" in one(thin).edits
-    shutil.rmtree(tmp_path / "record/source/data")
+    thin.write_bytes(kept.replace(b"kept source train_gpt.py", b"kept source ../../x.py"))
+    assert not one(thin).complete
+    shutil.rmtree(store / "data")
+    thin.write_bytes(kept)
     assert any("data/loader.py" in edit for edit in one(thin).edits)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from conftest import ROOT
 from records.log import parse
-from records.public import embedded_code
+from records.reproduce import embedded_code
 
 LOGS = ROOT.parent / "shared" / "reference" / "logs"
 EXPECTED = LOGS / "expected.json"

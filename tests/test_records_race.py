@@ -1,5 +1,7 @@
 """Races and reproductions with a small program that writes real logs."""
 
+import gzip
+import hashlib
 import json
 import os
 import re
@@ -12,9 +14,10 @@ import time
 import pytest
 
 from conftest import ROOT
-from records import launch, race
+from records import launch
 from records.__main__ import main
-from records.log import parse
+from records.history import write
+from records.log import parse, source_path, without_sources
 
 PROGRAM = '''
 """A trainer in twenty lines: no model, but true options, a true clock of its own, a true log."""
@@ -40,7 +43,7 @@ for step in range(11):
         log.line(train_line(step, 10, 5 - step / 10, clock))
     if step % 5 == 0:
         loss = 5 - step / 10 + rng.gauss(0, 0.01)
-        log.line(val_line(step, 10, loss, clock))
+        log.val(step, 10, loss, clock)
         print(val_line(step, 10, loss, clock), flush=True)
     if args.fail and step == args.fail:
         sys.exit("this program fails here")
@@ -192,6 +195,22 @@ def test_a_dry_run_unpacks_and_runs_nothing(tree, capsys):
     assert not (tree / "again/logs").exists()
 
 
+def test_a_record_gives_back_its_program_and_its_log(tree, capsys):
+    log, source = the_log(tree), (tree / "train_gpt.py").read_bytes()
+    kept, _ = without_sources(log)
+    folder = tree / "records/pocket/2026-11-20_one"
+    write(folder / "logs" / log.name, kept)
+    path = source_path(tree / "records/sources", "train_gpt.py", hashlib.sha256(source).hexdigest())
+    write(path, gzip.compress(source))
+    write(folder / "result.json", json.dumps({
+        "name": "one", "kind": "record", "date": "2026-11-20", "by": [], "differs": [],
+        "losses": [4.0, 4.1], "val_loss": {}, "train_time_ms": {}, "track": "pocket"}).encode())
+    assert records(tree, "reproduce", folder, "--into", "again") == 0
+    assert "the losses are equal at every validation" in capsys.readouterr().out
+    assert (tree / "again/train_gpt.py").read_bytes() == source
+    assert (tree / "again" / log.name).read_bytes() == log.read_bytes()
+
+
 def test_a_log_that_was_changed_is_not_reproduced(tree, capsys):
     log = the_log(tree)
     log.write_text(log.read_text().replace("A trainer in twenty lines", "A trainer of evil lines"))
@@ -221,10 +240,9 @@ def test_a_public_log_gives_its_script_and_says_what_it_needs(tmp_path, capsys):
     assert main(["reproduce", str(log), "--into", str(tmp_path / "b")]) == 2
 
 
-def test_the_bar_shows_progress_on_a_terminal(monkeypatch, capsys):
+def test_a_race_shows_progress_on_a_terminal(tree, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    bar = race.Bar(4, 1)
-    bar.show("#6", 0.5)
-    bar.step("#6: done")
+    assert records(tree, "race", "6", "5", "--runs", "1", "--out", "r") == 0
     said = capsys.readouterr().err
-    assert "[#########...............] 1/4 runs, #6  50%" in said and "2/4  #6: done" in said
+    assert "0/2 runs, #6  50%" in said and "1/2 runs, #5  50%" in said and " left" in said
+    assert "2/2  B #5: val_loss" in said

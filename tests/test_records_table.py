@@ -1,4 +1,4 @@
-"""Tables, standing and plots: computed from the facts, readable, in step with this repository."""
+"""Tables, ranks and plots: computed from the data, readable, in step with this repository."""
 
 import csv
 import dataclasses
@@ -11,7 +11,7 @@ import pytest
 from records_runs import write_logs
 
 from conftest import ROOT
-from records import check, facts, plot, rules, standing, table
+from records import check, history, plot, rank, rules, table
 from records.__main__ import main
 from records.log import parse
 
@@ -20,17 +20,17 @@ reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="no reference besi
 
 
 def test_this_repository_passes_its_own_check():
-    for label, verdict in check.check_all():
+    for label, verdict in table.check_all():
         assert verdict.passed, (label, list(map(str, verdict.reasons)))
 
 
-# --- facts ----------------------------------------------------------------------------------------
+# --- history --------------------------------------------------------------------------------------
 
 
 @reference
 def test_the_history_is_that_of_the_reference():
     theirs = json.loads((REFERENCE / "records.json").read_text())
-    ours = facts.history()
+    ours = history.public_records()
     assert len(ours) == len(theirs) == 109
     for a, b in zip(ours, theirs):
         assert b["track"].endswith(a["track"])
@@ -44,7 +44,7 @@ def test_the_curves_are_those_of_the_reference():
     with open(REFERENCE / "record_curves.csv") as file:
         theirs = {(r["track"].split("_")[2], r["record"].split(":")[0], r["step"], r["val_loss"],
                    r["train_time_ms"].removesuffix(".0")) for r in csv.DictReader(file)}
-    with open(facts.FOLDER / "data" / "curves.csv") as file:
+    with open(history.FOLDER / "data" / "curves.csv") as file:
         ours = [(r["track"], r["record"], r["step"], r["val_loss"], r["train_time_ms"])
                 for r in csv.DictReader(file)]
     assert len(ours) > 1900 and set(ours) <= theirs
@@ -53,7 +53,7 @@ def test_the_curves_are_those_of_the_reference():
 @reference
 def test_tokens_follow_from_the_ladder():
     ladder = json.loads((REFERENCE / "ladder.json").read_text())
-    known = {r["number"]: r for r in facts.history() if r["track"] == "short"
+    known = {r["number"]: r for r in history.public_records() if r["track"] == "short"
              and r["kind"] == "record"}
     for number, entry in ladder.items():
         if number != "_meta":
@@ -67,16 +67,16 @@ def test_tokens_follow_from_the_ladder():
 
 def test_curves_end_where_the_records_do():
     for name in ("short", "medium"):
-        for curve in facts.published_curves(name):
+        for curve in history.published_curves(name):
             assert curve.steps == tuple(sorted(curve.steps)) and curve.steps[0] == 0
             if curve.times_ms is not None:
                 assert curve.times_ms[-1] / 60_000 == pytest.approx(curve.minutes, rel=0.1)
-    clocks = [c for c in facts.published_curves("short") if c.times_ms is None]
+    clocks = [c for c in history.published_curves("short") if c.times_ms is None]
     assert [c.label for c in clocks] == ["#88"]  # its log was made on another machine
 
 
 def test_first_at_is_the_first_crossing():
-    curve = facts.Curve("x", 1.0, (0, 10, 20, 30), (9.0, 4.0, 4.5, 3.0), (0.0, 10.0, 20.0, 30.0),
+    curve = history.Curve("x", 1.0, (0, 10, 20, 30), (9.0, 4.0, 4.5, 3.0), (0.0, 10.0, 20.0, 30.0),
                         None)
     assert curve.first_at(4.0, "steps") == 10
     assert curve.first_at(6.5, "train_time_ms") == 5.0
@@ -90,14 +90,14 @@ def test_first_at_is_the_first_crossing():
     (math.nan, "-"),
 ])
 def test_clock(ms, said):
-    assert facts.clock(ms) == said
+    assert history.clock(ms) == said
 
 
 def test_clock_with_tenths():
-    assert facts.clock(22.98 * 60_000, tenths=True) == "22:58.8"
-    assert facts.clock(22.99 * 60_000, tenths=True) == "22:59.4"
-    assert facts.clock(119_970, tenths=True) == "2:00"
-    assert facts.clock(31.4 * 60_000, tenths=True) == "31:24"
+    assert history.clock(22.98 * 60_000, tenths=True) == "22:58.8"
+    assert history.clock(22.99 * 60_000, tenths=True) == "22:59.4"
+    assert history.clock(119_970, tenths=True) == "2:00"
+    assert history.clock(31.4 * 60_000, tenths=True) == "31:24"
 
 
 @pytest.mark.parametrize("value, said", [
@@ -105,7 +105,7 @@ def test_clock_with_tenths():
     (None, "-"),
 ])
 def test_count(value, said):
-    assert facts.count(value) == said
+    assert history.count(value) == said
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -153,34 +153,35 @@ def test_milestones_each_take_at_most_four_fifths():
                                   f"{table.BEGIN}{table.END}{table.BEGIN}{table.END}"])
 def test_a_readme_without_its_markers_is_said(text):
     with pytest.raises(ValueError, match="expected the markers"):
-        table.replaced(text)
+        table.replaced(text, table.all_rows())
 
 
-def test_what_stands_around_the_markers_stays():
-    text = table.replaced(f"before\n{table.BEGIN}\na stale row\n{table.END}\nafter\n")
+def test_text_around_the_markers_stays():
+    found = table.all_rows()
+    text = table.replaced(f"before\n{table.BEGIN}\na stale row\n{table.END}\nafter\n", found)
     assert text.startswith(f"before\n{table.BEGIN}\n") and text.endswith(f"{table.END}\nafter\n")
-    assert "a stale row" not in text and table.replaced(text) == text
+    assert "a stale row" not in text and table.replaced(text, found) == text
     assert table.stale(text) == []
 
 
-# --- standing -------------------------------------------------------------------------------------
+# --- rank -----------------------------------------------------------------------------------------
 
 
-def test_a_record_stands_beside_itself():
-    curve = next(c for c in facts.published_curves("short") if c.label == "#18")
+def test_a_record_is_its_own_neighbour():
+    curve = next(c for c in history.published_curves("short") if c.label == "#18")
     i = 6
-    line = standing.stand("short", curve.losses[i], curve.times_ms[i], 0, step=curve.steps[i],
+    line = rank.progress("short", curve.losses[i], curve.times_ms[i], 0, step=curve.steps[i],
                           num_iterations=curve.steps[-1])
     assert "#18" in line and "\n" not in line
     projected = float(re.search(r"heading for (\S+) at", line)[1])
     assert projected == pytest.approx(curve.losses[-1], abs=0.03)
-    assert facts.clock(curve.times_ms[-1])[:2] in line.partition("heading for")[2]
+    assert history.clock(curve.times_ms[-1])[:2] in line.partition("heading for")[2]
 
 
-def test_standing_names_the_records_before_and_after():
-    line = standing.stand("short", 3.35, 200_000, 0)
+def test_progress_names_the_records_before_and_after():
+    line = rank.progress("short", 3.35, 200_000, 0)
     before, after = re.search(r"behind #(\d+) \(\S+\), ahead of #(\d+)", line).groups()
-    curves = {c.label: c for c in facts.published_curves("short")}
+    curves = {c.label: c for c in history.published_curves("short")}
     assert curves[f"#{before}"].first_at(3.35, "train_time_ms") <= 200_000
     assert curves[f"#{after}"].first_at(3.35, "train_time_ms") > 200_000
 
@@ -188,37 +189,37 @@ def test_standing_names_the_records_before_and_after():
 def test_a_short_run_is_not_forecast_by_records_ten_times_as_long():
     """After 6 of 40 steps one was "heading for 1.67, within target", and ended at 2.61."""
     of_record = {"num_iterations": 341, "step": 60}
-    curve = facts.own_curves("pocket")[0]
+    curve = history.own_curves("pocket")[0]
     loss, tokens = curve.at_fraction(60 / 341), int(60 / 341 * curve.tokens[-1])
-    assert "heading for" in standing.stand("pocket", loss, 4e3, tokens, **of_record)
-    assert "heading for" not in standing.stand("pocket", loss, 4e3, tokens // 8, **of_record)
+    assert "heading for" in rank.progress("pocket", loss, 4e3, tokens, **of_record)
+    assert "heading for" not in rank.progress("pocket", loss, 4e3, tokens // 8, **of_record)
 
 
-def test_standing_at_the_ends():
-    assert "the last of all" in standing.stand("short", 3.5, 9e6, 0)
-    assert "the first of all" in standing.stand("short", 3.5, 1e3, 0)
-    assert "below every published curve" in standing.stand("short", 2.0, 1e3, 0)
-    assert standing.stand("short", 10.8, 0, 0, step=0) == "short: 10.8000 before the first step"
+def test_progress_at_the_ends():
+    assert "the last of all" in rank.progress("short", 3.5, 9e6, 0)
+    assert "the first of all" in rank.progress("short", 3.5, 1e3, 0)
+    assert "below every published curve" in rank.progress("short", 2.0, 1e3, 0)
+    assert rank.progress("short", 10.8, 0, 0, step=0) == "short: 10.8000 before the first step"
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_bad_loss_is_said_and_ends_nothing(loss):
-    assert "no record is like that" in standing.stand("short", loss, 1e3, 0, step=1)
-    assert "no place" in standing.rank("short", 1e3, 0, loss)
+    assert "no record is like that" in rank.progress("short", loss, 1e3, 0, step=1)
+    assert "no place" in rank.rank("short", 1e3, 0, loss)
 
 
 @pytest.mark.parametrize("name", rules.TRACKS)
 @pytest.mark.parametrize("step", [None, 0, 1, 50, 99, 100])
 def test_every_track_has_a_line_at_every_step(name, step):
     for tokens in (None, 0, 1000):
-        line = standing.stand(name, 3.5, 1000.0, tokens, step=step, num_iterations=100,
+        line = rank.progress(name, 3.5, 1000.0, tokens, step=step, num_iterations=100,
                               history=[(0, 9.0, 0), (10, 5.0, 100.0), (20, 4.0, 200.0)])
         assert line.startswith(f"{name}: ") and "\n" not in line
 
 
 def test_the_slope_is_used_where_there_is_no_curve(tmp_path):
     history = [(s, 5.0 - math.log(s)) for s in (10, 20, 40)]
-    line = standing.stand("solo", 5.0 - math.log(80), 8000.0, 0, step=80, num_iterations=160,
+    line = rank.progress("solo", 5.0 - math.log(80), 8000.0, 0, step=80, num_iterations=160,
                           history=history, folder=tmp_path)
     end = 5.0 - math.log(160)
     assert f"heading for {end:.2f} at this slope at 16.0s" in line
@@ -227,57 +228,57 @@ def test_the_slope_is_used_where_there_is_no_curve(tmp_path):
 def test_a_target_that_is_not_fixed_is_said(monkeypatch):
     track = dataclasses.replace(rules.TRACKS["pocket"], target=None)
     monkeypatch.setitem(rules.TRACKS, "pocket", track)
-    assert "not yet fixed" in standing.stand("pocket", 2.0, 1e3, 1000, step=10, num_iterations=10)
-    assert "not yet fixed" in standing.rank("pocket", 1e3, 1000, 2.0)
+    assert "not yet fixed" in rank.progress("pocket", 2.0, 1e3, 1000, step=10, num_iterations=10)
+    assert "not yet fixed" in rank.rank("pocket", 1e3, 1000, 2.0)
     assert "not yet fixed" in table.terminal(track, [], 60)
-    assert "within target 2.5" in standing.stand("pocket", 2.0, 1e3, 1000, target=2.5)
+    assert "within target 2.5" in rank.progress("pocket", 2.0, 1e3, 1000, target=2.5)
 
 
 def test_rank_places_a_run_among_the_records(tmp_path):
-    (tmp_path / "data").symlink_to(facts.FOLDER / "data")  # the public records alone
+    (tmp_path / "data").symlink_to(history.FOLDER / "data")  # the public records alone
     assert "with 60.0s place 1 of 90, ahead of #89 (73.8s)" in \
-        standing.rank("short", 60_000, 0, 3.279, folder=tmp_path)
+        rank.rank("short", 60_000, 0, 3.279, folder=tmp_path)
     assert "place 90 of 90, behind #1 (45:00)" in \
-        standing.rank("short", 6e6, 0, 3.28, folder=tmp_path)
-    assert "3.2801 is above the target 3.28" in standing.rank("short", 6e4, 0, 3.2801)
+        rank.rank("short", 6e6, 0, 3.28, folder=tmp_path)
+    assert "3.2801 is above the target 3.28" in rank.rank("short", 6e4, 0, 3.2801)
     with pytest.raises(ValueError, match="expected one of short"):
-        standing.rank("long", 1, 1, 1.0)
+        rank.rank("long", 1, 1, 1.0)
 
 
 def test_a_run_on_other_data_has_no_place():
     track, own = rules.TRACKS["pocket"], {"data_digest": "0" * 64}
-    assert "no place: the run is on other data" in standing.rank("pocket", 1.0, 10, 1.0, **own)
-    said = standing.stand("pocket", 1.5, 1.0, 10, step=5, num_iterations=10, **own)
+    assert "no place: the run is on other data" in rank.rank("pocket", 1.0, 10, 1.0, **own)
+    said = rank.progress("pocket", 1.5, 1.0, 10, step=5, num_iterations=10, **own)
     assert said == "pocket: 1.5000 on other data than the track's, no record to compare with"
     same = {"data_digest": track.data_digest}
-    assert "place 1 of" in standing.rank("pocket", 1.0, 10, 1.0, **same)
-    assert "place 1 of" in standing.rank("short", 1.0, 10, 1.0, **own)  # it prescribes none
+    assert "place 1 of" in rank.rank("pocket", 1.0, 10, 1.0, **same)
+    assert "place 1 of" in rank.rank("short", 1.0, 10, 1.0, **own)  # it prescribes none
 
 
 def test_as_many_tokens_as_a_record_is_level_with_it():
-    (best, tokens), *_ = sorted(((r["name"], facts.metric_value(r, "tokens"))
-                                 for r in facts.own_records("pocket")), key=lambda r: r[1])
-    level = standing.rank("pocket", 1.0, tokens, 1.6)
+    (best, tokens), *_ = sorted(((r["name"], history.metric_value(r, "tokens"))
+                                 for r in history.own_records("pocket")), key=lambda r: r[1])
+    level = rank.rank("pocket", 1.0, tokens, 1.6)
     assert f"level with {best}, where a race decides" in level and f"ahead of {best}" not in level
-    assert f"ahead of {best}" in standing.rank("pocket", 1.0, tokens - 1, 1.6)
+    assert f"ahead of {best}" in rank.rank("pocket", 1.0, tokens - 1, 1.6)
 
 
-def test_a_program_without_the_facts_still_stands(tmp_path):
-    assert "no record yet to compare with" in standing.stand("short", 3.5, 1e3, 0, folder=tmp_path)
-    assert "place 1 of 1" in standing.rank("short", 1e3, 0, 3.2, folder=tmp_path)
+def test_a_program_without_the_data_has_a_line_too(tmp_path):
+    assert "no record yet to compare with" in rank.progress("short", 3.5, 1e3, 0, folder=tmp_path)
+    assert "place 1 of 1" in rank.rank("short", 1e3, 0, 3.2, folder=tmp_path)
 
 
-def test_stand_says_the_same_of_a_finished_log(tmp_path, capsys):
+def test_rank_says_the_same_of_a_finished_log(tmp_path, capsys):
     [log] = write_logs(tmp_path, 1, data_digest=rules.TRACKS["pocket"].data_digest)
-    assert main(["stand", str(log)]) == 0
+    assert main(["rank", str(log)]) == 0
     lines = capsys.readouterr().out.splitlines()
     run = parse(log)[0]
     assert len(lines) == len(run.points) + 1
     point = run.points[2]
-    assert lines[2] == f"step:{point.step}/100 " + standing.stand(
+    assert lines[2] == f"step:{point.step}/100 " + rank.progress(
         "pocket", point.val_loss, point.train_time_ms, 4096 * point.step, step=point.step,
         num_iterations=100, history=[(p.step, p.val_loss) for p in run.points[:3]])
-    assert main(["stand", str(log), "--track", "short", "--every", "9"]) == 0
+    assert main(["rank", str(log), "--track", "short", "--every", "9"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
@@ -322,7 +323,7 @@ def test_published_curves_lie_behind(tmp_path):
     assert "training tokens" not in (tmp_path / "with.svg").read_text()  # a public log says none
 
 
-@pytest.mark.parametrize("words", [["plot", "nothing.txt"], ["stand", "nothing.txt"],
+@pytest.mark.parametrize("words", [["plot", "nothing.txt"], ["rank", "nothing.txt"],
                                    ["check", "nothing.txt"], ["reproduce", "nothing.txt"]])
 def test_a_missing_file_is_one_line(words, capsys):
     assert main(words) == 2
@@ -331,7 +332,7 @@ def test_a_missing_file_is_one_line(words, capsys):
 
 
 def test_the_guide_names_every_reason_and_track_as_they_are():
-    guide = (facts.FOLDER / "README.md").read_text()
+    guide = (history.FOLDER / "README.md").read_text()
     for name, rule in check.RULES.items():
         assert f"| `{name}` | {rule} |" in guide
     assert guide.count("\n| `") == len(check.RULES) + len(rules.TRACKS)
@@ -342,8 +343,8 @@ def test_the_guide_names_every_reason_and_track_as_they_are():
 
 
 def test_on_slow_hardware_the_line_compares_by_tokens():
-    record = next(c for c in facts.published_curves("short") if c.label == "#6")
+    record = next(c for c in history.published_curves("short") if c.label == "#6")
     i = 20
-    line = standing.stand("short", record.losses[i], 50 * record.times_ms[i], record.tokens[i])
+    line = rank.progress("short", record.losses[i], 50 * record.times_ms[i], record.tokens[i])
     assert "the last of all; by tokens (" in line
     assert "behind #6" in line.partition("by tokens")[2]

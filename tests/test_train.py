@@ -145,11 +145,14 @@ def test_recomputed_layers_are_the_same_layers(train, tmp_path):
     """Less memory, more time, not one bit of difference."""
     for record in ("1", "62"):
         few = ("--record", record, "--num_iterations", "3", "--val_every", "3")
-        few += ("--batch_stages", "384,384,384") * (record == "62")
+        few += ("--batch_stages", "192,384,384") * (record == "62")
         kept, again = (train(*few, *extra, log_dir=tmp_path / f"{record}{len(extra)}")
                        for extra in ((), ("--recompute", "on")))
         assert "computed again" in again[0].stdout and "computed again" not in kept[0].stdout
         assert losses(kept[1][0]) == losses(again[1][0])
+    (run,) = parse(kept[1][0])
+    assert run.environment["tokens_per_step"] == "[[0, 192], [1, 384]]"
+    assert run.tokens_at(3) == run.tokens == 192 + 384 + 384
 
 
 @pytest.mark.parametrize("record", [1, 12, 62])

@@ -17,6 +17,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -30,8 +31,8 @@ from kernels.attention import describe_attention
 from model import num_parameters
 from recipes import Recipe, batch_shape
 from records.log import LogError, RunLog, train_line, val_line
-from records.standing import rank as rank_in_table
-from records.standing import stand
+from records.rank import progress
+from records.rank import rank as rank_in_table
 from trainer.compile import compiles_optimizer, wants_compile
 from trainer.dist import World
 from trainer.memory import local_rows, micro_batch_rows
@@ -187,7 +188,9 @@ class Reporter:
                     raise ValueError(f"{name} contains the value of {secret}, and every log "
                                      "contains the sources: take it out")
         try:
-            self.log = RunLog(path, sources, environment, recipes.to_dict(self.recipe))
+            self.log = RunLog(path, sources,
+                              environment | {"tokens_per_step": tokens_per_step(self.recipe)},
+                              recipes.to_dict(self.recipe))
         except OSError as error:
             path.unlink(missing_ok=True) if not isinstance(error, FileExistsError) else None
             raise ValueError(f"--log_dir: the log {path} cannot be written "
@@ -205,11 +208,14 @@ class Reporter:
             return None
 
     def _write(self, line: str) -> None:
+        self._to_log(lambda log: log.line(line))
+
+    def _to_log(self, write: Callable[[RunLog], None]) -> None:
         """A log that cannot be written ends the run: `fault` says so to the loop."""
         if self.log is None or self.fault:
             return
         try:
-            self.log.line(line)
+            write(self.log)
         except (OSError, LogError) as error:
             self.fault = f"the log cannot be written ({error})"
             self.screen.warn(f"{self.fault}: the run stops, because a run without a log is lost")
@@ -226,8 +232,10 @@ class Reporter:
         self._to_wandb(report.step + 1, train_loss=report.loss)
 
     def validated(self, step: int, val_loss: float, ms: float, tokens: int) -> None:
-        self.say(val_line(step, self.recipe.num_iterations, val_loss, ms))
-        self.screen.line("  " + stand(
+        values = step, self.recipe.num_iterations, val_loss, ms
+        self.screen.line(val_line(*values))
+        self._to_log(lambda log: log.val(*values))
+        self.screen.line("  " + progress(
             self.recipe.track, val_loss, ms, tokens, history=self.history,
             target=self.recipe.target, num_iterations=self.recipe.num_iterations, step=step,
             data_digest=self.data_digest))
@@ -266,6 +274,12 @@ class Reporter:
     def _finish_wandb(self) -> None:
         with contextlib.suppress(Exception):
             self.wandb_run.finish(quiet=True)
+
+
+def tokens_per_step(recipe: Recipe) -> list[list[int]]:
+    """[first step, tokens a step] of each batch size, for the log."""
+    sizes = [math.prod(batch_shape(step, recipe)) for step in range(recipe.num_iterations)]
+    return [[step, size] for step, size in enumerate(sizes) if sizes[step - 1:step] != [size]]
 
 
 def describe_speed(s) -> str:
