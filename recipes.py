@@ -40,9 +40,9 @@ class Recipe:
 
     # learning rates: times lr_multiplier(step)
     warmup_steps: int = 256         # linear
-    cooldown_steps: float = 2048    # at the end, to final_lr
+    cooldown_steps: float = 2048    # at the end, to final_lr_frac
     cooldown_shape: str = "linear"  # or cosine (#1)
-    final_lr: float = 0.0           # what is left at the end; 0.1 from #19
+    final_lr_frac: float = 0.0      # final lr as a fraction of the peak; 0.1 from #19
     lr_stages: tuple[float, ...] = ()   # factors for the larger batches (#46)
     lr_stage_ends: tuple[float, ...] = (1 / 3, 2 / 3)   # fractions of the schedule; a factor still
                                     # holds at its end
@@ -189,7 +189,7 @@ def check(recipe: Recipe) -> None:
     for name in ("matrix_lr", "embed_lr", "head_lr", "scalar_lr", "adam_eps"):
         value = getattr(r, name)
         must(value > 0 and math.isfinite(value), name, "a finite number above 0", value)
-    for name in ("adam_weight_decay", "matrix_weight_decay", "final_lr"):
+    for name in ("adam_weight_decay", "matrix_weight_decay", "final_lr_frac"):
         must(getattr(r, name) >= 0, name, "0 or more", getattr(r, name))
     must(0 <= r.muon_momentum < 1, "muon_momentum", "0 to below 1", r.muon_momentum)
     must(len(r.adam_betas) == 2 and all(0 <= b < 1 for b in r.adam_betas), "adam_betas",
@@ -362,7 +362,7 @@ _record(18, "Softcap 15", after=17,
 _record(19, "fp8 head, sigmoid softcap, learning rate ends at 0.1", after=18, norm_eps=2 ** -23,
         head="fp8", fp8_factors=(2.0, 32.0, 2 ** 29 / 65_536),
         logit_softcap=30.0, softcap_kind="sigmoid", softcap_div=7.5, init_std=0.5,
-        final_lr=0.1, grad_overlap=False,
+        final_lr_frac=0.1, grad_overlap=False,
         num_iterations=1395, cooldown_steps=558)
 
 # 2025-01-16
@@ -409,7 +409,7 @@ _record(31, "YaRN while the window grows", after=29,
         drop_mlp=True, yarn=True, attn_scale=0.1, final_window=13, cooldown_steps=835)
 
 # 2025-09-29. With #32 to #37: sigmoid skips, smear, the first layer left out, an extension whose
-# learning rate stands at final_lr (0.10018 there).
+# learning rate stands at final_lr_frac (0.10018 there).
 _record(38, "Polar Express", after=31,
         num_layers=11, drop_first=True, drop_mlp=False, unet="sigmoid", smear=True,
         head_dtype="bf16",
@@ -561,7 +561,7 @@ def batch_shape(step: int, recipe: Recipe) -> tuple[int, int]:
 def lr_multiplier(step: int, recipe: Recipe) -> float:
     """What the learning rates are multiplied by at the update of `step` (0-based).
 
-    Linear warm-up, hold, then down to final_lr, which would be reached at the end of the schedule.
+    Linear warm-up, hold, then down to final_lr_frac, reached where the schedule ends.
     """
     r = recipe
     if step < r.warmup_steps:
@@ -572,7 +572,7 @@ def lr_multiplier(step: int, recipe: Recipe) -> float:
         left = (1 - math.cos(math.pi * left)) / 2
     stages_over = sum(step / r.scheduled_steps > end for end in r.lr_stage_ends)
     full = r.lr_stages[stages_over] if r.lr_stages else 1.0
-    return full * left + r.final_lr * (1 - left)
+    return full * left + r.final_lr_frac * (1 - left)
 
 
 def momentum(step: int, recipe: Recipe) -> float:
