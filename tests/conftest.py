@@ -11,6 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+FACTS = ROOT / "tests" / "facts"  # numbers of the published records, each file says from where
 
 # Without a GPU the kernels run in Triton's interpreter; it is chosen where they are defined.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")

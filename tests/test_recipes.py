@@ -1,29 +1,26 @@
 """Every recipe against the facts of its record, and against itself at pocket scale.
 
-Facts: ladder.json beside the repository (numbers from the official logs), skipped where it is not
-there. Where a recipe differs on purpose the difference stands in a table here, with its reason.
+Facts: tests/facts/ladder.json, numbers from the official logs. Where a recipe differs on purpose the
+difference stands in a table here, with its reason.
 """
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 import recipes
+from conftest import FACTS
 from model import init_rule, init_weights, num_parameters, param_role
 from recipes import RECORDS, pocket
 
-FACTS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "ladder.json"
 LADDER = [*range(1, 25), 26, 27, 29, 31, 38, 41, 43, 46, 53, 62]
 
 
 @pytest.fixture(scope="module")
 def facts() -> dict:
-    if not FACTS.is_file():
-        pytest.skip("the facts of the records (ladder.json) are not beside this repository")
-    return json.loads(FACTS.read_text())
+    return json.loads((FACTS / "ladder.json").read_text())
 
 
 @pytest.fixture(scope="module")
