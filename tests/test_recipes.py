@@ -1,7 +1,7 @@
 """Every recipe against the facts of its record, and against itself at pocket scale.
 
-Facts: tests/facts/ladder.json, numbers from the official logs. Where a recipe differs on purpose the
-difference stands in a table here, with its reason.
+Facts: tests/facts/ladder.json, numbers from the official logs. Where a recipe differs on purpose
+the difference stands in a table here, with its reason.
 """
 
 import json
