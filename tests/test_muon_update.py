@@ -244,6 +244,18 @@ def test_views_are_the_matrices_they_stand_for():
     assert torch.equal(together(conv, view="flatten").flatten(1), want)
 
 
+@pytest.mark.parametrize("axis, dim", [("row", 1), ("col", 0)])
+def test_normuon_evens_out_the_axis_that_its_group_names(axis, dim):
+    """Rows of very different size come out with one RMS, in a matrix of the same norm."""
+    settings = {"momentum": 0.0, "scale": "none", "method": "polar_express"}
+    G = h.gaussian(64, 16) * torch.linspace(0.1, 3, 64)[:, None] * torch.linspace(3, 0.1, 16)
+    plain, even = (updates([torch.nn.Parameter(torch.zeros(64, 16))], [G], **settings, **more)[0]
+                   for more in ({}, {"second_moment": axis}))
+    rms = even.square().mean(dim).sqrt()
+    assert rms.max() < 1.001 * rms.min() and torch.allclose(even.norm(), plain.norm(), rtol=1e-4)
+    assert plain.square().mean(dim).sqrt().aminmax().max > 1.05 * rms.mean()
+
+
 def test_conv_filters_scale_by_their_flattened_shape_and_layers_never_mix():
     for shape in ((512, 16, 1, 1), (64, 8, 5, 1), (16, 3, 3, 3)):
         rows, cols = shape[0], math.prod(shape[1:])
