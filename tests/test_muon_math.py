@@ -65,13 +65,6 @@ def test_generated_maps_stay_positive_and_bounded_up_to_their_safety(steps):
         assert on.min() > 0.85 and (steps < 8 or (on - 1).abs().max() < 1e-4)
 
 
-def test_published_faults_would_be_caught():
-    x = torch.linspace(0.01, 1.02, 5000).double()
-    assert h.scalar_map(h.REVERSED_LIST, x).min() < 0
-    assert h.scalar_map(h.CANS_LIST, x).max() > 2
-    assert h.scalar_map(polar_express(5), x).max() < 1.15
-
-
 SHAPES = ((96, 96), (72, 288), (192, 48), (3, 70, 70), (2, 2, 24, 60))
 
 

@@ -4,7 +4,6 @@ import math
 import re
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 import compiling
+import kernels
 import options
 import ranks
 import recipes
@@ -46,7 +46,7 @@ def test_a_run_leaves_a_whole_log_and_a_model_that_writes(train, tmp_path):
     done, (log,) = train("--record", "6", "--seed", "3")
     assert done.returncode == 0, done.stderr
     (run,) = parse(log)
-    assert run.faults == () or not run.faults
+    assert not run.faults
     assert run.result["status"] == "complete" and run.result["seed"] == 3
     assert [p.step for p in run.points] == [0, 3, 6]
     assert run.points[-1].val_loss < run.points[0].val_loss
@@ -125,10 +125,10 @@ def test_a_wrong_start_is_one_line_and_leaves_nothing(words, says, tiny_data, tm
     assert done.returncode == 2
     assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stderr
-    assert not list((tmp_path / "logs").glob("*")) if (tmp_path / "logs").exists() else True
+    assert not list((tmp_path / "logs").glob("*"))
 
 
-def test_more_ranks_than_rows_is_refused_with_numbers_that_work(tiny_data):
+def test_more_ranks_than_rows_is_refused_with_numbers_that_work():
     with pytest.raises(ValueError, match="12"):
         train_gpt.rank_rows(12, 0, 13)
 
@@ -176,8 +176,8 @@ def test_some_layers_may_be_computed_again_and_others_not(record, recomputed):
 def test_triton_kernels_train_the_same_model(train, tmp_path):
     """All of them at once, in Triton's interpreter; nothing falls back without saying so."""
     pytest.importorskip("triton")
-    few = ("--num_iterations", "1", "--val_every", "1", "--batch_tokens", "96")
-    few += ("--val_tokens", "96")  # the interpreter takes seconds for a thousand tokens
+    few = ("--num_iterations", "1", "--val_every", "1", "--num_layers", "1")
+    few += ("--batch_tokens", "32", "--val_tokens", "32")  # the interpreter takes its time
     plain = train(*few, log_dir=tmp_path / "plain")
     fused = train(*few, "--kernels", "symmetric,relu2,loss", log_dir=tmp_path / "fused",
                   TRITON_INTERPRET="1")
@@ -185,8 +185,13 @@ def test_triton_kernels_train_the_same_model(train, tmp_path):
     assert "Triton: loss, relu2, symmetric" in fused[0].stdout
     for step, loss in losses(plain[1][0]).items():
         assert losses(fused[1][0])[step] == pytest.approx(loss, abs=2e-4)
-    refused = start(*tiny_options("--kernels", "loss"), TRITON_INTERPRET="0")
-    assert refused.returncode == 2 and "need a GPU" in refused.stderr
+
+
+def test_triton_kernels_are_refused_without_a_gpu(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "INTERPRET", False)
+    assert train_gpt.main(tiny_options("--kernels", "loss", "--device", "cpu")) == 2
+    assert "need a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gib, seq_len, expected", [
@@ -313,16 +318,6 @@ def test_the_clock_counts_training_alone(monkeypatch):
     assert clock.elapsed_s == 3
 
 
-def test_the_system_clock_does_not_move_a_run(train):
-    for name in ("train_gpt.py", "ranks.py"):
-        assert "time.time(" not in (ROOT / name).read_text()  # perf_counter alone
-    began = time.perf_counter()
-    _, (log,) = train("--num_iterations", "2")
-    (run,) = parse(log)
-    assert 0 < float(run.result["train_time_ms"]) < 1000 * (time.perf_counter() - began)
-    assert float(run.result["train_time_ms"]) / 1000 < float(run.result["wall_time_s"]) + 0.1
-
-
 def test_initial_loss_of_a_zero_head_is_ln_v():
     recipe = tiny_recipe("--tied_head", "false", "--embed_norm", "true")
     model = GPT(recipe.model)
@@ -363,7 +358,8 @@ def test_own_gpt2_tokens_train_at_pocket_scale(tiny_data, tmp_path):
     for file in tiny_data.glob("*.bin"):
         tokens = np.array(read_shard(file))
         write_shard(tmp_path / file.name, np.where(tokens == 256, 50256, tokens).astype(np.uint16))
-    words = tiny_options("--data_dir", tmp_path, "--log_dir", tmp_path / "logs", "--record", 27)
+    words = tiny_options("--data_dir", tmp_path, "--log_dir", tmp_path / "logs", "--record", 27,
+                         "--num_iterations", 1, "--val_every", 1)
     refused = start(*words)
     assert refused.returncode == 2 and "--vocab_size 50257" in refused.stderr
     done = start(*words, "--vocab_size", 50257)
