@@ -2,15 +2,21 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from forked import Forked
+
 ROOT = Path(__file__).resolve().parent.parent
+FACTS = ROOT / "tests" / "facts"  # numbers of the published records, each file says from where
 
 # Without a GPU the kernels run in Triton's interpreter; it is chosen where they are defined.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
@@ -48,22 +54,57 @@ def tiny_data(tmp_path_factory) -> Path:
 
 def clean_environment(**changes: str) -> dict[str, str]:
     """This environment without torchrun's variables, one thread a process."""
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NPROC", "NNODES")
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+            "NPROC", "NNODES")
     environment = {k: v for k, v in os.environ.items() if k not in ours}
     path = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     return environment | {"PATH": path, "OMP_NUM_THREADS": "1",
                           "OMP_WAIT_POLICY": "passive"} | changes
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def rank_environments(count: int, **environment: str) -> list[dict[str, str]]:
+    """The environment of each of `count` ranks of one machine, as torchrun sets it."""
+    if count == 1:
+        return [clean_environment(**environment)]
+    meeting = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": str(free_port())}
+    return [clean_environment(RANK=str(rank), LOCAL_RANK=str(rank), **meeting, **environment)
+            for rank in range(count)]
+
+
+def trainer(words: list[str]) -> int:
+    """`python train_gpt.py WORDS`, in a fork."""
+    import train_gpt
+
+    sys.argv = ["train_gpt.py", *words]
+    return train_gpt.main(words)
+
+
 def start(*arguments: str, nproc: int = 1, timeout: float = 100,
           **environment: str) -> subprocess.CompletedProcess:
-    """`train_gpt.py ARGUMENTS`, by itself or under torchrun; output captured as text."""
-    launch = [sys.executable]
-    if nproc > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
-    return subprocess.run([*launch, "train_gpt.py", *map(str, arguments)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=timeout,
-                          env=clean_environment(**environment))
+    """`train_gpt.py ARGUMENTS` in `nproc` processes; output and status of the first one, which
+    fails with any other."""
+    words = list(map(str, arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        outs, errs = ([Path(folder) / f"{rank}.{kind}" for rank in range(nproc)]
+                      for kind in ("out", "err"))
+        ranks = [Forked(trainer, words, environment=own, out=out, err=err)
+                 for own, out, err in zip(rank_environments(nproc, **environment), outs, errs)]
+        try:
+            end = time.monotonic() + timeout
+            codes = [rank.wait(max(0.0, end - time.monotonic())) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        return subprocess.CompletedProcess(
+            words, codes[0] or max(codes), outs[0].read_text(),
+            "".join(err.read_text() for err in errs))
 
 
 @pytest.fixture

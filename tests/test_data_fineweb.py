@@ -18,6 +18,8 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tiktoken
 
@@ -536,11 +538,9 @@ def test_parquet_without_pyarrow_is_a_clear_word(tmp_path, byte_encoding, monkey
 
 
 def test_parquet(tmp_path, byte_encoding):
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    parquet = pytest.importorskip("pyarrow.parquet")
     documents = some_documents(5, 300)
     table = pyarrow.table({"id": list(range(300)), "content": documents})
-    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=70)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=70)
     train, val = fineweb.tokenize([tmp_path / "a.parquet"], tmp_path / "out", shard_tokens=900,
                                   text_field="content", encoding=byte_encoding)
     assert [read_shard(f).tolist() for f in val + train] == slow_shards(documents, 900)
@@ -564,21 +564,31 @@ def test_ranks_that_cannot_be_had(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ,
-                    reason="TIKTOKEN_CACHE_DIR names no folder with GPT-2's ranks")
-def test_gpt2_tokens_from_the_command_line(tmp_path):
+@pytest.fixture
+def few_gpt2_tokens(monkeypatch):
+    """GPT-2's ids of all bytes, of two words and of the document start, without a download."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    in_order = [*printable, *(n for n in range(256) if n not in printable)]
+    ranks = {bytes([n]): number for number, n in enumerate(in_order)}
+    few = tiktoken.Encoding("gpt2", pat_str=r" ?\w+|[\s\S]",
+                            mergeable_ranks=ranks | {b"Hello": 15496, b" world": 995},
+                            special_tokens={"<|endoftext|>": 50256})
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": few}.get)
+    return few
+
+
+def test_gpt2_tokens_from_the_command_line(tmp_path, few_gpt2_tokens, capsys):
     write_jsonl(tmp_path / "a.jsonl", ["Hello world", "hello, GPT-2!", "é語"])
-    done = command("tokenize", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--shard_tokens", 4,
-                   "--name", "mine")
-    assert done.returncode == 0, done.stderr
-    assert "tokens/s" in done.stdout
+    words = ["tokenize", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--shard_tokens", 4,
+             "--name", "mine"]
+    assert fineweb.main(list(map(str, words))) == 0
+    assert "tokens/s" in capsys.readouterr().out
     names = visible(tmp_path / "out")
     assert names[0] == "mine_train_000001.bin" and names[-1] == "mine_val_000000.bin"
     tokens = [read_shard(tmp_path / "out" / name, vocab_size=50257).tolist() for name in names]
     assert tokens[-1] == [50256, 15496, 995]  # published ids of "Hello" and " world"
-    encoding = fineweb.gpt2_encoding()
     everything = tokens[-1:] + tokens[:-1]
-    assert encoding.decode([token for shard in everything for token in shard]) == (
+    assert few_gpt2_tokens.decode([token for shard in everything for token in shard]) == (
         "<|endoftext|>Hello world<|endoftext|>hello, GPT-2!<|endoftext|>é語"
     )
 

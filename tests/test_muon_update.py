@@ -1,6 +1,7 @@
 """The update rules and the optimizer on one process, against torch's optimizers and by hand."""
 
 import copy
+import functools
 import io
 import math
 import pickle
@@ -261,6 +262,18 @@ def test_views_are_the_matrices_they_stand_for():
     conv = h.gaussian(64, 8, 5, 1)
     want = apart(conv.flatten(1), lambda t: [t])[0]
     assert torch.equal(together(conv, view="flatten").flatten(1), want)
+
+
+@pytest.mark.parametrize("axis, dim", [("row", 1), ("col", 0)])
+def test_normuon_evens_out_the_axis_that_its_group_names(axis, dim):
+    """Rows of very different size come out with one RMS, in a matrix of the same norm."""
+    settings = {"momentum": 0.0, "scale": "none", "method": "polar_express"}
+    G = h.gaussian(64, 16) * torch.linspace(0.1, 3, 64)[:, None] * torch.linspace(3, 0.1, 16)
+    plain, even = (updates([torch.nn.Parameter(torch.zeros(64, 16))], [G], **settings, **more)[0]
+                   for more in ({}, {"second_moment": axis}))
+    rms = even.square().mean(dim).sqrt()
+    assert rms.max() < 1.001 * rms.min() and torch.allclose(even.norm(), plain.norm(), rtol=1e-4)
+    assert plain.square().mean(dim).sqrt().aminmax().max > 1.05 * rms.mean()
 
 
 def test_conv_filters_scale_by_their_flattened_shape_and_layers_never_mix():
@@ -679,7 +692,9 @@ def test_a_quadratic_falls_to_half_and_then_to_nothing():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its own compiler
 @pytest.mark.parametrize("rule, options", [
     ("muon", {"method": "jordan"}), ("muon", {"method": "polar_express"}), ("adam", {})])
-def test_compiled_rules_never_recompile_when_schedules_move(rule, options):
+def test_compiled_rules_never_recompile_when_schedules_move(rule, options, monkeypatch):
+    graphs_alone = functools.partial(torch.compile, backend="aot_eager")  # no C++: seconds less
+    monkeypatch.setattr(torch, "compile", graphs_alone)
     a, b = pair(((16, 16), (16, 16)))
     groups = [{"params": x, "rule": rule, "weight_decay": 0.1, "cautious": True, **options}
               for x in (a, b)]

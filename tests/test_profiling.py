@@ -4,16 +4,15 @@ import gzip
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
 import train_gpt
-from conftest import ROOT, clean_environment, tiny_options
+from conftest import ROOT, clean_environment, start, tiny_options, trainer
 from data.shards import write_shard
+from forked import Forked
 from records import check
 from records.log import parse
 from trainer import options, profile
@@ -210,11 +209,8 @@ def test_time_inside_an_operator_is_that_of_the_inner_one():
 def profiled(tiny_data, tmp_path_factory):
     """A tiny run under --profile 2: (finished process, its log folder)."""
     folder = tmp_path_factory.mktemp("profiled") / "logs"
-    done = subprocess.run(
-        [sys.executable, "train_gpt.py",
-         *tiny_options("--data_dir", tiny_data, "--log_dir", folder, "--profile", "2")],
-        cwd=ROOT, text=True, capture_output=True, timeout=100, env=clean_environment(COLUMNS="60"))
-    return done, folder
+    words = tiny_options("--data_dir", tiny_data, "--log_dir", folder, "--profile", "2")
+    return start(*words, COLUMNS="60"), folder
 
 
 def test_a_profiled_run_prints_its_table_and_stops(profiled):
@@ -286,12 +282,10 @@ def test_ctrl_c_while_profiling_leaves_a_log_and_no_trace(tmp_path):
         tokens = np.arange(count) % 256
         tokens[::100] = 256
         write_shard(data / f"long_{part}_000001.bin", tokens.astype(np.uint16))
-    process = subprocess.Popen(
-        [sys.executable, "train_gpt.py",
-         *tiny_options("--data_dir", data, "--log_dir", folder, "--num_iterations", "3000",
-                       "--profile", "2900", "--batch_tokens", "32")],
-        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=clean_environment())
+    words = tiny_options("--data_dir", data, "--log_dir", folder, "--num_iterations", "3000",
+                         "--profile", "2900", "--batch_tokens", "32")
+    said = tmp_path / "said"
+    process = Forked(trainer, words, environment=clean_environment(), out=said)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         logs = list(folder.glob("*.txt"))
@@ -299,9 +293,9 @@ def test_ctrl_c_while_profiling_leaves_a_log_and_no_trace(tmp_path):
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in err, err
-    assert re.search(r"no profile: stopped after \d+ of 2900 steps", out), out + err
+    code, text = process.wait(60), said.read_text()
+    assert code == 0 and "Traceback" not in text, text
+    assert re.search(r"no profile: stopped after \d+ of 2900 steps", text), text
     assert not list(folder.glob("*.trace*")) and not list(folder.glob("*.tmp"))
 
 

@@ -1,7 +1,7 @@
 """Every recipe against the facts of its record, and against itself at pocket scale.
 
-Facts: ladder.json beside the repository (numbers from the official logs), skipped where it is not
-there. Tests allow a difference only where this list, or a table below that says so, has it.
+Facts: tests/facts/ladder.json, numbers from the official logs. Tests allow a difference only where
+this list, or a table below that says so, has it.
 
 Deliberate differences of the recipes, with their sizes:
 
@@ -28,25 +28,22 @@ Deliberate differences of the recipes, with their sizes:
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 import recipes
+from conftest import FACTS
 from kernels.loss import softcapped
 from model import GPT, backout_layer, init_weights, num_parameters, parameter_entry
 from recipes import RECORDS, pocket
 
-FACTS = Path(__file__).resolve().parents[2] / "shared" / "reference" / "ladder.json"
 LADDER = [*range(1, 25), 26, 27, 29, 31, 38, 41, 43, 46, 53, 62]
 
 
 @pytest.fixture(scope="module")
 def facts() -> dict:
-    if not FACTS.is_file():
-        pytest.skip("the facts of the records (ladder.json) are not beside this repository")
-    return json.loads(FACTS.read_text())
+    return json.loads((FACTS / "ladder.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +89,8 @@ def test_shape_of_the_model(record, facts):
     assert (config.num_layers, config.num_heads, config.head_dim) == (
         layers, arch["n_head"], arch["head_dim"])
     assert config.mlp_ratio * config.model_dim == arch["mlp_hidden"]
-    gelu = "gelu_tanh" if record == 1 else "gelu"
-    assert config.activation == ("relu2" if arch["activation"] == "relu_squared" else gelu)
+    named = {"gelu": "gelu_erf", "gelu_tanh": "gelu_tanh", "relu2": "relu_squared"}
+    assert named[config.activation] == arch["activation"]
     assert config.embed_norm == arch["embed_norm"]
     assert config.tied_head == (arch["tied_head"] is True)
     assert RECORDS[record].tie_first == isinstance(arch["tied_head"], str)

@@ -1,25 +1,30 @@
 """Public logs: what the reference files hold is what is read, and nothing is guessed."""
 
+import gzip
 import json
 import math
 
 import pytest
 
-from conftest import ROOT
+from conftest import FACTS
 from records.log import parse
 from records.reproduce import embedded_code
 
-LOGS = ROOT.parent / "shared" / "reference" / "logs"
-EXPECTED = LOGS / "expected.json"
-reference = pytest.mark.skipif(not EXPECTED.is_file(), reason="no reference logs beside this tree")
-CASES = json.loads(EXPECTED.read_text()) if EXPECTED.is_file() else {"cases": {}, "groups": {}}
+PUBLIC = json.loads((FACTS / "public_logs.json").read_text())
 RULE = "=" * 100
 
 
-@reference
-@pytest.mark.parametrize("name", CASES["cases"])
-def test_a_reference_log_is_read_as_expected(name):
-    expected, runs = CASES["cases"][name], parse(LOGS / name)
+def write_log(path, lines):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt") as file:
+        file.writelines(line + "\n" for line in lines)
+    return path
+
+
+@pytest.mark.parametrize("name", PUBLIC["cases"])
+def test_a_public_log_is_read_as_expected(name, tmp_path):
+    case = PUBLIC["cases"][name]
+    expected, runs = case["expected"], parse(write_log(tmp_path / name, case["lines"]))
     assert len(runs) == expected["n_runs"]
     if not expected["is_log"]:
         return
@@ -41,13 +46,14 @@ def test_a_reference_log_is_read_as_expected(name):
     assert last.complete == (expected["reached_total"] is not False)
 
 
-@reference
-@pytest.mark.parametrize("name", CASES["groups"])
-def test_a_reference_group_gives_the_expected_numbers(name):
+@pytest.mark.parametrize("name", PUBLIC["groups"])
+def test_a_public_group_gives_the_expected_numbers(name, tmp_path):
     from records import check, rules
 
-    expected = CASES["groups"][name]
-    runs, unread = check.load(sorted((LOGS / name).iterdir()))
+    group = PUBLIC["groups"][name]
+    expected = group["expected"]
+    runs, unread = check.load([write_log(tmp_path / file, group["head"] + lines)
+                               for file, lines in group["files"].items()])
     verdict = check.judge(runs, rules.TRACKS["short"])
     result = verdict.result
     assert not unread and result["num_runs"] == expected["n_used"]

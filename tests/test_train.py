@@ -1,16 +1,17 @@
 """The trainer as people start it, and the promises it makes about its numbers."""
 
 import math
+import os
 import re
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import kernels
 import recipes
 import train_gpt
 import trainer.data
@@ -46,7 +47,7 @@ def test_a_run_leaves_a_whole_log_and_a_model_that_writes(train, tmp_path):
     done, (log,) = train("--record", "6", "--seed", "3")
     assert done.returncode == 0, done.stderr
     (run,) = parse(log)
-    assert run.faults == () or not run.faults
+    assert not run.faults
     assert run.result["status"] == "complete" and run.result["seed"] == 3
     assert [p.step for p in run.points] == [0, 3, 6]
     assert run.points[-1].val_loss < run.points[0].val_loss
@@ -125,10 +126,10 @@ def test_a_wrong_start_is_one_line_and_leaves_nothing(words, says, tiny_data, tm
     assert done.returncode == 2
     assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stderr
-    assert not list((tmp_path / "logs").glob("*")) if (tmp_path / "logs").exists() else True
+    assert not list((tmp_path / "logs").glob("*"))
 
 
-def test_more_ranks_than_rows_is_refused_with_numbers_that_work(tiny_data):
+def test_more_ranks_than_rows_is_refused_with_numbers_that_work():
     with pytest.raises(ValueError, match="12"):
         train_gpt.rank_rows(12, 0, 13)
 
@@ -179,8 +180,8 @@ def test_some_layers_may_be_computed_again_and_others_not(record, recomputed):
 def test_triton_kernels_train_the_same_model(train, tmp_path):
     """All of them at once, in Triton's interpreter; nothing falls back without saying so."""
     pytest.importorskip("triton")
-    few = ("--num_iterations", "1", "--val_every", "1", "--batch_tokens", "96")
-    few += ("--val_tokens", "96")  # the interpreter takes seconds for a thousand tokens
+    few = ("--num_iterations", "1", "--val_every", "1", "--num_layers", "1")
+    few += ("--batch_tokens", "32", "--val_tokens", "32")  # the interpreter takes its time
     plain = train(*few, log_dir=tmp_path / "plain")
     fused = train(*few, "--kernels", "symmetric,relu2,loss", log_dir=tmp_path / "fused",
                   TRITON_INTERPRET="1")
@@ -188,8 +189,13 @@ def test_triton_kernels_train_the_same_model(train, tmp_path):
     assert "Triton: loss, relu2, symmetric" in fused[0].stdout
     for step, loss in losses(plain[1][0]).items():
         assert losses(fused[1][0])[step] == pytest.approx(loss, abs=2e-4)
-    refused = start(*tiny_options("--kernels", "loss"), TRITON_INTERPRET="0")
-    assert refused.returncode == 2 and "need a GPU" in refused.stderr
+
+
+def test_triton_kernels_are_refused_without_a_gpu(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "INTERPRET", False)
+    assert train_gpt.main(tiny_options("--kernels", "loss", "--device", "cpu")) == 2
+    assert "need a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gib, seq_len, expected", [
@@ -316,16 +322,6 @@ def test_the_clock_counts_training_alone(monkeypatch):
     assert clock.elapsed_s == 3
 
 
-def test_the_system_clock_does_not_move_a_run(train):
-    for name in ("train_gpt.py", "trainer/dist.py"):
-        assert "time.time(" not in (ROOT / name).read_text()  # perf_counter alone
-    began = time.perf_counter()
-    _, (log,) = train("--num_iterations", "2")
-    (run,) = parse(log)
-    assert 0 < float(run.result["train_time_ms"]) < 1000 * (time.perf_counter() - began)
-    assert float(run.result["train_time_ms"]) / 1000 < float(run.result["wall_time_s"]) + 0.1
-
-
 def test_initial_loss_of_a_zero_head_is_ln_v():
     recipe = tiny_recipe("--tied_head", "false", "--embed_norm", "true")
     model = GPT(recipe.model)
@@ -366,7 +362,8 @@ def test_own_gpt2_tokens_train_at_pocket_scale(tiny_data, tmp_path):
     for file in tiny_data.glob("*.bin"):
         tokens = np.array(read_shard(file))
         write_shard(tmp_path / file.name, np.where(tokens == 256, 50256, tokens).astype(np.uint16))
-    words = tiny_options("--data_dir", tmp_path, "--log_dir", tmp_path / "logs", "--record", 27)
+    words = tiny_options("--data_dir", tmp_path, "--log_dir", tmp_path / "logs", "--record", 27,
+                         "--num_iterations", 1, "--val_every", 1)
     refused = start(*words)
     assert refused.returncode == 2 and "--vocab_size 50257" in refused.stderr
     done = start(*words, "--vocab_size", 50257)
@@ -446,25 +443,22 @@ def test_run_sh_explains_itself():
     ({"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2 needs MASTER_ADDR"),
     ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "host"}, "NODE_RANK: expected 0 to 1, got 2"),
     ({"NNODES": "2", "NODE_RANK": "one", "MASTER_ADDR": "host"}, "NODE_RANK: expected 0 to 1"),
+    ({"RESTARTS": "often"}, "RESTARTS: expected a whole number from 0, got often"),
     ({"PYTHON": "python0.0"}, "no python0.0 on PATH"),
 ])
-def test_run_sh_refuses_in_one_line(environment, says):
-    done = run_sh(**environment)
+def test_run_sh_refuses_in_one_line(environment, says, tmp_path):
+    """Before any Python but the look for torch, which this one passes at once."""
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "python3").chmod(0o755)
+    done = run_sh(**environment, PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert done.returncode == 2
     assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.ranks
 def test_more_ranks_than_rows_are_said_once(tiny_data):
+    """run.sh asks before it starts any rank, as for a wrong option or missing data."""
     done = run_sh(*map(str, tiny_options("--data_dir", tiny_data)), NPROC="13")
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert "13 ranks cannot share" in line
-
-
-@pytest.mark.ranks
-def test_wrong_options_are_said_once_however_many_ranks():
-    done = run_sh("--recrd", "6", NPROC="2")
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines() == [
-        "train_gpt.py: unknown option --recrd: did you mean --record?"]

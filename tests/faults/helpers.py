@@ -3,9 +3,6 @@
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +10,8 @@ from types import SimpleNamespace
 import torch
 
 import train_gpt
-from conftest import ROOT, clean_environment, tiny_options
+from conftest import ROOT, rank_environments, tiny_options, trainer
+from forked import Forked
 from records.log import parse
 
 INJECT = str(Path(__file__).with_name("inject.py"))
@@ -86,10 +84,12 @@ def assert_refused(ran, *says: str) -> None:
     assert not ran.folder.exists() or not list(ran.folder.glob("*.txt"))
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def broken_trainer(faults: tuple[str, ...], words: list[str]) -> int:
+    """inject.py as a function; it asks the environment for the rank when it is imported."""
+    from faults import inject
+
+    inject.Broken(list(faults))
+    return trainer(words)
 
 
 class Ranks:
@@ -101,19 +101,13 @@ class Ranks:
         log_dir.parent.mkdir(parents=True, exist_ok=True)
         self.log_dir = log_dir
         self.processes, self._outs = [], []
-        port = str(free_port())
-        for rank in range(count):
+        for rank, own in enumerate(rank_environments(count, **environment)):
             words = tiny("--data_dir", data, "--log_dir", log_dir, *options,
                          *(own_options or {}).get(rank, ()))
-            many = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if count > 1 else {}
-            out = log_dir.parent / f"rank{rank}.{time.monotonic_ns()}.out"
-            self._outs.append(out)
-            with open(out, "wb") as file:
-                self.processes.append(subprocess.Popen(
-                    [sys.executable, INJECT, *faults, "--", *words],
-                    cwd=(folders or {}).get(rank, ROOT), stdout=file, stderr=subprocess.STDOUT,
-                    env=clean_environment(**many, **environment)))
+            self._outs.append(log_dir.parent / f"rank{rank}.{time.monotonic_ns()}.out")
+            self.processes.append(Forked(
+                broken_trainer, faults, words, environment=own, out=self._outs[-1],
+                folder=(folders or {}).get(rank, ROOT)))
 
     def __enter__(self) -> "Ranks":
         return self

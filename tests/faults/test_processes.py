@@ -107,7 +107,7 @@ def test_P4_one_process(ranks, tmp_path, number):
 
 def test_P4_a_reader_that_goes_away_stops_the_run_as_a_hangup_does(tmp_path, data):
     folder = tmp_path / "logs"
-    command = [sys.executable, "train_gpt.py", *tiny(
+    command = [sys.executable, INJECT, "slow:0.05", "--", *tiny(
         "--data_dir", data, "--log_dir", folder, "--num_iterations", "150", "--val_every", "2")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True, env=clean_environment()) as run:
