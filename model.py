@@ -7,8 +7,8 @@ its field of GPTConfig and stands where it acts, with the record that brought it
 To add an idea: a field in GPTConfig, an `if` where it acts, and, if it has parameters, one line
 each in `parameter_table` (initialisation, and role for the optimizer). recipes.py turns it on.
 
-What changes during training (windows, rotary frequencies, targets, tied or not) is a `Stage`:
-`model.set_stage(stage)` between two steps.
+What changes during training (windows, rotary frequencies, targets, tied or not) is a `Phase`:
+`model.set_phase(phase)` between two steps.
 
 Shapes: B rows, T tokens a row, C model_dim, H heads, D head_dim, V vocabulary (padded).
 A tensor's name ends in its shape: x_BTC, q_BTHD, logits_BTV.
@@ -146,8 +146,22 @@ class GPTConfig:
         return Softcap(self.softcap_kind, self.logit_softcap, div, self.softcap_shift)
 
 
-class Stage(NamedTuple):
-    """What of a model changes while it trains; see recipes.stage."""
+# The values of fields that are words; recipes.check refuses others.
+CHOICES = {
+    "qk_norm": ("none", "after", "before"),
+    "windows": ("one", "two"),
+    "value_embeds": ("none", "all", "mirror", "ends"),
+    "value_mix": ("one", "two", "add", "gate"),
+    "unet": ("none", "weight", "sigmoid", "single", "gate"),
+    "activation": ("gelu", "gelu_tanh", "relu2"),
+    "softcap_kind": ("tanh", "sigmoid"),
+    **dict.fromkeys(("compute_dtype", "stream_dtype", "embed_dtype", "head_dtype"), tuple(DTYPES)),
+    "head": (*DTYPES, "fp8"),
+}
+
+
+class Phase(NamedTuple):
+    """What of a model changes while it trains; see recipes.phase."""
 
     window: int | None = None           # tokens that a long layer sees, self included
     short_window: int | None = None     # and a short one
@@ -603,8 +617,8 @@ class GPT(nn.Module):
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(positions, c.head_dim // 2), persistent=False)
         self.register_buffer("target_weights", torch.ones(1), persistent=False)
-        self.stage: Stage | None = None
-        self.set_stage(Stage())
+        self.phase: Phase | None = None
+        self.set_phase(Phase())
 
         # Set by the trainer: layers that are compiled as one graph, and how many of the first
         # layers backward computes again (activation checkpointing).
@@ -613,16 +627,16 @@ class GPT(nn.Module):
         self.loss_bodies = KERNELS if "loss" in kernels else TWINS
 
     @torch.no_grad()
-    def set_stage(self, stage: Stage) -> None:
-        """Take what `stage` says; call it when the stage changes. A few small kernels, and the
+    def set_phase(self, phase: Phase) -> None:
+        """Take what `phase` says; call it when the phase changes. A few small kernels, and the
         rotary tables only where the windows that they follow changed; no sync with the host."""
-        if self.stage is None or stage.yarn_windows != self.stage.yarn_windows:
-            self.set_rotary(stage.yarn_windows)
-        self.stage = stage
-        self.tied = stage.tied
-        if len(stage.target_weights) != len(self.target_weights):
-            self.target_weights = torch.ones(len(stage.target_weights), device=self.cos.device)
-        for ahead, weight in enumerate(stage.target_weights):
+        if self.phase is None or phase.yarn_windows != self.phase.yarn_windows:
+            self.set_rotary(phase.yarn_windows)
+        self.phase = phase
+        self.tied = phase.tied
+        if len(phase.target_weights) != len(self.target_weights):
+            self.target_weights = torch.ones(len(phase.target_weights), device=self.cos.device)
+        for ahead, weight in enumerate(phase.target_weights):
             self.target_weights[ahead].fill_(weight)
 
     def set_rotary(self, windows: tuple[int, ...]) -> None:
@@ -690,7 +704,7 @@ class GPT(nn.Module):
         if not c.packed:
             return {"long": None}  # plainly causal
         doc_BT, T = document_ids(tokens_BT, c.bos_id), tokens_BT.size(1)
-        long, short = self.stage.window or T, self.stage.short_window or T
+        long, short = self.phase.window or T, self.phase.short_window or T
         of = {"long": (doc_BT, long), "short": (doc_BT, short),
               "paired": (doc_BT.repeat_interleave(2, 1), short)}
         docs = {"long": docs_B2, "short": docs_B2,
@@ -747,14 +761,14 @@ def mean_keys(seq_len: int, window: int | None) -> float:
     return W - W * (W - 1) / (2 * seq_len)
 
 
-def flops_per_token(model: GPT, stage: Stage | None = None, seq_len: int | None = None) -> float:
+def flops_per_token(model: GPT, phase: Phase | None = None, seq_len: int | None = None) -> float:
     """Forward and backward FLOPs a token: 6 x parameters of matmuls, plus 12 C times the keys a
     token attends to on average, per attention layer. The softmax that backward recomputes is not
     counted; neither are document bounds, which only take keys away.
     """
-    stage, seq_len = stage or model.stage, seq_len or model.config.seq_len
+    phase, seq_len = phase or model.phase, seq_len or model.config.seq_len
     matmul_parameters = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
-    windows = {"long": stage.window, "short": stage.short_window, "paired": stage.short_window}
+    windows = {"long": phase.window, "short": phase.short_window, "paired": phase.short_window}
     keys = sum(mean_keys(seq_len, windows[block.layer.keys])
                for block in model.blocks if block.attn is not None)
     return 6 * matmul_parameters + 12 * model.config.model_dim * keys

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field, fields, replace
 
-from model import GPT, GPTConfig, Stage, flops_per_token, init_weights, parameter_entry
+from model import CHOICES, GPT, GPTConfig, Phase, flops_per_token, init_weights, parameter_entry
 from records.rules import FINEWEB_VAL_TOKENS, TRACKS
 
 
@@ -77,7 +77,7 @@ class Recipe:
     adam_roles: dict[str, dict] = field(default_factory=dict)   # role -> lr, betas, weight_decay
     cautious: bool = False          # decay where it agrees with the update, at lr squared (#43)
     grad_clip: float | None = None  # norm of all gradients of the mean loss together (#1)
-    freeze_steps: int = 0           # scalars are frozen after each change of stage (#52 to #55)
+    freeze_steps: int = 0           # scalars are frozen after each change of phase (#52 to #55)
 
     # how gradients travel; none of it changes what is learned
     grad_collective: str = "all_reduce"     # reduce_scatter from #24
@@ -143,22 +143,12 @@ def check(recipe: Recipe) -> None:
          "turn)", m.head_dim)
     must(not m.paired_heads or m.num_heads % 2 == 0, "num_heads", "an even number (heads are "
          "paired)", m.num_heads)
-    one_of(m, "compute_dtype", "fp64", "fp32", "bf16")
-    one_of(m, "stream_dtype", "fp64", "fp32", "bf16")
-    one_of(m, "embed_dtype", "fp64", "fp32", "bf16")
-    one_of(m, "head_dtype", "fp64", "fp32", "bf16")
-    one_of(m, "head", "fp64", "fp32", "bf16", "fp8")
+    for name, choices in CHOICES.items():
+        one_of(m, name, *choices)
     must(m.head != "fp8" or len(m.fp8_factors) == 3, "head",
          "fp32 or bf16 (this recipe has no factors for fp8)", m.head)
     must(m.head != "fp8" or m.padded_vocab_size % 16 == 0, "pad_vocab",
          "true (fp8 products need multiples of 16)", m.pad_vocab)
-    one_of(m, "qk_norm", "none", "after", "before")
-    one_of(m, "windows", "one", "two")
-    one_of(m, "value_embeds", "none", "all", "mirror", "ends")
-    one_of(m, "value_mix", "one", "two", "add", "gate")
-    one_of(m, "unet", "none", "weight", "sigmoid", "single", "gate")
-    one_of(m, "activation", "gelu", "gelu_tanh", "relu2")
-    one_of(m, "softcap_kind", "tanh", "sigmoid")
     must(m.num_layers > 1 or not (m.drop_attention or m.unet in ("single", "gate")), "num_layers",
          "at least 2 (one layer has no attention, or takes another's output)", m.num_layers)
     must(not (m.value_residual and m.qkv_lambda), "qkv_lambda", "false with value_residual",
@@ -652,31 +642,31 @@ def untie_step(recipe: Recipe) -> int:
     return (start // recipe.adam_every + 1) * recipe.adam_every
 
 
-def _stage(step: int, recipe: Recipe, last: bool, weights: tuple[float, ...]) -> Stage:
+def _phase(step: int, recipe: Recipe, last: bool, weights: tuple[float, ...]) -> Phase:
     short, long = windows(step, recipe, last=last) or (None, None)
-    return Stage(
+    return Phase(
         window=long and seen_keys(long, recipe), short_window=short and seen_keys(short, recipe),
         yarn_windows=_yarn_windows(step, recipe, last), target_weights=weights,
         tied=recipe.tie_first and step < untie_step(recipe))
 
 
-def stage(step: int, recipe: Recipe) -> Stage:
+def phase(step: int, recipe: Recipe) -> Phase:
     """What the model is told for the training of `step`."""
-    return _stage(step, recipe, False, _target_weights(step, recipe))
+    return _phase(step, recipe, False, _target_weights(step, recipe))
 
 
-def eval_stage(step: int, recipe: Recipe) -> Stage:
+def eval_phase(step: int, recipe: Recipe) -> Phase:
     """What it is told for the validation before `step`: one target, and at the end the windows that
     some records keep for the last validation."""
-    return _stage(step, recipe, step == recipe.num_iterations, (1.0,))
+    return _phase(step, recipe, step == recipe.num_iterations, (1.0,))
 
 
-def stage_steps(recipe: Recipe) -> list[int]:
+def phase_steps(recipe: Recipe) -> list[int]:
     """A step for each kind of step: the first with its shapes, windows and number of targets. What
     differs between steps of one kind is numbers only, for which nothing is compiled anew."""
     kinds = {}
     for step in range(recipe.num_iterations):
-        s = stage(step, recipe)
+        s = phase(step, recipe)
         kind = (batch_shape(step, recipe), s.window, s.short_window, len(s.target_weights), s.tied)
         kinds.setdefault(kind, step)
     return list(kinds.values())
@@ -756,7 +746,7 @@ def build_model(recipe: Recipe, seed: int, kernels: frozenset[str] = frozenset()
     """The recipe's model before step 0, on the CPU. `kernels`: what runs in Triton, see GPT."""
     model = GPT(recipe.model, kernels)
     init_weights(model, seed)  # on the CPU, so that every device starts from the same numbers
-    model.set_stage(stage(0, recipe))
+    model.set_phase(phase(0, recipe))
     return model
 
 
@@ -764,22 +754,22 @@ def mean_flops_per_token(recipe: Recipe, model: GPT) -> float:
     """model.flops_per_token, averaged over the tokens of all steps with their rows and windows."""
     tokens: dict[tuple, int] = {}
     for step in range(recipe.num_iterations):
-        at = stage(step, recipe)
-        kind = (Stage(at.window, at.short_window), batch_shape(step, recipe))
+        at = phase(step, recipe)
+        kind = (Phase(at.window, at.short_window), batch_shape(step, recipe))
         tokens[kind] = tokens.get(kind, 0) + math.prod(kind[1])
     flops = sum(count * flops_per_token(model, at, shape[1])
                 for (at, shape), count in tokens.items())
     return flops / sum(tokens.values())
 
 
-def enter_stage(model: GPT, optimizer, new: Stage) -> None:
+def enter_phase(model: GPT, optimizer, new: Phase) -> None:
     """Tell the model what changed. An embedding that leaves the head takes its table and state."""
-    if new == model.stage:
+    if new == model.phase:
         return
-    if model.stage.tied and not new.tied:
+    if model.phase.tied and not new.tied:
         model.untie()
         optimizer.copy_state("lm_head.weight", "embed.weight")
-    model.set_stage(new)
+    model.set_phase(new)
 
 
 # --- as JSON --------------------------------------------------------------------------------------

@@ -216,14 +216,14 @@ def evaluate(model: GPT, recipe: Recipe, data: Data, world: World, micro_tokens:
 def validate(s: TrainState) -> float:
     """The validation loss after s.step updates; sets s.stop_reason where the run must not go on."""
     began = time.perf_counter()
-    s.model.set_stage(recipes.eval_stage(s.step, s.recipe))
+    s.model.set_phase(recipes.eval_phase(s.step, s.recipe))
     try:
         val_loss = evaluate(s.model, s.recipe, s.data, s.world, s.micro_tokens)
     except (ValueError, OSError) as error:  # a shard is gone: the others wait for this rank's sum
         s.status.local_fault = str(error)
         nan = torch.full((), math.nan, dtype=torch.float64, device=s.world.device)
         val_loss = s.world.sum(nan).item()
-    s.model.set_stage(recipes.stage(s.step, s.recipe))
+    s.model.set_phase(recipes.phase(s.step, s.recipe))
     differing = s.world.out_of_sync(s.model.named_parameters())
     if not math.isfinite(val_loss):
         s.stop_reason = f"validation loss {val_loss} after step {s.step}; {s.status.explain()}"
@@ -245,20 +245,20 @@ def warm_up(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: Worl
     with checkpoint.restored_afterwards(model, optimizer):
         generator = torch.Generator().manual_seed(0)
         # A step of each kind, and enough of them for groups that act on every k-th step only.
-        steps = [0, *recipes.stage_steps(recipe)]
+        steps = [0, *recipes.phase_steps(recipe)]
         steps += [0] * (max(group["every"] for group in optimizer.param_groups) - len(steps))
         for step in steps:
-            recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
+            recipes.enter_phase(model, optimizer, recipes.phase(step, recipe))
             num_rows, seq_len = batch_shape(step, recipe)
             batch = dummy_batch((local_rows(num_rows, world), seq_len), recipe, world.device,
                                 generator)
             train_step(model, optimizer, recipe, batch, micro_tokens, num_rows * seq_len, status)
         one_batch = recipe.val_row * min(max(1, micro_tokens // recipe.val_row) * world.size,
                                          recipe.val_tokens // recipe.val_row)
-        model.set_stage(recipes.eval_stage(0, recipe))
+        model.set_phase(recipes.eval_phase(0, recipe))
         evaluate(model, dataclasses.replace(recipe, val_tokens=one_batch), data, world,
                  micro_tokens)
-        model.set_stage(recipes.stage(0, recipe))
+        model.set_phase(recipes.phase(0, recipe))
     if status is not None:
         status.reset()
 
@@ -307,7 +307,7 @@ def train_loop(s: TrainState, loader: Loader, reporter: Reporter, checkpoints: C
         last = s.step == recipe.num_iterations
 
         # windows, targets and tied embedding of this step
-        recipes.enter_stage(model, optimizer, recipes.stage(s.step, recipe))
+        recipes.enter_phase(model, optimizer, recipes.phase(s.step, recipe))
 
         # every so often: stop the clock, validate, write a checkpoint; and at the end leave
         validates = (last or s.step % recipe.val_every == 0) and s.step > validated
@@ -416,7 +416,7 @@ def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World,
     # resume, open the log, train
     reporter = Reporter(recipe, screen, run_id, run.wandb, data.digest)
     if resumed:
-        recipes.enter_stage(s.model, s.optimizer, recipes.stage(resumed["step"], recipe))
+        recipes.enter_phase(s.model, s.optimizer, recipes.phase(resumed["step"], recipe))
         checkpoint.restore(checkpoint.read_on_ranks(resumed["path"], world), s.model, s.optimizer)
         s.step = s.first_step = resumed["step"]
         s.clock.elapsed_s, s.validation_s = resumed["elapsed_s"], resumed["validation_s"]

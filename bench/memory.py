@@ -48,9 +48,9 @@ def measure(recipe: Recipe, way: str) -> float:
     torch._dynamo.reset()
     small = recipes.change(recipe, num_layers=LAYERS, head="bf16")
     model = recipes.build_model(small, seed=0)
-    stage = model.stage
-    model.set_stage(stage._replace(**{name: WINDOW for name in ("window", "short_window")
-                                      if getattr(stage, name)}))
+    phase = model.phase
+    model.set_phase(phase._replace(**{name: WINDOW for name in ("window", "short_window")
+                                      if getattr(phase, name)}))
     model.recomputed = LAYERS if way == "recomputed" else 0
     if way == "compiled":
         compile_segments(model)

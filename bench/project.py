@@ -21,7 +21,7 @@ rows (a floor on kernels stands in for it), clocks that drop with heat. It knows
 of the records, not how far this repository's kernels are; --measured scales it to what was seen.
 
 rows.json is a list of {"recipe": 62, "tokens": 32768, "ms": 55.0, "optimizer_ms": 4.0}: forward and
-backward of one micro-batch of the first stage on one GPU, and an update of all parameters there.
+backward of one micro-batch of the first phase on one GPU, and an update of all parameters there.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from torch import nn
 import muon
 import recipes
 from data.loader import rank_rows
-from model import GPT, Linear, Stage, mean_keys
+from model import GPT, Linear, Phase, mean_keys
 from recipes import RECORDS, Recipe
 
 GPUS = (1, 2, 4, 8, 16, 64, 256)
@@ -176,9 +176,9 @@ def meta_model(recipe: Recipe) -> nn.Module:
         return GPT(recipe.model)
 
 
-def attention_flops(recipe: Recipe, stage: Stage, seq_len: int) -> float:
+def attention_flops(recipe: Recipe, phase: Phase, seq_len: int) -> float:
     """Forward and backward, a token: 12 x width x keys, over the layers; documents end it."""
-    windows = {"long": stage.window, "short": stage.short_window, "paired": stage.short_window}
+    windows = {"long": phase.window, "short": phase.short_window, "paired": phase.short_window}
     longest = min(seq_len, recipe.max_doc_len or seq_len)
     keys = sum(document_keys(windows[block.layer.keys], longest) if recipe.model.packed
                else mean_keys(seq_len, None) for block in meta_model(recipe).blocks
@@ -186,7 +186,7 @@ def attention_flops(recipe: Recipe, stage: Stage, seq_len: int) -> float:
     return 12 * recipe.model.model_dim * keys
 
 
-def micro_batch(recipe: Recipe, stage: Stage, seq_len: int, tokens: int, gpu: Gpu) -> Parts:
+def micro_batch(recipe: Recipe, phase: Phase, seq_len: int, tokens: int, gpu: Gpu) -> Parts:
     """Forward and backward of so many tokens on one GPU, gaps and launches aside."""
     block, head, layers = sizes(recipe)
     m, width, logits = recipe.model, recipe.model.model_dim, recipe.model.padded_vocab_size
@@ -196,11 +196,11 @@ def micro_batch(recipe: Recipe, stage: Stage, seq_len: int, tokens: int, gpu: Gp
     other = gpu.passes - gpu.relu2_passes
     passes = other * (1 + gpu.stream_share * (m.stream_dtype == "fp32")) + (
         0 if fused_relu2 else gpu.relu2_passes)
-    loss = gpu.fused_passes * 2 / gpu.memory if fused_loss else gpu.loss * len(stage.target_weights)
+    loss = gpu.fused_passes * 2 / gpu.memory if fused_loss else gpu.loss * len(phase.target_weights)
     memory = passes * m.num_layers * width * 2 / gpu.memory + gpu.embedding + logits * (
         loss + gpu.fp8_cast * fp8)
     rate = gpu.fa3_flops if recipe.record >= 29 else gpu.flex_flops if m.packed else gpu.sdpa_flops
-    attention = gpu.attention * layers + attention_flops(recipe, stage, seq_len) / rate
+    attention = gpu.attention * layers + attention_flops(recipe, phase, seq_len) / rate
     return Parts(products * tokens, memory * tokens, attention * tokens)
 
 
@@ -314,10 +314,10 @@ def step_parts(recipe: Recipe, step: int, num_gpus: int, gpu: Gpu, link: Link,
     """One step on `num_gpus`. Raises ValueError where they are more than the step's rows."""
     num_rows, seq_len = recipes.batch_shape(step, recipe)
     rows = max(len(rank_rows(num_rows, rank, num_gpus)) for rank in range(num_gpus))
-    stage = recipes.stage(step, recipe)
+    phase = recipes.phase(step, recipe)
     micro_rows = max(1, gpu.micro_tokens // seq_len)
     num_micro = -(-rows // micro_rows)
-    each = micro_batch(recipe, stage, seq_len, rows * seq_len, gpu)
+    each = micro_batch(recipe, phase, seq_len, rows * seq_len, gpu)
     busy = each.total * scale.compute
     backward = 2 / 3 * busy / num_micro  # of the last micro-batch, under which gradients travel
     update, exposed = after_backward(recipe, num_gpus, backward, gpu, link)
@@ -332,9 +332,9 @@ def run_parts(recipe: Recipe, num_gpus: int, gpu: Gpu, link: Link,
     kinds: Counter = Counter()
     first = {}
     for step in range(recipe.num_iterations):
-        stage = recipes.stage(step, recipe)
-        kind = (recipes.batch_shape(step, recipe), stage.window, stage.short_window,
-                len(stage.target_weights))
+        phase = recipes.phase(step, recipe)
+        kind = (recipes.batch_shape(step, recipe), phase.window, phase.short_window,
+                len(phase.target_weights))
         first.setdefault(kind, step)
         kinds[kind] += 1
     total = Parts()
@@ -347,7 +347,7 @@ def run_parts(recipe: Recipe, num_gpus: int, gpu: Gpu, link: Link,
 # --- measurements ---------------------------------------------------------------------------------
 
 def read_measured(path: Path, gpu: Gpu) -> dict[int, Scale]:
-    """Record -> how much slower than the model its first stage was measured on one GPU. Raises
+    """Record -> how much slower than the model its first phase was measured on one GPU. Raises
     ValueError for a file that is no such list."""
     try:
         rows = json.loads(path.read_text())
@@ -364,8 +364,8 @@ def read_measured(path: Path, gpu: Gpu) -> dict[int, Scale]:
             raise ValueError(
                 f'--measured {path}: expected rows of {{"recipe": a record, "tokens": of a '
                 f'micro-batch, "ms": of forward and backward}}, got {row}') from None
-        stage, (_, seq_len) = recipes.stage(0, recipe), recipes.batch_shape(0, recipe)
-        modelled = micro_batch(recipe, stage, seq_len, tokens, gpu).total + gpu.gaps
+        phase, (_, seq_len) = recipes.phase(0, recipe), recipes.batch_shape(0, recipe)
+        modelled = micro_batch(recipe, phase, seq_len, tokens, gpu).total + gpu.gaps
         plan, rules = make_plan(recipe, 1)
         update = sum(updates(plan, rules, recipe, gpu)) + gpu.optimizer
         found.setdefault(record, []).append(Scale(

@@ -76,13 +76,13 @@ def losses(record: int, data: train_gpt.Data, world: World) -> list[float]:
     found = []
     with train_gpt.make_loader(recipe, data, world, None) as loader:
         for step in range(STEPS + 1):
-            recipes.enter_stage(model, optimizer, recipes.stage(min(step, STEPS - 1), recipe))
+            recipes.enter_phase(model, optimizer, recipes.phase(min(step, STEPS - 1), recipe))
             if step % 2 == 0:
-                model.set_stage(recipes.eval_stage(step, recipe))
+                model.set_phase(recipes.eval_phase(step, recipe))
                 found.append(train_gpt.evaluate(model, recipe, data, world, tokens))
             if step == STEPS:
                 return found
-            model.set_stage(recipes.stage(step, recipe))
+            model.set_phase(recipes.phase(step, recipe))
             for group in optimizer.param_groups:
                 group.update(recipes.group_schedule(step, group["name"], recipe))
             rows, seq_len = recipes.batch_shape(step, recipe)

@@ -54,7 +54,7 @@ def loss_and_gradients(model, batch):
 def test_segments_of_any_length_compute_the_same(record, num_layers):
     recipe = recipe_of(record, "--num_layers", 4)
     model, batch = recipes.build_model(recipe, seed=0), rows(recipe)
-    model.set_stage(recipes.stage(0, recipe))
+    model.set_phase(recipes.phase(0, recipe))
     loss, gradients = loss_and_gradients(model, batch)
     compile_segments(model, num_layers, backend="aot_eager")
     assert [i for layers in model.segments for i in layers] == list(range(4))
@@ -79,7 +79,7 @@ def test_the_first_layer_shares_its_graph_with_another_of_its_kind():
     """What enters it is x0, which it is given besides: twice the same tensor would be a kind."""
     recipe = recipe_of(62, "--num_layers", 11)
     model = recipes.build_model(recipe, seed=0)
-    model.set_stage(recipes.stage(0, recipe))
+    model.set_phase(recipes.phase(0, recipe))
     kinds = {(layer.keys, layer.value_table is None, layer.skip_from is None, "attn" in block,
               "mlp" in block) for layer, block in zip(model.plan, model.blocks)}
     compile_segments(model, backend="aot_eager")
@@ -111,13 +111,13 @@ def test_a_schedule_that_moves_builds_no_graph_that_the_warm_up_did_not(record):
     recipe = recipe_of(record, "--num_iterations", 40)
     model = recipes.build_model(recipe, seed=0)
     compile_segments(model, backend="aot_eager")
-    for step in [0, *recipes.stage_steps(recipe)]:
-        model.set_stage(recipes.stage(step, recipe))
+    for step in [0, *recipes.phase_steps(recipe)]:
+        model.set_phase(recipes.phase(step, recipe))
         loss_and_gradients(model, rows(recipe))
     graphs, windows = counters["stats"]["unique_graphs"], set()
     for step in range(recipe.num_iterations):
-        model.set_stage(recipes.stage(step, recipe))
-        windows.add(model.stage.window)
+        model.set_phase(recipes.phase(step, recipe))
+        windows.add(model.phase.window)
         loss_and_gradients(model, rows(recipe, seed=step))
     assert len(windows) > 1
     assert counters["stats"]["unique_graphs"] == graphs
@@ -151,7 +151,7 @@ def test_the_compiled_optimizer_of_the_newest_record_is_the_eager_one():
     for step in range(recipe.num_iterations):
         grads = {name: torch.randn(p.shape, generator=generator) for name, p in start.items()}
         for model, optimizer in zip(models, optimizers):
-            recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
+            recipes.enter_phase(model, optimizer, recipes.phase(step, recipe))
             for group in optimizer.param_groups:
                 group.update(recipes.group_schedule(step, group["name"], recipe))
             for name, p in model.named_parameters():
@@ -188,8 +188,8 @@ def test_ranks_of_a_machine_begin_to_compile_with_different_stages(monkeypatch):
         compile_ahead(model, recipe, world, micro_tokens=64)
         assert all(p.grad is None for p in model.parameters())
         graphs = counters["stats"]["unique_graphs"]
-        for step in recipes.stage_steps(recipe):
-            model.set_stage(recipes.stage(step, recipe))
+        for step in recipes.phase_steps(recipe):
+            model.set_phase(recipes.phase(step, recipe))
             num_rows, seq_len = recipes.batch_shape(step, recipe)
             tokens = torch.randint(257, (2, num_rows // 2, seq_len))
             batch = Batch(tokens[0].int(), tokens[1], None)

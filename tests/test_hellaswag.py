@@ -31,7 +31,7 @@ def model_of(record):
     with torch.no_grad():  # out of the zeros of the start
         for n, p in enumerate(model.parameters()):
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(n)))
-    model.set_stage(recipes.eval_stage(recipe.num_iterations, recipe))
+    model.set_phase(recipes.eval_phase(recipe.num_iterations, recipe))
     return model.eval(), recipe
 
 

@@ -161,7 +161,7 @@ def small_batch(device: torch.device = META) -> Batch:
 
 def one_step(recipe, step, model, optimizer, status, batch, num_micro=2) -> None:
     """What train_loop does between two steps' ends, but for the loader and the clock."""
-    recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
+    recipes.enter_phase(model, optimizer, recipes.phase(step, recipe))
     for group in optimizer.param_groups:
         group.update(recipes.group_schedule(step, group["name"], recipe))
     num_tokens = batch.inputs_BT.numel()
@@ -170,8 +170,8 @@ def one_step(recipe, step, model, optimizer, status, batch, num_micro=2) -> None
 
 
 def interesting_steps(recipe: recipes.Recipe) -> list[int]:
-    """Changes of stage with the steps behind them, and a pair in the middle of nowhere."""
-    firsts = recipes.stage_steps(recipe)
+    """Changes of phase with the steps behind them, and a pair in the middle of nowhere."""
+    firsts = recipes.phase_steps(recipe)
     if len(firsts) > 6:  # windows that grow block by block: all changes are alike
         firsts = [firsts[1], firsts[-1]]
     steps = {0, 1, 101} | {s for first in firsts for s in (first, first + 1)}
@@ -311,7 +311,7 @@ def launches(record: int, num_layers: int) -> dict[str, int]:
     """
     recipe, batch = recipe_of(record, num_layers), small_batch()
     model, optimizer, _ = make(recipe)
-    recipes.enter_stage(model, optimizer, recipes.stage(1, recipe))
+    recipes.enter_phase(model, optimizer, recipes.phase(1, recipe))
     optimizer.calls = 1  # so that groups of every second step are due
     with Watch() as forward_backward:
         model(batch.inputs_BT, batch.targets_BT, batch.docs_B2).backward()

@@ -45,16 +45,16 @@ def test_a_rung_trains_through_all_its_stages(record):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses, stages = [], []
     for step, batch in enumerate(batches(recipe)):
-        recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
-        stages.append(model.stage)
+        recipes.enter_phase(model, optimizer, recipes.phase(step, recipe))
+        stages.append(model.phase)
         for group in optimizer.param_groups:
             group.update(recipes.group_schedule(step, group["name"], recipe))
         train_gpt.train_step(model, optimizer, recipe, batch, 4 * batch.inputs_BT.size(1),
                              batch.inputs_BT.numel())
-        model.set_stage(recipes.eval_stage(step, recipe))
+        model.set_phase(recipes.eval_phase(step, recipe))
         with torch.no_grad():
             losses.append(model(batch.inputs_BT, batch.targets_BT).item() / batch.inputs_BT.numel())
-        model.set_stage(stages[-1])
+        model.set_phase(stages[-1])
     assert math.isfinite(losses[-1]) and losses[-1] < losses[0] - 0.1
     still = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
     assert not still
@@ -76,7 +76,7 @@ def test_a_rung_trains_in_the_precision_of_its_record(record):
     model.blocks[1].register_forward_hook(lambda module, given, out: stream.append(out.dtype))
     losses = []
     for step, batch in enumerate(batches(recipe)):
-        recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
+        recipes.enter_phase(model, optimizer, recipes.phase(step, recipe))
         for group in optimizer.param_groups:
             group.update(recipes.group_schedule(step, group["name"], recipe))
         with torch.no_grad():
@@ -97,7 +97,7 @@ def test_the_embedding_of_53_is_the_heads_until_it_leaves():
     for step, batch in enumerate(batches(recipe)):
         if step == leaves:
             table = model.lm_head.weight.detach().clone()
-        recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
+        recipes.enter_phase(model, optimizer, recipes.phase(step, recipe))
         if step == leaves:
             assert torch.equal(model.embed.weight, table)
         train_gpt.train_step(model, optimizer, recipe, batch, 4 * batch.inputs_BT.size(1),
@@ -137,7 +137,7 @@ def test_gradients_are_in_the_records_unit_and_losses_in_nats_per_token(record, 
     sizes = {batch.inputs_BT.numel() for _, batch in steps}
     assert len(sizes) == (3 if record == 62 else 1)
     for step, batch in steps:
-        recipes.enter_stage(model, optimizer, recipes.stage(step, recipe))
+        recipes.enter_phase(model, optimizer, recipes.phase(step, recipe))
         tokens = batch.inputs_BT.numel()
         loss = model(batch.inputs_BT, batch.targets_BT)
         grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True,

@@ -17,7 +17,7 @@ from model import (
     GPTConfig,
     Layer,
     Linear,
-    Stage,
+    Phase,
     bigram_hash,
     flops_per_token,
     init_weights,
@@ -47,7 +47,7 @@ def model_of(record: int, *, noise: float = 0.3, last: bool = False, **changes) 
         if isinstance(part, Linear):
             part.compute_dtype = torch.float64
     step = recipe.num_iterations - 1 if last else 0
-    model.set_stage(recipes.stage(step, recipe))
+    model.set_phase(recipes.phase(step, recipe))
     return model.eval()
 
 
@@ -105,7 +105,7 @@ def test_a_window_has_an_edge_at_every_depth(layers, window):
     for part in model.modules():
         if isinstance(part, Linear):
             part.compute_dtype = torch.float64
-    model.set_stage(Stage(window=window))
+    model.set_phase(Phase(window=window))
     reached = reach(model, row(128), at=40)
     assert reached == set(range(40, 40 + layers * (window - 1) + 1))
 
@@ -228,7 +228,7 @@ def test_smear_takes_from_the_token_before():
 
 def test_several_targets_are_a_weighted_sum_of_losses():
     model = model_of(53)
-    model.set_stage(Stage(target_weights=(1.0, 0.5, 0.25)))
+    model.set_phase(Phase(target_weights=(1.0, 0.5, 0.25)))
     inputs, targets = row(40), row(40, seed=5)
     logits = model.logits(model.hidden(inputs)).log_softmax(-1)[0]
     expected = sum(weight * -logits[t, targets[0, t + ahead]]
@@ -264,7 +264,7 @@ def test_the_loss_in_triton_is_the_loss():
     for kernels in (frozenset(), frozenset({"loss"})):
         model = GPT(recipe.model, kernels)
         init_weights(model, 0)
-        model.to(device).set_stage(recipes.stage(0, recipe))
+        model.to(device).set_phase(recipes.phase(0, recipe))
         loss = model(inputs, targets)
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters()
@@ -281,7 +281,7 @@ def test_loss_at_the_start(record):
     """ln V where the head starts at zero; what logits of the table's own scale give elsewhere."""
     recipe = pocket(RECORDS[record])
     model = recipes.build_model(recipe, seed=0).eval()
-    model.set_stage(recipes.eval_stage(0, recipe))
+    model.set_phase(recipes.eval_phase(0, recipe))
     inputs, targets = row(128), row(128, seed=1)
     with torch.no_grad():
         loss = model(inputs, targets).item() / 128
@@ -408,18 +408,18 @@ def test_a_sigmoid_softcap_is_a_tanh_one_moved_up():
     torch.testing.assert_close(sigmoid(inputs, targets), tanh(inputs, targets))
 
 
-# --- stages ---------------------------------------------------------------------------------------
+# --- phases ---------------------------------------------------------------------------------------
 
 def test_tied_for_a_while_then_a_copy():
     recipe = pocket(RECORDS[53])
     model = recipes.build_model(recipe, seed=0)
     tokens = row(32)
-    assert model.stage.tied
+    assert model.phase.tied
     tied = model.hidden(tokens)
     model(tokens, tokens).backward()
     assert model.embed.weight.grad is None  # the head's table serves
     model.untie()
-    model.set_stage(model.stage._replace(tied=False))
+    model.set_phase(model.phase._replace(tied=False))
     torch.testing.assert_close(model.hidden(tokens), tied)
     model(tokens, tokens).backward()
     assert model.embed.weight.grad is not None
@@ -436,7 +436,7 @@ def test_entering_a_stage_moves_adams_state_with_the_table():
         (model(tokens, tokens) / 32).backward()
         optimizer.step()
         optimizer.zero_grad()
-    recipes.enter_stage(model, optimizer, model.stage._replace(tied=False))
+    recipes.enter_phase(model, optimizer, model.phase._replace(tied=False))
     assert torch.equal(model.embed.weight, model.lm_head.weight)
     state = optimizer.state_dict()["state"]
     assert state["lm_head.weight"]["exp_avg_sq"].any()
@@ -448,17 +448,17 @@ def test_yarn_tables_move_with_the_window_and_back():
     recipe = pocket(RECORDS[31])
     model = recipes.build_model(recipe, seed=0)
     start = model.cos.clone()
-    model.set_stage(recipes.eval_stage(recipe.num_iterations, recipe))
+    model.set_phase(recipes.eval_phase(recipe.num_iterations, recipe))
     assert not torch.equal(model.cos, start)
-    model.set_stage(recipes.stage(0, recipe))
+    model.set_phase(recipes.phase(0, recipe))
     assert torch.equal(model.cos, start)
 
 
 def test_fading_targets_do_not_make_the_tables_anew(monkeypatch):
-    """With a weight that changes every step, the stage does; 262,144 positions must not."""
+    """With a weight that changes every step, the phase does; 262,144 positions must not."""
     model = recipes.build_model(pocket(RECORDS[62]), seed=0)
     monkeypatch.setattr(model, "set_rotary", None)
-    model.set_stage(model.stage._replace(target_weights=(1.0, 0.5, 0.2)))
+    model.set_phase(model.phase._replace(target_weights=(1.0, 0.5, 0.2)))
     assert model.target_weights.tolist() == pytest.approx([1.0, 0.5, 0.2])
 
 
@@ -480,10 +480,10 @@ def test_flops_count_products_and_keys():
         model = GPT(recipe.model)
     C, V, T = 128, recipe.model.padded_vocab_size, recipe.model.seq_len
     expected = 6 * (2 * 12 * C * C + V * C) + 2 * 12 * C * (T + 1) / 2
-    assert flops_per_token(model, Stage(), T) == pytest.approx(expected)
+    assert flops_per_token(model, Phase(), T) == pytest.approx(expected)
     assert recipes.mean_flops_per_token(recipe, model) == pytest.approx(expected)
     windowed = GPT(pocket(RECORDS[13]).model)
-    early, late = (flops_per_token(windowed, Stage(window=w), 512) for w in (16, 432))
+    early, late = (flops_per_token(windowed, Phase(window=w), 512) for w in (16, 432))
     assert early < recipes.mean_flops_per_token(pocket(RECORDS[13]), windowed) < late
     assert num_parameters(model) == 2 * 12 * C * C + V * C
     assert mean_keys(100, 10) == pytest.approx(sum(min(t + 1, 10) for t in range(100)) / 100)

@@ -55,10 +55,10 @@ def test_documents_cap_what_a_window_sees(window, full, cropped):
 def test_the_first_windows_of_the_trace_are_its_attention():
     """Constants and recipe together: 0.45 TFLOP in 5.1 ms at 32K tokens (#44's code is #43's)."""
     recipe = RECORDS[43]
-    stage = recipes.stage(0, recipe)
-    flops = 32_768 * project.attention_flops(recipe, stage, 32_768)
+    phase = recipes.phase(0, recipe)
+    flops = 32_768 * project.attention_flops(recipe, phase, 32_768)
     assert flops == pytest.approx(0.45e12, rel=0.06)
-    parts = project.micro_batch(recipe, stage, 32_768, 32_768, GPU)
+    parts = project.micro_batch(recipe, phase, 32_768, 32_768, GPU)
     assert 1e3 * parts.attention == pytest.approx(5.1, rel=0.02)
     # Products 20.7 + 5.5 ms; memory 12.7 + 5.6 + 2.4 + 2.4.
     assert 1e3 * parts.products == pytest.approx(26.2, rel=0.05)
@@ -84,7 +84,7 @@ def test_one_gpu_is_the_sum_of_its_parts(record):
     parts = step_parts(recipe, 0, 1, GPU, Link(intra=1.0, intra_latency=9.0))
     assert parts.exposed == pytest.approx(0, abs=1e-12)
     num_rows, seq_len = recipes.batch_shape(0, recipe)
-    whole = project.micro_batch(recipe, recipes.stage(0, recipe), seq_len, num_rows * seq_len, GPU)
+    whole = project.micro_batch(recipe, recipes.phase(0, recipe), seq_len, num_rows * seq_len, GPU)
     assert parts[:3] == pytest.approx(whole[:3])
     micro_rows = GPU.micro_tokens // seq_len
     update, exposed = project.after_backward(recipe, 1, 1.0, GPU, LINK)
@@ -103,7 +103,7 @@ def test_products_are_the_flops_over_the_rate():
 
 def test_windows_cost_and_documents_end_them():
     """#12 sees 1,024 tokens of a document where #6 sees half of a row of them."""
-    plain, packed = (project.attention_flops(RECORDS[n], recipes.stage(0, RECORDS[n]), T)
+    plain, packed = (project.attention_flops(RECORDS[n], recipes.phase(0, RECORDS[n]), T)
                      for n, T in ((6, 1024), (12, 65_536)))
     assert plain == pytest.approx(12 * 768 * 12 * mean_keys(1024, None))
     assert packed == pytest.approx(12 * 768 * 12 * 550, rel=0.02)
@@ -149,8 +149,8 @@ def test_more_gpus_than_rows_is_refused_as_the_trainer_does():
 
 def test_a_measurement_scales_what_it_measured(tmp_path):
     recipe, tokens = RECORDS[62], 16_384
-    stage, (_, seq_len) = recipes.stage(0, recipe), recipes.batch_shape(0, recipe)
-    ms = 1e3 * (project.micro_batch(recipe, stage, seq_len, tokens, GPU).total + GPU.gaps)
+    phase, (_, seq_len) = recipes.phase(0, recipe), recipes.batch_shape(0, recipe)
+    ms = 1e3 * (project.micro_batch(recipe, phase, seq_len, tokens, GPU).total + GPU.gaps)
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"recipe": 62, "tokens": tokens, "ms": 2 * ms}]))
     (scale,) = project.read_measured(path, GPU).values()

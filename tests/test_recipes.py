@@ -551,7 +551,7 @@ def test_attention_gets_sharper_as_yarn_says(facts):
     from model import rotary_frequencies, yarn
 
     recipe = RECORDS[31]
-    at = [yarn(rotary_frequencies(recipe.model), recipes.eval_stage(step, recipe).yarn_windows)[1]
+    at = [yarn(rotary_frequencies(recipe.model), recipes.eval_phase(step, recipe).yarn_windows)[1]
           for step in (0, 557, 1114, 1670)]
     assert [0.1 * sharper for sharper in at] == pytest.approx(
         [0.1, 0.116946, 0.127518, 0.131778], rel=1e-5)
@@ -570,18 +570,18 @@ def test_yarn_slows_what_turns_little_and_keeps_what_turns_much():
 
 def test_targets_fade_in_thirds():
     recipe = RECORDS[53]
-    weights = [recipes.stage(step, recipe).target_weights for step in (0, 313, 627, 1254, 1900)]
+    weights = [recipes.phase(step, recipe).target_weights for step in (0, 313, 627, 1254, 1900)]
     assert weights[0] == (1.0, 0.5, 0.25) and weights[2] == pytest.approx((1.0, 0.5), abs=1e-3)
     assert weights[1] == pytest.approx((1.0, 0.5, 0.125), abs=1e-3)
     assert weights[3] == weights[4] == (1.0,)
-    assert recipes.eval_stage(0, recipe).target_weights == (1.0,)
+    assert recipes.eval_phase(0, recipe).target_weights == (1.0,)
 
 
 @pytest.mark.parametrize("record, last_tied", [(53, 1253), (62, 1041)])
 def test_the_embedding_leaves_the_head_after_the_update_at_two_thirds(record, last_tied, facts):
     recipe = RECORDS[record]
     assert f"until step {last_tied}" in facts[str(record)]["arch"]["tied_head"]
-    assert changes(lambda step: recipes.stage(step, recipe).tied, range(recipe.num_iterations)) == [
+    assert changes(lambda step: recipes.phase(step, recipe).tied, range(recipe.num_iterations)) == [
         [0, True], [last_tied + 1, False]]
     # Adam's k-th step just was: nothing is half collected.
     assert (last_tied + 1) % recipe.adam_every == 0
@@ -624,8 +624,8 @@ def test_any_depth_works_for_every_record(record, num_layers):
     """A forward and a backward pass, and every parameter gets a gradient."""
     recipe = recipes.edit(pocket(RECORDS[record]), num_layers=num_layers, num_heads=2, head_dim=8)
     model = recipes.build_model(recipe, seed=0)
-    last = recipes.stage(recipe.num_iterations - 1, recipe)
-    model.set_stage(last)
+    last = recipes.phase(recipe.num_iterations - 1, recipe)
+    model.set_phase(last)
     tokens = torch.randint(recipe.model.vocab_size, (2, 65))
     loss = model(tokens[:, :-1], tokens[:, 1:]) / 128
     loss.backward()
@@ -637,7 +637,7 @@ def test_any_depth_works_for_every_record(record, num_layers):
 @pytest.mark.parametrize("record", [41, 62])
 def test_a_shorter_run_keeps_its_stages(record):
     recipe = recipes.change(pocket(RECORDS[record]), num_iterations=60)
-    kinds = {recipes.stage(step, recipe).window for step in range(60)}
+    kinds = {recipes.phase(step, recipe).window for step in range(60)}
     assert len(kinds) >= 3 and recipe.extension_steps >= 1
-    steps = recipes.stage_steps(recipe)
+    steps = recipes.phase_steps(recipe)
     assert steps[0] == 0 and len(steps) == len(set(steps)) <= 6

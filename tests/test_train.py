@@ -167,7 +167,7 @@ def test_some_layers_may_be_computed_again_and_others_not(record, recomputed):
     gradients = []
     for count in (0, recomputed):
         model = recipes.build_model(recipe, seed=0)
-        model.set_stage(recipes.stage(0, recipe))
+        model.set_phase(recipes.phase(0, recipe))
         model.recomputed, calls = count, []
         for i, block in enumerate(model.blocks):
             block.register_forward_pre_hook(lambda *_, i=i, calls=calls: calls.append(i))
@@ -220,7 +220,7 @@ def test_as_many_rows_as_the_memory_holds(gib, seq_len, expected, monkeypatch):
     (8, 16_384, 4), (8, 32_768, 2), (8, 49_152, 1), (512, 1024, 64), (66, 1024, 33), (7, 32_768, 2),
     (3, 1024, 3), (1, 65_536, 1), (5, 100_000, 1)])
 def test_rows_come_in_equal_parts_of_at_most_64k_tokens(num_rows, seq_len, rows):
-    """Short rows of an early stage go several at once; 8 rows never as 3, 3 and 2."""
+    """Short rows of an early phase go several at once; 8 rows never as 3, 3 and 2."""
     assert micro_batch_rows(num_rows, seq_len, 65_536) == rows
 
 

@@ -29,7 +29,7 @@ def load_model(run: str) -> tuple[GPT, recipes.Recipe]:
     recipe = recipes.from_dict(state["recipe"])
     model = GPT(recipe.model)
     model.load_state_dict(state["model"])
-    model.set_stage(recipes.eval_stage(state["step"], recipe))
+    model.set_phase(recipes.eval_phase(state["step"], recipe))
     return model.eval(), recipe
 
 

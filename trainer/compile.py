@@ -1,6 +1,6 @@
 """torch.compile as the trainer uses it: which parts of a model become graphs, and when.
 
-Ranks of a machine share torch's cache on the disk, so each begins its warm-up with another stage of
+Ranks of a machine share torch's cache on the disk, so each begins its warm-up with another phase of
 the schedule and finds there the graphs that the others have compiled.
 """
 
@@ -13,7 +13,7 @@ import torch
 import recipes
 from data.loader import Batch
 from kernels.loss import compiled
-from model import GPT, Stage
+from model import GPT, Phase
 from recipes import Recipe, batch_shape
 from trainer import options
 from trainer.dist import World
@@ -72,31 +72,31 @@ def compiled_graphs() -> int:
 class ForwardKind(NamedTuple):
     """Forward passes that share their compiled code."""
 
-    stage: Stage
+    phase: Phase
     shape: tuple[int, int]      # rows of a micro-batch, tokens a row
     training: bool
 
 
 def forward_kinds(recipe: Recipe, world: World, micro_tokens: int) -> list[ForwardKind]:
-    """One for each stage of the schedule, then validation."""
+    """One for each phase of the schedule, then validation."""
     kinds = []
-    for step in recipes.stage_steps(recipe):
+    for step in recipes.phase_steps(recipe):
         num_rows, seq_len = batch_shape(step, recipe)
         rows = micro_batch_rows(local_rows(num_rows, world), seq_len, micro_tokens)
-        kinds.append(ForwardKind(recipes.stage(step, recipe), (rows, seq_len), True))
+        kinds.append(ForwardKind(recipes.phase(step, recipe), (rows, seq_len), True))
     rows = max(1, micro_tokens // recipe.val_row)
-    return [*kinds, ForwardKind(recipes.eval_stage(0, recipe), (rows, recipe.val_row), False)]
+    return [*kinds, ForwardKind(recipes.eval_phase(0, recipe), (rows, recipe.val_row), False)]
 
 
 def compile_ahead(model: GPT, recipe: Recipe, world: World, micro_tokens: int) -> None:
-    """Build all graphs of the model, beginning at another stage on each rank of a machine: two
+    """Build all graphs of the model, beginning at another phase on each rank of a machine: two
     ranks of #62 on two cores took 117 s cold, 186 s where both began alike (bench/NULL_GPU.md)."""
     generator = torch.Generator().manual_seed(0)
     kinds = forward_kinds(recipe, world, micro_tokens)
     first = world.local_rank * len(kinds) // world.local_size
     for kind in kinds[first:] + kinds[:first]:
         batch: Batch = dummy_batch(kind.shape, recipe, world.device, generator)
-        model.set_stage(kind.stage)
+        model.set_phase(kind.phase)
         model.train(kind.training)
         with torch.set_grad_enabled(kind.training):
             model(batch.inputs_BT, batch.targets_BT, batch.docs_B2)

@@ -180,7 +180,7 @@ def prepare_cuda() -> None:
     """Set CUDA environment variables; call before the first CUDA call (counting devices is none, it
     goes by NVML)."""
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
-        # Rows that grow from stage to stage leave gaps in segments of a fixed size: record #62
+        # Rows that grow from phase to phase leave gaps in segments of a fixed size: record #62
         # reserved 36.7 GiB so, 30.9 in segments that grow with them.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # Each rank sees its own GPU alone, as the first one. The device's number is part of the key of
