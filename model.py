@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import DTYPES
 from kernels.attention import Keys, attention, document_ids, packed_keys
-from kernels.loss import KERNELS, TWINS, Softcap, head_loss, softcapped, targets_ahead
+from kernels.loss import KERNELS, REFERENCES, Softcap, head_loss, softcapped, targets_ahead
 from kernels.norm import FP32_EPS
 from kernels.norm import rms_norm as norm
 from kernels.relu2 import mlp_relu2, relu_squared
@@ -624,7 +624,7 @@ class GPT(nn.Module):
         # layers backward computes again (activation checkpointing).
         self.segments = [range(c.num_layers)]
         self.recomputed = 0
-        self.loss_bodies = KERNELS if "loss" in kernels else TWINS
+        self.loss_bodies = KERNELS if "loss" in kernels else REFERENCES
 
     @torch.no_grad()
     def set_phase(self, phase: Phase) -> None:

@@ -32,8 +32,8 @@ import torch.distributed as dist
 from torch.profiler import record_function
 
 import recipes
-from data import corpus
 from data.loader import Batch, Loader, rank_rows, val_batches
+from data.sources import SOURCES, source_of
 from kernels import check_kernels, symmetric
 from kernels.attention import activate_flash_attention
 from kernels.fp8 import check_fp8
@@ -57,6 +57,7 @@ from trainer.dist import (
     process_age_s,
 )
 from trainer.memory import PeakMemory, dummy_batch, fit_memory, local_rows, micro_batches
+from trainer.options import RunOptions
 from trainer.profile import Profile, check_profile
 from trainer.report import (
     Reporter,
@@ -84,7 +85,7 @@ class Crash(RuntimeError):
 class TrainState:
     """One training: its parts, and how far it is."""
 
-    run: options.Run
+    run: RunOptions
     recipe: Recipe
     seed: int
     data: Data
@@ -130,7 +131,7 @@ def build_optimizer(model: GPT, recipe: Recipe, kernels: frozenset[str] = frozen
                 compile=compiled)
 
 
-def setup(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World) -> TrainState:
+def setup(run: RunOptions, recipe: Recipe, seed: int, data: Data, world: World) -> TrainState:
     activate_flash_attention(world.device)
     model = build_model(recipe, seed, world.device, run.triton_kernels)
     if wants_compile(run, world.device)[0]:
@@ -379,7 +380,7 @@ def new_run_id(recipe: Recipe, seed: int) -> str:
     return f"{now}_r{recipe.record}_{recipe.scale}_s{seed}_{secrets.token_hex(2)}"
 
 
-def train(run: options.Run, recipe: Recipe, seed: int, data: Data, world: World, screen: Screen,
+def train(run: RunOptions, recipe: Recipe, seed: int, data: Data, world: World, screen: Screen,
           stop_request: StopRequest, started: float) -> str:
     """One training from seed to log; returns "complete", "preempted" or "failed". `started`: when
     it began, by time.perf_counter."""
@@ -473,7 +474,8 @@ def finish(s: TrainState, reporter: Reporter, log_path: Path, run_id: str, ident
         raise crash if isinstance(crash, LostRank) else Crash(f"rank {s.world.rank}") from crash
     if s.world.is_rank0 and profile is None:
         text = ""
-        if s.recipe.model.vocab_size == corpus.VOCAB_SIZE and s.outcome == "complete":
+        bytes_only = source_of(s.recipe.model.vocab_size) is SOURCES["built-in"]
+        if bytes_only and s.outcome == "complete":  # GPT-2's codec may need a network
             text = PROMPT + generate(s.model, PROMPT, num_tokens=240, temperature=0.7, seed=0)
         show_end(reporter.screen, s.recipe, result, log_path, text)
     return s.outcome if log_is_whole else "failed"
@@ -481,7 +483,7 @@ def finish(s: TrainState, reporter: Reporter, log_path: Path, run_id: str, ident
 
 # --- main -----------------------------------------------------------------------------------------
 
-def run_all(run: options.Run, recipe: Recipe, screen: Screen) -> int:
+def run_all(run: RunOptions, recipe: Recipe, screen: Screen) -> int:
     """Train --runs seeds, one after the other, on the ranks that torchrun started."""
     with join_world(run.device) as world, StopRequest() as stop_request, (
             world.translate_comm_errors()):

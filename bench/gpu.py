@@ -376,7 +376,7 @@ def page(out: Path) -> str:
     def of_kernels(rows: list[dict]) -> list[str]:
         head = ["kernel", "shape", "dtype", "ms", "eager ms", "compiled ms", "eager/ours",
                 "compiled/ours", "MiB", "compiled MiB", "TFLOP/s", "GB/s", "of roofline", "error",
-                "twin's"]
+                "reference's"]
         timed = any("kernel_ms" in row for row in rows)
         return table(head if timed else head[:3] + head[-2:],
                      [kernel_bench.cells(row) for row in rows])

@@ -1,4 +1,4 @@
-"""Each Triton kernel against its plain-torch twin, eager and compiled, and against the roofline.
+"""Each Triton kernel against its reference, eager and compiled, and against the roofline.
 
     python bench/kernels.py                       a GPU: the trainer's shapes; else toy shapes
     python bench/kernels.py --quick               toy shapes
@@ -7,11 +7,11 @@
 A row: median milliseconds of `--repeats` calls by CUDA events, caches flushed before each; memory
 that a call takes at its peak beside its inputs, in MiB; what the kernel reaches in TFLOP/s and
 GB/s, counting only the work and the traffic that cannot be avoided; that bound's share of the time
-taken (dense bf16 peak and HBM bandwidth from data sheets); and the largest error of kernel and twin
-against the twin in float64, over the largest entry. Rows with gradients time the forward and the
-backward pass. Without a GPU the kernels run in Triton's interpreter at toy shapes, and only the
-errors are shown: times would mean nothing. (The interpreter cuts off what bf16 cannot hold, a GPU
-rounds to nearest: there the errors halve.)
+taken (dense bf16 peak and HBM bandwidth from data sheets); and the largest error of kernel and
+reference against the reference in float64, over the largest entry. Rows with gradients time the
+forward and the backward pass. Without a GPU the kernels run in Triton's interpreter at toy shapes,
+and only the errors are shown: times would mean nothing. (The interpreter cuts off what bf16 cannot
+hold, a GPU rounds to nearest: there the errors halve.)
 
 A new kernel: a function that yields Cases, named in CASES.
 """
@@ -52,14 +52,14 @@ BANDWIDTH = {
 
 @dataclass
 class Case:
-    """One row: kernel(*inputs()) against twin(*inputs()). Where inputs require gradients, the
+    """One row: kernel(*inputs()) against reference(*inputs()). Where inputs require gradients, the
     backward pass counts as well, for a random gradient of the one output."""
 
     name: str
     shape: str
     dtype: torch.dtype                   # of what the kernel reads
     kernel: Callable[..., Tensor]
-    twin: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
     inputs: Callable[[], list[Tensor]]
     flops: float                         # that cannot be avoided
     bytes: float                         # read or written once each
@@ -126,7 +126,7 @@ def relu2_cases(toy: bool, device: str) -> Iterator[Case]:
 
 
 def loss_cases(toy: bool, device: str) -> Iterator[Case]:
-    """The newest recipe's head: chunks through the kernel, and chunks through its plain twin
+    """The newest recipe's head: chunks through the kernel, and chunks through its plain reference
     (compiled, as the trainer does it), against cross-entropy as it is written down, all logits at
     once. 16,384 tokens, because that takes about 50 GB in float64 (calculated)."""
     N, C, V, rows = (96, 32, 112, 2) if toy else (16_384, 768, 50_304, 8)
@@ -151,7 +151,8 @@ def loss_cases(toy: bool, device: str) -> Iterator[Case]:
                            f, targets_N, ignore_index=-1, reduction="sum")
                        for weight, targets_N in zip(weights_K, targets_NK.T))
 
-        ways = {"Triton": loss.KERNELS, "twin": loss.TWINS if toy else loss.compiled(loss.TWINS)}
+        reference = loss.REFERENCES if toy else loss.compiled(loss.REFERENCES)
+        ways = {"Triton": loss.KERNELS, "reference": reference}
         for way, bodies in ways.items():
             yield Case(f"head loss, {way}", f"{N} x {C} -> {V}, targets: {K}", torch.bfloat16,
                        partial(chunked, bodies=bodies), plain, inputs,
@@ -212,17 +213,17 @@ def measure(case: Case, repeats: int) -> dict:
     inputs = case.inputs()
     device, wants = inputs[0].device, any(x.requires_grad for x in inputs)
     exact_inputs = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
-    out = case.twin(*inputs)
+    out = case.reference(*inputs)
     grad = torch.randn_like(out) if wants else None
-    exact = call(case.twin, exact_inputs, None if grad is None else grad.double())
+    exact = call(case.reference, exact_inputs, None if grad is None else grad.double())
     row = {"error": error(call(case.kernel, inputs, grad), exact),
-           "twin_error": error(call(case.twin, inputs, grad), exact)}
+           "reference_error": error(call(case.reference, inputs, grad), exact)}
     del exact, exact_inputs, out
     if device.type != "cuda":
         return row
     torch._dynamo.reset()
-    for name, function in (("kernel_ms", case.kernel), ("eager_ms", case.twin),
-                           ("compiled_ms", torch.compile(case.twin, dynamic=False))):
+    for name, function in (("kernel_ms", case.kernel), ("eager_ms", case.reference),
+                           ("compiled_ms", torch.compile(case.reference, dynamic=False))):
         row[name] = milliseconds(lambda f=function: call(f, inputs, grad), repeats)
         row[name.replace("_ms", "_mib")] = peak_mib(lambda f=function: call(f, inputs, grad))
     seconds = row["kernel_ms"] / 1e3
@@ -245,7 +246,7 @@ def cells(row: dict) -> list[str]:
         shown += [*(f"{x:.3f}" for x in ms), f"{ms[1] / ms[0]:.2f}", f"{ms[2] / ms[0]:.2f}",
                   f"{row['kernel_mib']:.0f}", f"{row['compiled_mib']:.0f}",
                   f"{row['tflops']:.0f}", f"{row['gb_per_s']:.0f}", share]
-    return [*shown, f"{row['error']:.1e}", f"{row['twin_error']:.1e}"]
+    return [*shown, f"{row['error']:.1e}", f"{row['reference_error']:.1e}"]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -265,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(", ".join(f"{key} {value}" for key, value in here.items()))
     times = ["ms", "eager ms", "compiled ms", "eager/ours", "compiled/ours", "MiB", "compiled MiB",
              "TFLOP/s", "GB/s", "of roofline"] if device == "cuda" else []
-    head = ["kernel", "shape", "dtype", *times, "error", "twin's"]
+    head = ["kernel", "shape", "dtype", *times, "error", "reference's"]
     print(f"\n| {' | '.join(head)} |\n| {' | '.join(['---'] * 3 + ['---:'] * (len(head) - 3))} |")
     tasks = [({"kernel": case.name, "shape": case.shape, "dtype": str(case.dtype)[6:]},
               partial(measure, case, args.repeats))

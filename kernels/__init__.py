@@ -1,8 +1,8 @@
-"""Everything that is chosen by hardware: one file a kernel, each beside its plain-torch twin.
+"""Kernels chosen by hardware, one file each, beside their references in plain torch.
 
-The twin runs anywhere and is the kernel's oracle in the tests. Kernels in Triton run on a CPU too,
-slowly, in Triton's interpreter (TRITON_INTERPRET=1); where Triton is not installed their files
-still import, and only the twins can be called.
+The reference runs anywhere and is the kernel's oracle in the tests. Kernels in Triton run on a CPU
+too, slowly, in Triton's interpreter (TRITON_INTERPRET=1); where Triton is not installed their files
+still import, and only the references can be called.
 """
 
 import torch

@@ -272,7 +272,7 @@ class Bodies(NamedTuple):
     quantize: Callable = quantize
 
 
-TWINS, KERNELS = Bodies(), Bodies(triton_loss_and_grad)
+REFERENCES, KERNELS = Bodies(), Bodies(triton_loss_and_grad)
 
 
 def compiled(bodies: Bodies, backend: str = "inductor") -> Bodies:
@@ -364,7 +364,7 @@ class _HeadLoss(torch.autograd.Function):
 
 def head_loss(x_NC: Tensor, weight_VC: Tensor, targets_NK: Tensor, weights_K: Tensor,
               softcap: Softcap, dtype: torch.dtype,
-              fp8_factors: tuple[float, float, float] | None = None, bodies: Bodies = TWINS,
+              fp8_factors: tuple[float, float, float] | None = None, bodies: Bodies = REFERENCES,
               size: int | None = None) -> Tensor:
     """The weighted cross-entropy in nats of targets_NK (-1: none), summed: a scalar in fp32.
 

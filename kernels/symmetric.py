@@ -4,7 +4,7 @@
 
 Only tiles on and below the diagonal are computed; each one below it is stored a second time,
 mirrored, so that the result is symmetric bit for bit. One kernel does both: for a symmetric A the
-polynomial is b A + c A A^T. Record #27 introduced the idea to the speedrun. The twins are
+polynomial is b A + c A A^T. Record #27 introduced the idea to the speedrun. The references are
 `muon._gram` and `muon._polynomial`, one batched product each.
 
 Shapes: K matrices in a batch, X (K, m, n), A (K, m, m). Storage bf16, fp16 or fp32 in any strides,

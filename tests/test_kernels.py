@@ -331,7 +331,7 @@ def test_fp8_is_refused_where_it_is_emulated_with_the_option_that_replaces_it():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_relu_squared_is_its_plain_twin_bit_for_bit(dtype):
+def test_relu_squared_is_its_plain_reference_bit_for_bit(dtype):
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(64, 48, generator=generator).to(dtype) for _ in range(2))
     x[0, :4] = torch.tensor([0.0, -0.0, torch.finfo(dtype).tiny, -1.0])

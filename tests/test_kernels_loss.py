@@ -13,7 +13,7 @@ from kernels import loss as kernels_loss
 from kernels.fp8 import transpose_fp8
 from kernels.loss import (
     KERNELS,
-    TWINS,
+    REFERENCES,
     Bodies,
     Softcap,
     chunk_tokens,
@@ -227,7 +227,7 @@ def test_compiled_it_is_the_same_in_one_graph_a_shape(cap):
     body = torch.compile(softcapped_loss_and_grad, dynamic=False, fullgraph=True, backend=counter)
     x, w, targets = a_head(B=5, T=40, dtype=torch.float32)
     results = []
-    for bodies in (TWINS, Bodies(body)):
+    for bodies in (REFERENCES, Bodies(body)):
         loss = chunked(x, w, targets, WEIGHTS, cap, size=32, bodies=bodies)
         results.append((loss.detach(), *torch.autograd.grad(loss, (x, w))))
     for ours, theirs in zip(*results):
@@ -248,15 +248,15 @@ def test_the_compilers_code_computes_the_same(cap):
     logits = torch.randn(64, 320, generator=generator).to(DEVICE)
     targets = torch.randint(320, (64, 1), generator=generator).to(DEVICE)
     arguments = targets, torch.ones(1, device=DEVICE), SOFTCAPS[cap]
-    for ours, twins in zip(compiled(TWINS).loss_and_grad(logits.clone(), *arguments)[:2],
+    for ours, references in zip(compiled(REFERENCES).loss_and_grad(logits.clone(), *arguments)[:2],
                            softcapped_loss_and_grad(logits.clone(), *arguments)[:2]):
-        torch.testing.assert_close(ours, twins, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, references, rtol=1e-5, atol=1e-5)
     torch._dynamo.reset()
 
 
 def test_everything_but_the_products_is_compiled():
     """And the kernel, which is one already, is left alone: a graph around it might copy logits."""
-    assert not set(compiled(TWINS, backend="eager")) & set(TWINS)
+    assert not set(compiled(REFERENCES, backend="eager")) & set(REFERENCES)
     loss_and_grad, quantize = compiled(KERNELS, backend="eager")
     assert loss_and_grad is triton_loss_and_grad and quantize is not KERNELS.quantize
 
@@ -301,7 +301,7 @@ def test_fp8_rounds_what_a_layer_in_fp8_would(dtype, tolerance, triton):
     expected = F.cross_entropy(CURVES["sigmoid"](z), targets.flatten(), reduction="sum") / 64
     truth = torch.autograd.grad(expected, (half, w))
     got = chunked(half, w, targets, (1.0,), "sigmoid", dtype=dtype, fp8_factors=factors, size=48,
-                  bodies=KERNELS if triton else TWINS) / 64
+                  bodies=KERNELS if triton else REFERENCES) / 64
     torch.testing.assert_close(got, expected, rtol=1e-3 if dtype == torch.bfloat16 else 1e-6,
                                atol=0)
     for ours, theirs in zip(torch.autograd.grad(got, (half, w)), truth):
@@ -347,7 +347,7 @@ def chunk(cap: str, V: int, dtype=torch.float32, N=5, K=3):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("V", [7, 64, 257, 5003])  # 5003: two blocks, the second not full
 @pytest.mark.parametrize("cap", SOFTCAPS)
-def test_kernel_is_its_twin(cap, V, dtype):
+def test_kernel_is_its_reference(cap, V, dtype):
     logits, *rest = chunk(cap, V, dtype)
     loss, grad, _ = softcapped_loss_and_grad(logits.clone(), *rest)
     ours = logits.clone()
@@ -411,7 +411,7 @@ def test_operators_keep_what_they_say_to_the_compiler():
                           test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("bodies", [TWINS, pytest.param(KERNELS, marks=needs_triton)])
+@pytest.mark.parametrize("bodies", [REFERENCES, pytest.param(KERNELS, marks=needs_triton)])
 @pytest.mark.parametrize("fp8", [None, (2.0, 32.0, 448.0)])
 def test_shapes_and_dtypes_of_a_row_of_64k_tokens(bodies, fp8):
     """Tensors without memory take a GPU's way: products of bf16 that add up in fp32."""
@@ -457,7 +457,7 @@ def test_kernels_compile_for_gpus(tmp_path):
 @pytest.mark.parametrize("fp8", [None, (4.48, 280.0, 448 / 0.75)])
 @pytest.mark.parametrize("cap", ["none", "tanh", "sigmoid"])
 def test_kernel_at_full_size(cap, fp8):
-    """50,304 rows: against the twin, and against the memory it may take."""
+    """50,304 rows: against the reference, and against the memory it may take."""
     from kernels.fp8 import has_fp8
     if fp8 and not has_fp8(torch.device("cuda")):
         pytest.skip("this GPU does not multiply fp8")
@@ -466,7 +466,7 @@ def test_kernel_at_full_size(cap, fp8):
     w = 0.1 * torch.randn(50_304, 768, generator=generator, device="cuda")
     targets = torch.randint(50_304, (8, 2048), generator=generator, device="cuda")
     results = []
-    for bodies in (TWINS, KERNELS):
+    for bodies in (REFERENCES, KERNELS):
         x.grad = w.grad = None
         x.requires_grad_(), w.requires_grad_()
         torch.cuda.reset_peak_memory_stats()
@@ -478,5 +478,5 @@ def test_kernel_at_full_size(cap, fp8):
         results.append((loss.detach(), x.grad.float(), w.grad))
     assert peak < 3.5e9
     torch.testing.assert_close(*(loss for loss, _, _ in results), rtol=1e-4, atol=0)
-    for twin, ours in list(zip(*results))[1:]:
-        assert (ours - twin).norm() < (0.03 if fp8 else 0.01) * twin.norm()
+    for reference, ours in list(zip(*results))[1:]:
+        assert (ours - reference).norm() < (0.03 if fp8 else 0.01) * reference.norm()

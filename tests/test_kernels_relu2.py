@@ -1,5 +1,5 @@
 """relu(x W1^T)^2 W2^T with the activations in the products, against float64; in Triton's
-interpreter or on a GPU. The oracle is the plain twin and torch's own gradients of it."""
+interpreter or on a GPU. The oracle is the plain reference and torch's own gradients of it."""
 
 import pytest
 import torch
@@ -82,9 +82,9 @@ def test_the_activation_is_rounded_once(N, C, F, dtype):
     assert ((dh - 2 * r * product).abs() <= 2 * r * allowed + tiny).all()
 
 
-def test_fp16_and_bf16_are_no_worse_than_the_plain_twin():
-    """y is rounded once where the twin rounds h and y. fp16 only in the interpreter: it cuts bf16
-    off, so there the two differ by rounding itself."""
+def test_fp16_and_bf16_are_no_worse_than_the_plain_reference():
+    """y is rounded once where the reference rounds h and y. fp16 only in the interpreter: it cuts
+    bf16 off, so there the two differ by rounding itself."""
     dtype = torch.float16 if INTERPRET else torch.bfloat16
     inputs, grad = arguments(160, 64, 128, dtype)
     exact = in_float64(inputs, grad)
@@ -216,7 +216,7 @@ def test_it_compiles_for_gpus(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu_at_the_trainers_shapes(compiled):
-    """bf16, by itself and inside compiled code, no further from fp64 than the twin."""
+    """bf16, by itself and inside compiled code, no further from fp64 than the reference."""
     torch._dynamo.reset()
     inputs, grad = arguments(8192, 768, 3072, torch.bfloat16)
     ours = with_gradients(torch.compile(mlp_relu2, fullgraph=True) if compiled else mlp_relu2,

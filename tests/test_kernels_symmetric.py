@@ -193,7 +193,7 @@ def test_they_compile_for_gpus(tmp_path):
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("K, m, n", [(12, 768, 768), (4, 768, 3072), (2, 1600, 1600)])
 def test_on_a_gpu_at_the_trainers_shapes(K, m, n):
-    """bf16, by themselves and inside compiled code, no further from fp64 than the twins."""
+    """bf16, by themselves and inside compiled code, no further from fp64 than the references."""
     X = random(K, m, n, dtype=torch.bfloat16) / n**0.5
     wide = X.double()
     exact = wide @ wide.mT

@@ -14,8 +14,8 @@ import torch
 import kernels
 import recipes
 import train_gpt
-import trainer.data
 from conftest import ROOT, clean_environment, start, tiny_options
+from data import fineweb
 from data.shards import read_shard, write_shard
 from model import GPT, init_weights
 from records.log import parse
@@ -208,10 +208,10 @@ def test_as_many_rows_as_the_memory_holds(gib, seq_len, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * 2**30)
     recipe = SimpleNamespace(model=SimpleNamespace(seq_len=seq_len, num_layers=12, model_dim=768))
     gpu = torch.device("cuda", 0)
-    tokens, recomputed = fit_memory(recipe, options.Run(), gpu)
+    tokens, recomputed = fit_memory(recipe, options.RunOptions(), gpu)
     assert (micro_batch_rows(512, seq_len, tokens), recomputed) == expected
     tokens, recomputed = fit_memory(
-        recipe, options.Run(recompute="on", micro_batch_tokens=2048), gpu)
+        recipe, options.RunOptions(recompute="on", micro_batch_tokens=2048), gpu)
     rows = micro_batch_rows(512, seq_len, tokens)
     assert (rows, recomputed) == (max(1, 2048 // seq_len), 12)
 
@@ -225,7 +225,7 @@ def test_rows_come_in_equal_parts_of_at_most_64k_tokens(num_rows, seq_len, rows)
 
 
 def test_without_a_compiler_it_runs_eager_and_says_so(monkeypatch):
-    on = options.Run(compile="on")
+    on = options.RunOptions(compile="on")
     monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     compiled, how = compiling.wants_compile(on, ONE.device)
     assert not compiled and "no C++ compiler" in how
@@ -347,7 +347,7 @@ def test_as_many_shards_are_fetched_as_the_run_takes(tmp_path, monkeypatch):
             write_shard(files[-1], tokens)
         return files[1:], files[:1]
 
-    monkeypatch.setattr(trainer.data.fineweb, "ensure", ensure)
+    monkeypatch.setattr(fineweb, "ensure", ensure)
     run, recipe = options.parse(
         ["--record", "29", "--scale", "full", "--seq_len", "64", "--batch_tokens", "128",
          "--num_iterations", "20", "--val_tokens", "256", "--val_seq_len", "64",
@@ -376,7 +376,7 @@ def test_no_network_is_one_line(monkeypatch, capsys):
     def ensure(num_shards, folder):
         raise OSError("cannot reach the hub; without a network: --scale pocket")
 
-    monkeypatch.setattr(trainer.data.fineweb, "ensure", ensure)
+    monkeypatch.setattr(fineweb, "ensure", ensure)
     for words in ([], ["--prepare"]):
         assert train_gpt.main(["--record", "8", "--scale", "full", "--device", "cpu", *words]) == 2
         assert capsys.readouterr().err.splitlines() == [

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import recipes
-from data import corpus, fineweb
+from data.sources import source_of
 from model import GPT
 from trainer import checkpoint
 
@@ -33,14 +33,6 @@ def load_model(run: str) -> tuple[GPT, recipes.Recipe]:
     return model.eval(), recipe
 
 
-def codec(vocab_size: int):
-    """(encode, decode, BOS) of the corpus that a vocabulary belongs to."""
-    if vocab_size == corpus.VOCAB_SIZE:
-        return corpus.encode, corpus.decode, corpus.BOS
-    encoding = fineweb.gpt2_encoding()
-    return encoding.encode_ordinary, encoding.decode, fineweb.BOS
-
-
 @torch.compiler.set_stance("force_eager")  # every length would be a graph of its own
 @torch.no_grad()
 def generate(model: GPT, prompt: str, num_tokens: int, temperature: float, seed: int,
@@ -50,10 +42,11 @@ def generate(model: GPT, prompt: str, num_tokens: int, temperature: float, seed:
     temperature 0 takes the likeliest token every time. Sampling is on the CPU, from `seed`.
     """
     config = model.config
-    encode, decode, bos_id = codec(config.vocab_size)
+    source = source_of(config.vocab_size)
+    encode, decode = source.codec()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    tokens = [bos_id, *map(int, encode(prompt))]
+    tokens = [source.bos_id, *map(int, encode(prompt))]
     written: list[int] = []
     model.eval()
     for _ in range(num_tokens):
@@ -65,7 +58,7 @@ def generate(model: GPT, prompt: str, num_tokens: int, temperature: float, seed:
             top, index = logits_V.topk(min(top_k, config.vocab_size))
             chosen = torch.multinomial((top / temperature).softmax(0), 1, generator=generator)
             token = int(index[chosen])
-        if token == bos_id:
+        if token == source.bos_id:
             break
         tokens.append(token)
         written.append(token)

@@ -15,12 +15,12 @@ from data.loader import Batch
 from kernels.loss import compiled
 from model import GPT, Phase
 from recipes import Recipe, batch_shape
-from trainer import options
 from trainer.dist import World
 from trainer.memory import dummy_batch, local_rows, micro_batch_rows
+from trainer.options import RunOptions
 
 
-def wants_compile(run: options.Run, device: torch.device) -> tuple[bool, str]:
+def wants_compile(run: RunOptions, device: torch.device) -> tuple[bool, str]:
     """(whether to compile the model, the reason to print)."""
     if run.compile == "off":
         return False, "eager (--compile off)"
@@ -35,7 +35,7 @@ def wants_compile(run: options.Run, device: torch.device) -> tuple[bool, str]:
     return True, f"torch.compile, {layers} a graph"
 
 
-def compiles_optimizer(run: options.Run, device: torch.device) -> bool:
+def compiles_optimizer(run: RunOptions, device: torch.device) -> bool:
     """Fused, an update reads and writes each number once: record #62 on one of eight ranks takes
     159 kernels instead of 603 (bench/NULL_GPU.md)."""
     wanted = {"on": True, "off": False, "auto": device.type == "cuda"}[run.compile_optimizer]

@@ -3,18 +3,15 @@ suffice, before step 0."""
 
 import hashlib
 import math
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from data import corpus, fineweb
 from data.loader import Loader, OutOfTokens, check_enough_tokens, val_batches
 from data.shards import check_disjoint, data_digest
+from data.sources import SOURCES, source_of
 from recipes import Recipe, batch_shape
 from trainer.dist import World
-
-FINEWEB_DIR = Path(fineweb.__file__).resolve().parent / "fineweb10B"
 
 
 @dataclass(frozen=True)
@@ -32,36 +29,30 @@ def find_data(recipe: Recipe, data_dir: str | None = None) -> Data:
 
     Raises FileNotFoundError or ValueError where there are none, or too few tokens.
     """
-    bos_id = corpus.BOS if recipe.corpus == "built-in" else fineweb.BOS
     if data_dir is not None:
-        folder = Path(data_dir)
+        source, folder = source_of(recipe.model.vocab_size), Path(data_dir)
         found = {part: sorted(folder.glob(f"*{part}*.bin")) for part in ("train", "val")}
         for part, files in found.items():
             if not files:
                 raise FileNotFoundError(f"--data_dir: expected *{part}*.bin in "
                                         f"{folder.resolve()}, found none")
         train_files, val_files = found["train"], found["val"]
-        # The folder's tokens need not be the recipe's: bytes or GPT-2 tokens, by the vocabulary.
-        of_bytes = recipe.model.vocab_size == corpus.VOCAB_SIZE
-        bos_id = corpus.BOS if of_bytes else fineweb.BOS
-    elif recipe.corpus == "built-in":
-        built = corpus.build()
-        if built.note:
-            print(f"corpus: {built.note}", file=sys.stderr)
-        train_files, val_files = list(built.train_files), list(built.val_files)
+        check_data(recipe, train_files, val_files, source.bos_id)
     else:
+        source = SOURCES[recipe.corpus]
         # 100M tokens a shard, less those that no step uses: a shard's tail and, from record #26 on,
         # tokens before the next document and the ends of long ones.
         num_shards = math.ceil(recipe.total_tokens / 1e8)
         while True:
-            train_files, val_files = fineweb.ensure(num_shards, FINEWEB_DIR)
+            train_files, val_files = source.files(num_shards)
             try:
-                check_data(recipe, train_files, val_files, bos_id)
+                check_data(recipe, train_files, val_files, source.bos_id)
                 break
             except OutOfTokens:
+                if not source.grows:
+                    raise
                 num_shards += 1
-    check_data(recipe, train_files, val_files, bos_id)
-    return Data(train_files, val_files, bos_id, data_digest([*train_files, *val_files]))
+    return Data(train_files, val_files, source.bos_id, data_digest([*train_files, *val_files]))
 
 
 def check_data(recipe: Recipe, train_files: list[Path], val_files: list[Path],

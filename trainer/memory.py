@@ -12,15 +12,15 @@ from torch import Tensor
 
 from data.loader import Batch, rank_rows, row_documents
 from recipes import Recipe
-from trainer import options
 from trainer.dist import World
+from trainer.options import RunOptions
 
 # Bytes that backward keeps of a token, for each layer and channel: 39 to 49 measured with compiled
 # layers (bench/memory.py). A checkpointed layer keeps its input alone.
 KEPT_BYTES, INPUT_BYTES = 50, 4
 
 
-def fit_memory(recipe: Recipe, run: options.Run, device: torch.device) -> tuple[int, int]:
+def fit_memory(recipe: Recipe, run: RunOptions, device: torch.device) -> tuple[int, int]:
     """(tokens of a micro-batch, layers that backward computes again), by the free memory.
 
     On a GPU as many tokens as fit, up to 64 rows of 1,024 as in the records. Packed recipes have

@@ -2,9 +2,9 @@
 
     python train_gpt.py --record 6 --scale pocket --num_iterations 50 --seed 7
 
-Two kinds of options. Those of the run (`Run`) never change what is trained except by choosing the
-recipe and the seed. Those of the recipe are its fields, by name: whoever sets one trains something
-else, and the log says so. Everything is checked before anything starts; nothing is ignored.
+Two kinds of options. Those of the run (`RunOptions`) choose the recipe and the seed and change
+nothing else of what is trained. Those of the recipe are its fields, by name; setting one trains
+something else, and the log says so. All are checked before anything starts; none is ignored.
 """
 
 import difflib
@@ -24,7 +24,7 @@ def _option(default, text: str):
 
 
 @dataclass(frozen=True)
-class Run:
+class RunOptions:
     """Options of the run, not of the recipe."""
 
     record: int | None = _option(
@@ -36,14 +36,14 @@ class Run:
     device: str = _option("auto", "cuda or cpu; auto: cuda where there is one")
     compile: str = _option("auto", "on or off: torch.compile; auto: on for GPUs, off on CPU")
     compile_layers: int = _option(
-        1, "layers that torch.compile takes at once, 0: all; 1 lets reductions overlap most")
+        1, "layers per compiled graph, 0: all; with 1 reductions overlap most")
     compile_optimizer: str = _option(
         "auto", "on or off: fuse the optimizer's updates too; auto: on for GPUs")
     micro_batch_tokens: int | None = _option(
-        None, "tokens a rank computes at once; default: what the memory allows")
+        None, "micro-batch size in tokens per rank; default: by the free memory")
     recompute: str = _option(
-        "auto", "on or off: backward computes layers again, for less memory; auto: as many as "
-                "must, for a row to fit")
+        "auto", "on or off: activation checkpointing, for less memory; auto: as many layers as a "
+                "row needs to fit")
     data_dir: str | None = _option(
         None, "folder with *train*.bin and *val*.bin to use in place of the recipe's corpus")
     log_dir: str = _option("logs", "folder of the log and the trained model")
@@ -54,11 +54,11 @@ class Run:
         None, "auto: go on from the newest checkpoint of this recipe and seed in --log_dir, or "
               "start; or the path of one")
     timeout_s: float = _option(
-        60.0, "how long ranks wait for each other, from the first step on; then one is lost")
+        60.0, "timeout of collectives in seconds, from the first step on")
     kernels: str = _option(
-        "none", "of symmetric, relu2 and loss, as relu2,loss: what runs in Triton; or none")
+        "none", "Triton kernels to use, of symmetric, relu2 and loss, as relu2,loss; or none")
     profile: int = _option(
-        0, "profile so many steps, print where their time went, write a trace, stop; no record")
+        0, "profile so many steps, print a table, write a trace, stop; no record")
     wandb: bool = _option(False, "log to Weights & Biases as well (WANDB_MODE=offline works)")
     prepare: bool = _option(False, "check the options, get the data, stop before training")
 
@@ -68,7 +68,7 @@ class Run:
 
 
 class OptionError(ValueError):
-    """A command line that cannot be run; its message is one line for the person who typed it."""
+    """A wrong command line; the message is one line."""
 
 
 def _parse(name: str, text: str, kind) -> object:
@@ -110,13 +110,13 @@ def recipe_kinds() -> dict[str, object]:
     return own | _kinds(GPTConfig)
 
 
-def parse(argv: list[str], *, has_cuda: bool) -> tuple[Run, Recipe]:
+def parse(argv: list[str], *, has_cuda: bool) -> tuple[RunOptions, Recipe]:
     """The run and the resolved recipe that a command line asks for.
 
     Raises OptionError (one line: what is wrong, what was expected) for anything unknown,
     misspelt, ill-typed or out of range.
     """
-    run_kinds, of_recipe = _kinds(Run), recipe_kinds()
+    run_kinds, of_recipe = _kinds(RunOptions), recipe_kinds()
     given_run, given_recipe = {}, {}
     words = list(argv)
     while words:
@@ -140,12 +140,12 @@ def parse(argv: list[str], *, has_cuda: bool) -> tuple[Run, Recipe]:
             else:
                 value = words.pop(0)
         (given_run if name in run_kinds else given_recipe)[name] = _parse(name, value, kind)
-    run = Run(**given_run)
+    run = RunOptions(**given_run)
     _check_run(run, has_cuda)
     return run, _resolve(run, given_recipe, has_cuda)
 
 
-def _check_run(run: Run, has_cuda: bool) -> None:
+def _check_run(run: RunOptions, has_cuda: bool) -> None:
     def one_of(name: str, choices) -> None:
         got = getattr(run, name)
         if got not in choices:
@@ -188,7 +188,7 @@ def _check_run(run: Run, has_cuda: bool) -> None:
                           f"got {run.micro_batch_tokens}")
 
 
-def _resolve(run: Run, changes: dict, has_cuda: bool) -> Recipe:
+def _resolve(run: RunOptions, changes: dict, has_cuda: bool) -> Recipe:
     on_gpu = run.device == "cuda" or (run.device == "auto" and has_cuda)
     scale = run.scale if run.scale != "auto" else ("full" if on_gpu else "pocket")
     if scale == "full" and not on_gpu and run.device != "cpu" and not run.prepare:
@@ -237,7 +237,7 @@ def help_text() -> str:
         f"Scales: {', '.join(SCALES)}.",
         "",
         "Options of the run:",
-        rows((f.name, f.metadata["help"]) for f in fields(Run)),
+        rows((f.name, f.metadata["help"]) for f in fields(RunOptions)),
         "",
         "Fields of the recipe (with their values at pocket scale); setting one trains",
         "something else, and the log says so:",
