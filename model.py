@@ -1,8 +1,8 @@
 """The model: GPT-2's shape with what the speedrun found, each idea an `if` on the config.
 
 `forward` reads from top to bottom as the model computes: GPT embeds tokens and runs the blocks, a
-Block is Attention and MLP on the residual stream, the head gives the loss. Every idea is guarded by
-its field of GPTConfig and stands where it acts, with the record that brought it and its source.
+Block is Attention and MLP on the residual stream, the head gives the loss. Every idea is an `if` on
+its field of GPTConfig, where it acts, with the record that brought it and its source.
 
 To add an idea: a field in GPTConfig, an `if` where it acts, and, if it has parameters, one line
 each in `parameter_table` (initialisation, and role for the optimizer). recipes.py turns it on.
@@ -37,7 +37,7 @@ GATE_DIM = 12  # first channels of the stream, which gates look at (#28)
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """What a model is. Defaults: record #2 (2024-06-06), GPT-2's size with rotary positions."""
+    """Hyper-parameters of the model. Defaults: GPT-2 (124M) with rotary positions, as in #2."""
 
     # sizes
     num_layers: int = 12
@@ -91,7 +91,7 @@ class GPTConfig:
     # layers left out
     drop_attention: bool = False    # the layer behind the middle has no attention (#17)
     drop_mlp: bool = False          # the first layer has no MLP (#30)
-    drop_first: bool = False        # the first layer is gone; num_layers counts what is left (#35)
+    drop_first: bool = False        # no first layer; num_layers counts the others (#35)
 
     # MLP, head, loss
     activation: str = "gelu"        # gelu, gelu_tanh (#1), or relu2 (#5)
@@ -161,7 +161,7 @@ CHOICES = {
 
 
 class Phase(NamedTuple):
-    """What of a model changes while it trains; see recipes.phase."""
+    """Settings of the model that change while it trains; see recipes.phase."""
 
     window: int | None = None           # tokens that a long layer sees, self included
     short_window: int | None = None     # and a short one
@@ -170,7 +170,7 @@ class Phase(NamedTuple):
     tied: bool = False                  # the embedding is the head's table for now (#51)
 
 
-# --- which layer has what: derived from num_layers ------------------------------------------------
+# --- the layers: derived from num_layers ----------------------------------------------------------
 
 class Layer(NamedTuple):
     """How one layer differs from the others."""
@@ -181,7 +181,7 @@ class Layer(NamedTuple):
 
 
 def layer_plan(config: GPTConfig) -> list[Layer]:
-    """One Layer for each of num_layers; with 12 (11 where the first is gone) as in the records."""
+    """One Layer for each of num_layers; with 12 (11 without the first) as in the records."""
     L = config.num_layers
     long = {L // 3, L - 1} | (set() if config.drop_first else {0})
     if config.windows == "one":
@@ -230,7 +230,7 @@ def parameter_table(config: GPTConfig) -> dict[str, tuple[str, Init]]:
     """Pattern of a parameter's name -> (role, initialisation).
 
     The role chooses the parameter's optimizer group, see recipes.optimizer_groups. A parameter that
-    no pattern fits is refused, since it would train from garbage or by somebody else's rule.
+    no pattern fits is refused.
     """
     c, dim = config, config.model_dim
     zero = Init("constant", 0.0)
@@ -528,7 +528,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: what other layers contribute to the stream, then attention and MLP."""
+    """One layer: skips and embeddings into the stream, then attention and MLP."""
 
     def __init__(self, config: GPTConfig, index: int, layer: Layer, triton_mlp: bool = False):
         super().__init__()
@@ -628,7 +628,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def set_phase(self, phase: Phase) -> None:
-        """Take what `phase` says; call it when the phase changes. A few small kernels, and the
+        """Switch to `phase`. A few small kernels, and the
         rotary tables only where the windows that they follow changed; no sync with the host."""
         if self.phase is None or phase.yarn_windows != self.phase.yarn_windows:
             self.set_rotary(phase.yarn_windows)
@@ -730,7 +730,7 @@ class GPT(nn.Module):
 
     def final_norm(self, x_BTC: Tensor, outputs: dict[int, Tensor]) -> Tensor:
         c = self.config
-        if c.backout:  # (#40) what served in the middle need not reach the head
+        if c.backout:  # (#40) take back what the middle layers needed and the head does not
             x_BTC = x_BTC - self.backout_lambda * outputs[backout_layer(c)]
         return self.ln(x_BTC) if c.layer_norm else norm(x_BTC, c.norm_eps)
 

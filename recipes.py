@@ -23,7 +23,7 @@ class Recipe:
     record: int = 2
     title: str = ""
     scale: str = "full"             # full, pocket
-    track: str = "short"            # whose record table the run stands against
+    track: str = "short"            # of the record table that the run is compared with
     corpus: str = "fineweb"         # fineweb (GPT-2 tokens) or built-in (bytes)
     model: GPTConfig = field(default_factory=GPTConfig)
 
@@ -87,7 +87,7 @@ class Recipe:
     window_range: tuple[int, ...] = ()  # from, to, in steps of: grows linearly (#13)
     window_stages: tuple[int, ...] = ()     # blocks in each third (#29)
     window_block: int = 128
-    window_edge: str = "exact"      # what a window means; see `seen_keys`
+    window_edge: str = "exact"      # what a window means; see `window_in_keys`
     extension_window: int | None = None     # blocks in the extension (#42); none: as before
     final_window: int | None = None     # blocks at the last validation, with YaRN (#31)
     final_long: int | None = None   # blocks of long layers there, without YaRN (#36)
@@ -329,7 +329,7 @@ _record(14, "Value embeddings", after=13,
         value_residual=False, value_embeds="all",
         num_iterations=1530, cooldown_steps=600)
 
-# 2024-12-08. A mask of blocks besides that of tokens; see `seen_keys`.
+# 2024-12-08. A mask of blocks besides that of tokens; see `window_in_keys`.
 _record(15, "Value embeddings mirrored over depth", after=14,
         value_embeds="mirror", value_mix="two",
         momentum_form="ema", window_edge="block",
@@ -398,8 +398,8 @@ _record(29, "Varlen attention, documents cut at 2048", after=27,
 _record(31, "YaRN while the window grows", after=29,
         drop_mlp=True, yarn=True, attn_scale=0.1, final_window=13, cooldown_steps=835)
 
-# 2025-09-29. With #32 to #37: sigmoid skips, smear, the first layer left out, an extension whose
-# learning rate stands at final_lr_frac (0.10018 there).
+# 2025-09-29. With #32 to #37: sigmoid skips, smear, the first layer left out, an extension at
+# a learning rate of final_lr_frac (0.10018 there).
 _record(38, "Polar Express", after=31,
         num_layers=11, drop_first=True, drop_mlp=False, unet="sigmoid", smear=True,
         head_dtype="bf16",
@@ -534,7 +534,7 @@ SCALES = {"full": lambda recipe: recipe, "pocket": pocket}
 # --- schedules: what changes from step to step ----------------------------------------------------
 
 def _part(step: int, num_parts: int, recipe: Recipe) -> int:
-    """Which of num_parts equal parts of the scheduled steps `step` lies in."""
+    """Index of `step` among num_parts equal parts of the scheduled steps."""
     return min(step * num_parts // recipe.scheduled_steps, num_parts - 1)
 
 
@@ -595,7 +595,7 @@ def windows(step: int, recipe: Recipe, *, last: bool = False) -> tuple[int, int]
     return short, long
 
 
-def seen_keys(window: int, recipe: Recipe) -> int:
+def window_in_keys(window: int, recipe: Recipe) -> int:
     """Keys that a query sees, itself included, through a window as records count it.
 
     flash: one more, since flash attention counts the keys before the query (#29 on). block: from
@@ -643,21 +643,22 @@ def untie_step(recipe: Recipe) -> int:
 
 
 def _phase(step: int, recipe: Recipe, last: bool, weights: tuple[float, ...]) -> Phase:
-    short, long = windows(step, recipe, last=last) or (None, None)
+    found = windows(step, recipe, last=last)
+    short, long = (window_in_keys(w, recipe) for w in found) if found else (None, None)
     return Phase(
-        window=long and seen_keys(long, recipe), short_window=short and seen_keys(short, recipe),
+        window=long, short_window=short,
         yarn_windows=_yarn_windows(step, recipe, last), target_weights=weights,
         tied=recipe.tie_first and step < untie_step(recipe))
 
 
 def phase(step: int, recipe: Recipe) -> Phase:
-    """What the model is told for the training of `step`."""
+    """The model's phase in the training step `step`."""
     return _phase(step, recipe, False, _target_weights(step, recipe))
 
 
 def eval_phase(step: int, recipe: Recipe) -> Phase:
-    """What it is told for the validation before `step`: one target, and at the end the windows that
-    some records keep for the last validation."""
+    """The phase of the validation before `step`: one target, and at the end the windows that some
+    records keep for the last validation."""
     return _phase(step, recipe, step == recipe.num_iterations, (1.0,))
 
 
@@ -672,8 +673,8 @@ def phase_steps(recipe: Recipe) -> list[int]:
     return list(kinds.values())
 
 
-def _at_rest(step: int, recipe: Recipe) -> bool:
-    """Whether scalars stand still: just after windows, batch or targets changed (#52)."""
+def _scalars_frozen(step: int, recipe: Recipe) -> bool:
+    """Whether scalars are frozen: just after windows, batch or targets changed (#52)."""
     starts = [-(-third * recipe.scheduled_steps // 3) for third in (1, 2, 3)]
     return any(0 <= step - start < recipe.freeze_steps for start in starts)
 
@@ -707,7 +708,7 @@ def group_schedule(step: int, role: str, recipe: Recipe) -> dict[str, float | bo
     if _is_muon(role, recipe):
         settings["momentum"] = momentum(step, recipe)
     if role == "scalar" and recipe.freeze_steps:
-        settings["frozen"] = _at_rest(step, recipe)
+        settings["frozen"] = _scalars_frozen(step, recipe)
     return settings
 
 
@@ -775,7 +776,7 @@ def enter_phase(model: GPT, optimizer, new: Phase) -> None:
 # --- as JSON --------------------------------------------------------------------------------------
 
 def to_dict(recipe: Recipe) -> dict:
-    """The resolved recipe, as it stands in the log."""
+    """The resolved recipe, as the log has it."""
     return dataclasses.asdict(recipe)
 
 

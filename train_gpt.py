@@ -220,7 +220,7 @@ def validate(s: TrainState) -> float:
     s.model.set_phase(recipes.eval_phase(s.step, s.recipe))
     try:
         val_loss = evaluate(s.model, s.recipe, s.data, s.world, s.micro_tokens)
-    except (ValueError, OSError) as error:  # a shard is gone: the others wait for this rank's sum
+    except (ValueError, OSError) as error:  # a missing shard: the others wait for this sum
         s.status.local_fault = str(error)
         nan = torch.full((), math.nan, dtype=torch.float64, device=s.world.device)
         val_loss = s.world.sum(nan).item()

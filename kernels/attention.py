@@ -60,8 +60,8 @@ def describe_attention(device: torch.device, config) -> str:
 
 
 def document_ids(tokens_BT: Tensor, bos_id: int) -> Tensor:
-    """(B, T): a running number of the document a token is in. `bos_id` opens a document; what
-    stands before the first one in a row is document 0."""
+    """(B, T): a running number of the document a token is in. `bos_id` opens a document;
+    tokens before the first one in a row are document 0."""
     return (tokens_BT == bos_id).cumsum(1)
 
 

@@ -335,7 +335,7 @@ def _sweep(products, targets_NK: Tensor, weights_K: Tensor, softcap: Softcap,
         losses.append(loss_n)
         if grads is not None:
             products.add_grads(rows, *g, *grads)
-        del logits_nV, g  # or the next chunk's would come to stand beside them
+        del logits_nV, g  # else the next chunk's are allocated beside them
     return torch.cat(losses).sum()
 
 

@@ -16,7 +16,7 @@ Deliberate differences of the recipes, with their sizes:
             2^-9 of each
     #10-#17 scalars are fp32, bf16 there: 2^-9 of each
     #14-#16 rotary tables are fp32, nominally bf16 there: angles up to 2^-9 off
-    #15-#27 each query sees the mean number of keys: up to 64 keys more or fewer there (`seen_keys`)
+    #15-#27 each query sees the mean number of keys, up to 64 more or fewer there (window_in_keys)
     #17, #19-#23 tables keep 50,304 rows, 50,257 there: 47 rows that no token reads
     #19, #21-#24, #38, #41 a window grows one step earlier: 4 steps of 1,395 in #19, 1 in the others
     #38-#62 softcap and cross-entropy of fp32 numbers, bf16 there in training until #53: 2^-9 of a
@@ -508,7 +508,7 @@ def test_windows_at_every_step(record, facts):
     (3 * 128, 29, 3 * 128 + 1),     # flash attention: so many before the query, and itself
 ])
 def test_keys_seen_through_a_window(window, record, keys):
-    assert recipes.seen_keys(window, RECORDS[record]) == keys
+    assert recipes.window_in_keys(window, RECORDS[record]) == keys
 
 
 @pytest.mark.parametrize("record", [15, 16, 24])
@@ -521,7 +521,7 @@ def test_a_window_of_blocks_is_the_mean_of_what_queries_saw(record):
             row = range(n * block, (n + 1) * block)     # queries of a later block: all look alike
             saw = [sum(q // block - k // block < n and q - k < window for k in range(q + 1))
                    for q in row]
-            assert recipes.seen_keys(window, recipe) == sum(saw) // block
+            assert recipes.window_in_keys(window, recipe) == sum(saw) // block
 
 
 @pytest.mark.parametrize("record", LADDER)

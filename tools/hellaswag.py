@@ -1,11 +1,11 @@
-"""What a model that was trained here knows of everyday life: its HellaSwag score.
+"""HellaSwag score of a model that was trained here.
 
     python -m tools.hellaswag logs/RUN              the 10,042 validation scenes, fetched once
     python -m tools.hellaswag logs/RUN --limit 500  the first of them, on a CPU
     python -m tools.hellaswag logs/RUN --file FILE  scenes of a file, without a network
 
-A scene has four endings, one of them right (Zellers et al. 2019). The model takes the one whose
-tokens it finds likeliest: in the mean ("normalised", the figure that is quoted) or in the sum.
+A scene has four endings, one of them right (Zellers et al. 2019). The model takes the one with the
+likeliest tokens: in the mean ("normalised", the figure that is quoted) or in the sum.
 Chance is 25%; OpenAI's GPT-2 (124M) takes 29.55% by the mean and 28.59% by the sum as llm.c
 measured it: this way, but without the token that opens a document, which these models know.
 """
@@ -97,7 +97,7 @@ def ending_losses(model: GPT, rows: Sequence[tuple[list[int], int]]) -> torch.Te
     """(rows, 2), fp64 on the CPU: sum and mean over the ending's tokens of their losses in nats."""
     device, bos_id = next(model.parameters()).device, model.config.bos_id
     longest = max(len(tokens) for tokens, _ in rows)
-    # Padding stands behind the ending, where causal attention does not see it.
+    # Padding comes after the ending, where causal attention does not see it.
     padded = torch.tensor([tokens + [bos_id] * (longest - len(tokens)) for tokens, _ in rows])
     counts = torch.tensor([count for _, count in rows])
     last = torch.tensor([len(tokens) - 1 for tokens, _ in rows])  # targets end there

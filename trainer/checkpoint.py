@@ -48,12 +48,12 @@ def verify(path: Path) -> None:
 def save(path: Path, state: dict) -> None:
     """Write `state` (tensors and plain containers) to `path`, whole or not at all.
 
-    Raises OSError where the disk refuses; what stood at `path` before then still stands there.
+    Raises OSError where the disk refuses; a file that was at `path` before is left as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # held as long as somebody writes: see sweep
+            fcntl.flock(file, fcntl.LOCK_EX)  # held while writing: see sweep
             try:
                 torch.save(state, file)
             except RuntimeError as error:  # what torch makes of a full disk
@@ -115,7 +115,7 @@ def check_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what writers left that were killed: temporary files that nobody holds the lock of."""
+    """Remove temporary files of writers that were killed: those without a lock."""
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError), open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -178,7 +178,7 @@ def newest(folder: Path, wanted: dict, warn: Callable[[str], None]) -> tuple[Pat
             if not path.is_file():
                 raise CheckpointError(f"{path}: points to a file that is not there")
             try:
-                head = _read(path, mmap=True)  # tensors stay on disk: only to see whose it is
+                head = _read(path, mmap=True)  # tensors stay on disk: only the head is read
             except CheckpointError:
                 verify(path)  # knows better words for what is wrong
                 raise
@@ -242,7 +242,7 @@ def resume(what: str | None, folder: Path, mine: dict, say: Callable[[str], None
     if state["world_size"] != mine["world_size"]:
         warn(f"the checkpoint was made by {state['world_size']} ranks, these are "
              f"{mine['world_size']}: the same training up to rounding, not bit for bit")
-    log = path.parent / f"{state['run_id']}.txt"  # as it stands now: its run may have been killed
+    log = path.parent / f"{state['run_id']}.txt"  # without a closing block where its run was killed
     found = hashlib.sha256(log.read_bytes()).hexdigest() if log.is_file() else "log not found"
     head = {key: value for key, value in state.items() if key not in TENSORS}
     return head | {"path": str(path.resolve()), "log_sha256": found}

@@ -31,7 +31,7 @@ FIRST_STEP_TIMEOUT_S = 600.0  # compiling and fetching come before it, and may t
 
 
 class LostRank(RuntimeError):
-    """A collective failed because another rank is gone or hangs; the message names it."""
+    """A collective failed because another rank ended or hangs; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def join_world(device: str) -> Iterator[World]:
 
 class Heartbeat:
     """A thread that publishes this rank's number of updates in the store that the ranks met at, so
-    that a rank that is gone, stopped or stuck can be named by those that wait for it."""
+    that a rank that ended, was stopped or hangs can be named by those that wait for it."""
 
     interval_s = 0.5
     watch_s = 2.5   # between the two looks at the others' heartbeats

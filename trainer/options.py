@@ -223,7 +223,7 @@ def help_text() -> str:
                                       and not hasattr(recipe, name) else recipe, name)))
                  for name in recipe_kinds()]
     return "\n".join([
-        "Train a GPT, by the recipe of a speedrun record, on whatever this machine has.",
+        "Train a GPT by the recipe of a speedrun record, on GPUs or on a CPU.",
         "",
         "  ./run.sh                       the newest recipe; on a CPU "
         f"#{recipes.DEFAULT_POCKET} at pocket scale",

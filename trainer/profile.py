@@ -1,6 +1,6 @@
 """Where the time of a step goes: `python train_gpt.py --profile 5`.
 
-After a few steps that nobody looks at, N steps run under torch.profiler. The first rank writes
+After a few steps that are not counted, N steps run under torch.profiler. The first rank writes
 logs/<run_id>.trace.json.gz (to be opened at ui.perfetto.dev) and prints a table: for each class of
 kernels on a GPU, of operators on a CPU, the time a step, its share, the rate reached and the number
 of calls; then communication that nothing hid and gaps in which nothing ran. Classes are those in
@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, record_function
 from trainer.dist import World
 
 # Steps before the first profiled one: they allocate, and learn the order. The profiler records the
-# last of them too, which nobody counts: its own first use takes time (CUPTI's, on a GPU).
+# last of them too, uncounted: its own first use takes time (CUPTI's, on a GPU).
 WARM_UP = 4
 STEP = "train step"     # the range around each profiled step, in the trace
 
@@ -311,7 +311,7 @@ def table(events: list[dict], vocab_size: int) -> Table:
             phase = _phase(op["ts"], phases)
             kind = operator_class(op["name"], wide(op), phase)
             if around is not None and kinds[id(around)] == "attention":
-                kind = "attention"  # whatever it is made of here
+                kind = "attention"  # by its range, not by its operators
             kinds[id(op)] = kind
             busy.append(_span(op))
             # What an operator calls of its own class is a part of it.

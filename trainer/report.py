@@ -50,7 +50,7 @@ def secrets_here() -> dict[str, str]:
 
 def without_secrets(text: str) -> str:
     """`text` with what must not be published blacked out: values of this environment's secrets,
-    Hugging Face tokens, passwords in URLs, and what stands behind --api_key, token=, password=."""
+    Hugging Face tokens, passwords in URLs, and words after --api_key, token=, password=."""
     for name, value in secrets_here().items():
         text = text.replace(value, f"[{name}]")
     text = re.sub(r"\bhf_[A-Za-z0-9]{16,}", "[token]", text)
@@ -134,7 +134,7 @@ class Screen:
         try:
             tqdm.write(text, file=stream)
             stream.flush()
-        except BrokenPipeError:  # whoever read this is gone: stop as when a terminal goes away
+        except BrokenPipeError:  # the reader has ended: stop as when a terminal closes
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             signal.raise_signal(signal.SIGHUP)
 
@@ -247,7 +247,7 @@ class Reporter:
             return
         try:
             self.wandb_run.log(values, step=step)
-        except Exception as error:  # whatever it is, it is not worth a training run
+        except Exception as error:  # no error of its is worth a training run
             self.screen.line(without_secrets(
                 f"wandb: stopped logging ({type(error).__name__}: {error})"))
             self.wandb_run = None
