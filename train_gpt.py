@@ -43,8 +43,13 @@ from recipes import Recipe, batch_shape
 from tools.sample import generate
 from trainer import checkpoint, options
 from trainer.checkpoint import CheckpointWriter
-from trainer.compile import compile_ahead, compile_segments, compiled_graphs, wants_compile
-from trainer.compile import compiles_optimizer as wants_compiled_optimizer
+from trainer.compile import (
+    compile_ahead,
+    compile_segments,
+    compiled_graphs,
+    wants_compile,
+    wants_compiled_optimizer,
+)
 from trainer.data import Data, describe_files, find_data, make_loader
 from trainer.dist import (
     FIRST_STEP_TIMEOUT_S,

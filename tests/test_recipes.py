@@ -26,6 +26,7 @@ Deliberate differences of the recipes, with their sizes:
             (pocket, after 40 steps)
 """
 
+import dataclasses
 import json
 import math
 
@@ -597,6 +598,18 @@ def test_scalars_rest_after_each_change_in_53_alone():
     assert [r for r, recipe in RECORDS.items() if any(
         recipes.group_schedule(step, "scalar", recipe).get("frozen")
         for step in range(recipe.num_iterations))] == [53]
+
+
+def test_every_field_is_an_idea_of_some_record():
+    """A record that is dropped may leave fields without a user: they are dropped with it."""
+    sizes = {"vocab_size", "mlp_ratio", "bigram_factor", "compute_dtype", "scale", "track", "corpus",
+             "muon_momentum", "momentum_start", "muon_steps", "muon_mode", "window_block",
+             "val_tokens", "target"}
+    unused = {field.name for kind, of in ((type(RECORDS[62].model), lambda r: r.model),
+                                          (recipes.Recipe, lambda r: r))
+              for field in dataclasses.fields(kind)
+              if len({str(getattr(of(recipe), field.name)) for recipe in RECORDS.values()}) == 1}
+    assert unused == sizes
 
 
 # --- pocket scale ---------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def wants_compile(run: RunOptions, device: torch.device) -> tuple[bool, str]:
     return True, f"torch.compile, {layers} a graph"
 
 
-def compiles_optimizer(run: RunOptions, device: torch.device) -> bool:
+def wants_compiled_optimizer(run: RunOptions, device: torch.device) -> bool:
     """Fused, an update reads and writes each number once: record #62 on one of eight ranks takes
     159 kernels instead of 603 (bench/NULL_GPU.md)."""
     wanted = {"on": True, "off": False, "auto": device.type == "cuda"}[run.compile_optimizer]

@@ -33,7 +33,7 @@ from recipes import Recipe, batch_shape
 from records.log import LogError, RunLog, train_line, val_line
 from records.rank import progress
 from records.rank import rank as rank_in_table
-from trainer.compile import compiles_optimizer, wants_compile
+from trainer.compile import wants_compile, wants_compiled_optimizer
 from trainer.dist import World
 from trainer.memory import local_rows, micro_batch_rows
 from trainer.status import StepReport
@@ -289,7 +289,7 @@ def describe_speed(s) -> str:
     recomputed = s.model.recomputed
     return "; ".join([
         wants_compile(s.run, s.world.device)[1]
-        + ", the optimizer too" * compiles_optimizer(s.run, s.world.device),
+        + ", the optimizer too" * wants_compiled_optimizer(s.run, s.world.device),
         f"{rows} row{'s' * (rows > 1)} a micro-batch"
         + (f", {recomputed} of {len(s.model.blocks)} layers computed again in backward"
            if recomputed else ""),
