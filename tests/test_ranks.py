@@ -72,3 +72,75 @@ def test_the_start_of_a_process_counts_from_before_its_imports():
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imports_s, age_s = map(float, said.stdout.split())
     assert imports_s - 0.02 <= age_s <= time.perf_counter() - began + 0.02  # counted in 10 ms
+
+
+class Store:
+    """The calls of torch's store that a heartbeat makes, in one process."""
+
+    def __init__(self):
+        self.values = {}
+
+    def clone(self):
+        return self
+
+    def set_timeout(self, _):
+        pass
+
+    def check(self, keys):
+        return all(key in self.values for key in keys)
+
+    def set(self, key, value):
+        self.values[key] = value.encode()
+
+    def get(self, key):
+        return self.values[key]
+
+    def compare_set(self, key, _, value):
+        return self.values.setdefault(key, value.encode())
+
+
+@pytest.fixture
+def heartbeats(monkeypatch):
+    """heartbeats(count) -> heartbeats of ranks that share a store, forty times as fast."""
+    store, started = Store(), []
+    monkeypatch.setattr(dist, "_get_default_store", lambda: store)
+    monkeypatch.setattr(dist.Heartbeat, "interval_s", 0.0125)
+    monkeypatch.setattr(dist.Heartbeat, "watch_s", 0.25)
+
+    def start(count: int) -> list[dist.Heartbeat]:
+        started.extend(dist.Heartbeat(rank, count) for rank in range(count))
+        return started
+    yield start
+    for heartbeat in started:
+        heartbeat.stop()
+
+
+def test_ranks_that_wait_at_the_same_time_do_not_miss_each_other(heartbeats, capfd):
+    """One of them is saving a checkpoint; both have reached the time at which they would warn."""
+    for heartbeat in heartbeats(2):
+        heartbeat.limit_s = 0.5
+    time.sleep(1.0)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_rank_without_a_heartbeat_is_named_for_what_is_known(heartbeats, capfd):
+    one, two, three = heartbeats(3)
+    for heartbeat in (one, two, three):
+        heartbeat.report(7)
+    two.stop()  # as a process that was stopped, killed, or starved
+    three.limit_s = 0.5
+    time.sleep(1.0)
+    warning = capfd.readouterr().err
+    assert warning.startswith("rank 2: no progress for ")
+    assert warning.endswith(" s after step 7: no heartbeat from rank 1 for 0.25 s\n")
+    assert not one._store.check(["lost"])  # a warning is no verdict for the others
+    assert one.diagnose() == "no heartbeat from rank 1 for 0.25 s"
+    assert three.diagnose() == one.diagnose()
+
+
+def test_a_rank_that_is_behind_is_told_from_one_that_is_gone(heartbeats):
+    one, two = heartbeats(2)
+    one.report(9)
+    two.report(4)
+    time.sleep(0.1)
+    assert one.diagnose() == "rank 1 is still at step 4"
