@@ -181,7 +181,7 @@ def train_step(model: GPT, optimizer: Muon, recipe: Recipe, batch: Batch, micro_
     parameter, and the ranks learn of each other's wish to `stop`.
     """
     divisor = recipe.loss_divisor or global_tokens
-    mean_share = torch.zeros((), device=batch.inputs_BT.device)  # of the mean loss, for the log
+    loss_share = torch.zeros((), device=batch.inputs_BT.device)
     parts = micro_batches(batch, micro_tokens)
     for i, part in enumerate(parts):
         if i == len(parts) - 1:
@@ -189,13 +189,15 @@ def train_step(model: GPT, optimizer: Muon, recipe: Recipe, batch: Batch, micro_
                 status.watch_next_backward()
             if recipe.grad_clip is None:
                 optimizer.arm()  # gradients are complete in this backward: reduce them as they come
-        loss = model(*part)
-        (loss / divisor).backward()
-        mean_share += loss.detach() / global_tokens
+        loss = model(*part) / divisor
+        loss.backward()
+        loss_share += loss.detach()
     if recipe.grad_clip is not None:  # of the mean loss's gradients
         clip_gradients(model, recipe.grad_clip * global_tokens / divisor)
     if status is not None:
-        status.reduce(mean_share, optimizer.nonfinite.any(), stop)
+        if divisor != global_tokens:  # the log has the mean
+            loss_share *= divisor / global_tokens
+        status.reduce(loss_share, optimizer.nonfinite.any(), stop)
     optimizer.step()
     optimizer.zero_grad()
 
