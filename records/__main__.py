@@ -50,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, function: Callable, text: str) -> Callable:
-        sub = commands.add_parser(name, help=text, description=text)
+        older = ["stand"] if name == "rank" else []
+        sub = commands.add_parser(name, help=text, description=text, aliases=older)
         sub.set_defaults(function=function)
         return sub.add_argument
 
