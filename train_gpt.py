@@ -484,7 +484,7 @@ def finish(s: TrainState, reporter: Reporter, log_path: Path, run_id: str, ident
         bytes_only = source_of(s.recipe.model.vocab_size) is SOURCES["built-in"]
         if bytes_only and s.outcome == "complete":  # GPT-2's codec may need a network
             text = PROMPT + generate(s.model, PROMPT, num_tokens=240, temperature=0.7, seed=0)
-        show_end(reporter.screen, s.recipe, result, log_path, text)
+        show_end(s, reporter, result, log_path, text)
     return s.outcome if log_is_whole else "failed"
 
 

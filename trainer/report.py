@@ -346,10 +346,12 @@ def closing_block(s, reporter: Reporter, times: dict[str, float], model_path: Pa
     }
 
 
-def show_end(screen: Screen, recipe: Recipe, result: dict, log_path: Path, text: str) -> None:
-    """Print the result, `text` that the model wrote, and the next command to type."""
-    seconds = float(result["train_time_ms"]) / 1000
-    loss = float(result["final_val_loss"])
+def show_end(s, reporter: Reporter, result: dict, log_path: Path, text: str) -> None:
+    """Print the result, `text` that the model wrote, and the next command to type. `s`:
+    train_gpt.TrainState; `result`: the closing block."""
+    screen, recipe = reporter.screen, s.recipe
+    seconds = s.clock.elapsed_s
+    loss = reporter.history[-1][1] if reporter.history else math.nan
     target = "no target is fixed for this track yet" if recipe.target is None else (
         f"target {recipe.target} {'reached' if result['reached'] else 'not reached'}")
     outside = f"warm-up {result['warmup_s']} s and validation {result['validation_s']} s"
@@ -361,10 +363,9 @@ def show_end(screen: Screen, recipe: Recipe, result: dict, log_path: Path, text:
             f"validation {result['validation_s']} s; since it was resumed "
             f"{result['wall_time_s']} s in all, of which warm-up {result['warmup_s']} s"
             if result["resumed"] else f"{result['wall_time_s']} s in all, of which {outside}"),
-        "speed": f"{float(result['tokens_per_s']):,.0f} tokens/s, MFU {result['mfu']}, peak "
+        "speed": f"{s.tokens / max(seconds, 1e-9):,.0f} tokens/s, MFU {result['mfu']}, peak "
                  f"memory {result['peak_memory_mib']} MiB",
-        "standing": rank_in_table(recipe.track, float(result["train_time_ms"]),
-                                  result["tokens"], loss),
+        "standing": rank_in_table(recipe.track, 1000 * seconds, s.tokens, loss),
         "log": log_path,
         "model": result["checkpoint"],
     })
