@@ -166,7 +166,7 @@ def sizes(recipe: Recipe) -> tuple[float, float, int]:
     model = meta_model(recipe)
     head = model.lm_head.weight.numel()
     products = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
-    return products - head, head, sum("attn" in block for block in model.blocks)
+    return products - head, head, sum(block.attn is not None for block in model.blocks)
 
 
 @by_value
@@ -182,7 +182,7 @@ def attention_flops(recipe: Recipe, phase: Phase, seq_len: int) -> float:
     longest = min(seq_len, recipe.max_doc_len or seq_len)
     keys = sum(document_keys(windows[block.layer.keys], longest) if recipe.model.packed
                else mean_keys(seq_len, None) for block in meta_model(recipe).blocks
-               if "attn" in block)
+               if block.attn is not None)
     return 12 * recipe.model.model_dim * keys
 
 

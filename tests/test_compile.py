@@ -80,8 +80,8 @@ def test_the_first_layer_shares_its_graph_with_another_of_its_kind():
     recipe = recipe_of(62, "--num_layers", 11)
     model = recipes.build_model(recipe, seed=0)
     model.set_phase(recipes.phase(0, recipe))
-    kinds = {(layer.keys, layer.value_table is None, layer.skip_from is None, "attn" in block,
-              "mlp" in block) for layer, block in zip(model.plan, model.blocks)}
+    kinds = {(layer.keys, layer.value_table is None, layer.skip_from is None, block.attn is None,
+              block.mlp is None) for layer, block in zip(model.plan, model.blocks)}
     compile_segments(model, backend="aot_eager")
     loss_and_gradients(model, rows(recipe))
     assert len(kinds) == 7

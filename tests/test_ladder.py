@@ -128,8 +128,8 @@ def test_gradients_are_in_the_records_unit_and_losses_in_nats_per_token(record, 
     recipe = recipes.edit(small(record, "--num_iterations", "4"), grad_clip=None)
     model = train_gpt.build_model(recipe, 0, torch.device("cpu"))
     optimizer = train_gpt.build_optimizer(model, recipe)
-    signals = train_gpt.Signals(train_gpt.World(0, 0, 1, torch.device("cpu")),
-                                model.named_parameters())
+    status = train_gpt.StepStatus(train_gpt.World(0, 0, 1, torch.device("cpu")),
+                                  model.named_parameters())
     seen = []
     monkeypatch.setattr(optimizer, "step", lambda: seen.append(
         [p.grad.clone() for p in model.parameters()]))
@@ -143,13 +143,13 @@ def test_gradients_are_in_the_records_unit_and_losses_in_nats_per_token(record, 
         grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True,
                                     materialize_grads=True)
         unit = tokens if record < 22 else 8
-        train_gpt.train_step(model, optimizer, recipe, batch, tokens // 2, tokens, signals)
+        train_gpt.train_step(model, optimizer, recipe, batch, tokens // 2, tokens, status)
         optimizer.zero_grad()
         norm = math.sqrt(sum(g.square().sum().item() for g in grads)) / unit
         for ours, theirs in zip(seen[-1], grads):
             assert (ours - theirs / unit).norm().item() < 1e-4 * norm
-        signals.send(step, 0.0)
-        assert signals.receive().loss == pytest.approx(loss.item() / tokens, rel=1e-5)
+        status.send(step, 0.0)
+        assert status.receive().loss == pytest.approx(loss.item() / tokens, rel=1e-5)
     clipped = recipes.edit(recipe, grad_clip=0.25 * norm * unit / tokens)
     train_gpt.train_step(model, optimizer, clipped, batch, tokens, tokens)
     total = math.sqrt(sum(g.square().sum().item() for g in seen[-1]))

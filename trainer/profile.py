@@ -355,7 +355,7 @@ class Profile:
         if self.seen == WARM_UP or last:
             self.world.synchronize()
         self._close_range()
-        if self.seen == WARM_UP - 1 and self.world.is_first:
+        if self.seen == WARM_UP - 1 and self.world.is_rank0:
             activities = [ProfilerActivity.CPU]
             if self.world.device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
