@@ -11,6 +11,8 @@ Deliberate differences of the recipes, with their sizes:
     #3-#62  no 1e-7 (1e-6 from #38) beside the Frobenius norm of what Muon orthogonalises: at most
             4e-5 of an update (smallest norm of a gradient in 40 steps: 2.5e-3 in pocket #8; 0.14
             in #38)
+    #5-#18  at pocket scale norms have the eps of fp32, which all its inputs are; of bf16's 2^-7 a
+            random full-size model's loss knows 2e-3
     #10-#62 tables in bf16 are updated through an fp32 copy; there without, an update rounded to
             2^-9 of the number that it changes. Adam's averages are fp32, bf16 there until #61:
             2^-9 of each
