@@ -243,7 +243,7 @@ def parameter_table(config: GPTConfig) -> dict[str, tuple[str, Init]]:
         out = proj = Init("normal", 0.02 * (2 * c.num_layers) ** -0.5)
         qkv = into_layer
     else:
-        # fp32 tables of an untied embedding: standard normal (#8)
+        # an untied embedding is standard normal (#8)
         embed = matrix(3 ** -0.5, dim) if c.tied_head else Init("normal", 1.0)
         into_layer = matrix(c.init_std, dim)
         qkv = into_layer if c.qkv_init_std is None else matrix(c.qkv_init_std, dim)
