@@ -329,7 +329,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding without its default initialisation, which takes 7 s for #62's tables."""
+    """nn.Embedding without its default initialisation (7 s for the tables of record 62)."""
 
     def reset_parameters(self) -> None:
         pass
@@ -604,7 +604,7 @@ class GPT(nn.Module):
             self.ln = nn.LayerNorm(dim)
         if c.backout:
             self.backout_lambda = scalar()
-        # fp8 matmuls are for training; validation takes compute_dtype
+        # fp8 matmuls (#19) are for training; validation takes compute_dtype
         self.lm_head = Linear(dim, rows, dtype if c.head == "fp8" else DTYPES[c.head],
                               DTYPES[c.head_dtype])
         if c.tied_head:
@@ -612,7 +612,8 @@ class GPT(nn.Module):
         if c.bigram:
             self.bigram = Embedding(c.bigram_rows, dim, dtype=table_dtype)
 
-        # Rotary tables of every position; two positions a token where heads share a stream.
+        # Rotary tables of every position.
+        # Two positions a token where heads share a stream (#58).
         positions = (c.max_seq_len or c.seq_len) * (2 if c.paired_heads else 1)
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(positions, c.head_dim // 2), persistent=False)
@@ -640,8 +641,8 @@ class GPT(nn.Module):
             self.target_weights[ahead].fill_(weight)
 
     def set_rotary(self, windows: tuple[int, ...]) -> None:
-        """Cos and sin of every position. q and k both carry the root of YaRN's temperature, so
-        that no kernel sees a new number."""
+        """Cos and sin of every position. Both q and k carry the root of YaRN's temperature (#31),
+        so that no kernel sees a new number."""
         freqs, attn_temperature = yarn(rotary_frequencies(self.config), windows)
         positions = torch.arange(len(self.cos), dtype=torch.float64, device=self.cos.device)
         angle = torch.outer(positions, freqs.to(self.cos.device, non_blocking=True))
@@ -705,12 +706,14 @@ class GPT(nn.Module):
             return {"long": None}  # plainly causal
         doc_BT, T = document_ids(tokens_BT, c.bos_id), tokens_BT.size(1)
         long, short = self.phase.window or T, self.phase.short_window or T
-        of = {"long": (doc_BT, long), "short": (doc_BT, short),
-              "paired": (doc_BT.repeat_interleave(2, 1), short)}
-        docs = {"long": docs_B2, "short": docs_B2,
-                "paired": docs_B2 if docs_B2 is None else docs_B2 * torch.tensor([1, 2])}
-        return {kind: packed_keys(*of[kind], DTYPES[c.compute_dtype], docs[kind])
-                for kind in {layer.keys for layer in self.plan}}
+        dtype = DTYPES[c.compute_dtype]
+        keys = {"long": packed_keys(doc_BT, long, dtype, docs_B2)}
+        if c.windows == "two":  # (#20)
+            keys["short"] = packed_keys(doc_BT, short, dtype, docs_B2)
+        if c.paired_heads:  # (#58) two positions a token
+            docs = None if docs_B2 is None else docs_B2 * torch.tensor([1, 2])
+            keys["paired"] = packed_keys(doc_BT.repeat_interleave(2, 1), short, dtype, docs)
+        return keys
 
     def run_layers(self, layers: range, x_BTC: Tensor, shared: dict[str, Tensor],
                    values: dict[int, Tensor], keys: dict[str, Keys | None],

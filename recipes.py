@@ -539,8 +539,9 @@ def _part(step: int, num_parts: int, recipe: Recipe) -> int:
 
 
 def batch_tokens(step: int, recipe: Recipe) -> int:
-    stages = recipe.batch_stages or (recipe.batch_tokens,)
-    return stages[_part(step, len(stages), recipe)]
+    if not recipe.batch_stages:
+        return recipe.batch_tokens
+    return recipe.batch_stages[_part(step, len(recipe.batch_stages), recipe)]
 
 
 def batch_shape(step: int, recipe: Recipe) -> tuple[int, int]:
@@ -603,8 +604,10 @@ def window_in_keys(window: int, recipe: Recipe) -> int:
     reaches into, so fewer keys, depending on its place in its block; here their mean, rounded
     down, for every query.
     """
-    if recipe.window_edge != "block":
-        return window + (recipe.window_edge == "flash")
+    if recipe.window_edge == "exact":
+        return window
+    if recipe.window_edge == "flash":
+        return window + 1
     block = recipe.window_block
     before = (window - 1) // block * block
     own = window - before       # 1 to block; position p of a block sees before + min(p + 1, own)
@@ -617,10 +620,10 @@ def _yarn_windows(step: int, recipe: Recipe, last: bool) -> tuple[int, ...]:
         return ()
     r = recipe
     so_far = list(r.window_stages[:_part(step, len(r.window_stages), r) + 1])
-    if step >= r.scheduled_steps:
-        so_far += [r.extension_window] if r.extension_window else []
-    if last:
-        so_far += [r.final_window] if r.final_window else []
+    if r.extension_window and step >= r.scheduled_steps:
+        so_far.append(r.extension_window)
+    if r.final_window and last:
+        so_far.append(r.final_window)
     return tuple(n * r.window_block for n in so_far)
 
 

@@ -65,9 +65,10 @@ def noise(name: str, shape: torch.Size) -> torch.Tensor:
     return torch.empty(shape).normal_(0, 0.02, generator=generator)
 
 
-def losses(record: int, data: train_gpt.Data, world: World) -> list[float]:
+def losses(record: int, data: train_gpt.Data, world: World,
+           recipe: recipes.Recipe | None = None) -> list[float]:
     """Validation losses in nats a token before steps 0, 2 and 4 and after the last."""
-    recipe, tokens = small_recipe(record), 1024
+    recipe, tokens = recipe or small_recipe(record), 1024
     model = train_gpt.build_model(recipe, 0, world.device)
     with torch.no_grad():
         for name, p in model.named_parameters():

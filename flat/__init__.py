@@ -1,0 +1,1 @@
+"""`python -m flat N`: record N as one readable program."""

@@ -1,0 +1,57 @@
+"""Print a record's recipe as one self-contained program.
+
+    python -m flat 6 > record6.py
+    python -m flat 6 --scale pocket --num_iterations 50
+    python -m flat 5 --diff 6           what record 6 changed, as a diff of two programs
+
+Options are the trainer's: --scale, and fields of the recipe.
+"""
+
+import difflib
+import sys
+
+from flat.program import printed
+from recipes import RECORDS
+from trainer import options
+
+
+def program(record: str, words: list[str]) -> str:
+    """Raises ValueError, one line, for an unknown record or an option that the recipe refuses."""
+    if record not in map(str, RECORDS):
+        raise ValueError(f"expected a record, one of {', '.join(map(str, RECORDS))}, "
+                         f"got {record!r}")
+    scale = [] if any(w.startswith("--scale") for w in words) else ["--scale", "full"]
+    run, recipe = options.parse(["--record", record, *scale, *words], has_cuda=True)
+    allowed = options.RunOptions(record=run.record, scale=run.scale)
+    if run != allowed:
+        raise ValueError("expected --scale and fields of the recipe: a program has no options "
+                         f"of the run, got {' '.join(words)}")
+    return printed(recipe, " ".join([record, *words]))
+
+
+def main(words: list[str]) -> int:
+    if not words or "--help" in words or "-h" in words:
+        print(__doc__.strip())
+        return 0 if words else 2
+    record, *rest = words
+    other = None
+    if "--diff" in rest:
+        at = rest.index("--diff")
+        other = rest[at + 1] if at + 1 < len(rest) else ""
+        rest = rest[:at] + rest[at + 2:]
+    try:
+        text = program(record, rest)
+        if other is not None:
+            names = [f"record{record}.py", f"record{other}.py"]
+            text = "".join(difflib.unified_diff(
+                text.splitlines(keepends=True), program(other, rest).splitlines(keepends=True),
+                *names))
+    except ValueError as error:
+        print(f"flat: {error}", file=sys.stderr)
+        return 2
+    sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

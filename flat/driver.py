@@ -1,0 +1,599 @@
+"""The plain second form of the machinery: loader, kernels, ranks, optimizer driver, loop.
+
+flat/program.py prints what is below the marker, with the definitions of model.py, muon.py and
+recipes.py put in, and folds a recipe `r` and its model's config `c` into the text. A definition
+here takes the place of one with its name there; methods of class GPT join those of model.GPT. This
+file is text for that purpose, not a module to import.
+"""
+# -------------------------------------------------------------------------------------- the program
+"""Record {RECORD}: {TITLE}.
+
+    python record{RECORD}.py DATA_DIR [SEED]
+    torchrun --standalone --nproc_per_node 8 record{RECORD}.py DATA_DIR
+
+DATA_DIR has shards *train*.bin and *val*.bin of {TOKENS}. One GPU or many, {DEVICES}; any
+number of ranks sees the same tokens in the same steps. The log goes to logs/, its source included.
+Printed by `python -m flat {WORDS}`.
+
+Shapes: B rows, T tokens a row, C model_dim, H heads, D head_dim, V vocabulary (padded).
+"""
+
+import functools
+import itertools
+import math
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+
+# <- constants
+
+MICRO_BATCH_TOKENS = 65_536     # per rank; more are accumulated
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu")
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+def read_shard(path: Path) -> np.ndarray:
+    """The tokens of a shard: 256 int32 of header, then uint16."""
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+        sys.exit(f"{path}: expected a shard of tokens, found another header")
+    return np.memmap(path, dtype="<u2", mode="r", offset=1024)
+
+
+def train_batches(files: list[Path]) -> Iterator[np.ndarray]:
+    """(rows, T + 1) tokens of each step, over all ranks. No row crosses from a shard into the next;
+    what is left of one, too short for a step, is skipped."""
+    step = 0
+    for file in files:
+        tokens = read_shard(file)
+        if r.data_align == "none":
+            position = 0
+            while True:
+                num_rows, T = batch_shape(step)
+                rows = tokens[position:position + num_rows * T + 1]
+                if len(rows) <= num_rows * T:
+                    break
+                yield np.lib.stride_tricks.sliding_window_view(rows, T + 1)[::T]
+                if r.first_batch_repeated:  # steps 0 and 1 saw the same batch (#4 to #11)
+                    position += num_rows * T if step > 0 else 0
+                else:
+                    position += num_rows * T
+                step += 1
+        elif r.data_align == "row":  # each row starts at a document (#26)
+            starts, doc = np.flatnonzero(tokens == c.bos_id), 0
+            while True:
+                num_rows, T = batch_shape(step)
+                rows = []
+                while len(rows) < num_rows and doc < len(starts):
+                    row = tokens[starts[doc]:starts[doc] + T + 1]
+                    if len(row) <= T:
+                        break
+                    rows.append(row)
+                    doc = np.searchsorted(starts, starts[doc] + T)
+                if len(rows) < num_rows:
+                    break
+                yield np.stack(rows)
+                step += 1
+        else:  # rows of whole documents, long ones cut (#29)
+            starts, doc = np.flatnonzero(tokens == c.bos_id), 0
+            ends = np.append(starts[1:], len(tokens))
+            if r.max_doc_len is not None:
+                ends = np.minimum(ends, starts + r.max_doc_len)
+            while True:
+                num_rows, T = batch_shape(step)
+                rows = []
+                for _ in range(num_rows):
+                    parts, length = [], 0
+                    while length <= T and doc < len(starts):
+                        parts.append(tokens[starts[doc]:ends[doc]])
+                        length, doc = length + len(parts[-1]), doc + 1
+                    if length <= T:
+                        break
+                    rows.append(np.concatenate(parts)[:T + 1])
+                if len(rows) < num_rows:
+                    break
+                yield np.stack(rows)
+                step += 1
+    sys.exit(f"the training data end before step {step}: expected more shards of tokens")
+
+
+def val_rows(files: list[Path]) -> np.ndarray:
+    """(rows, T + 1): the first VAL_TOKENS tokens of the validation data, and their targets."""
+    tokens = np.concatenate([read_shard(file) for file in files])[:r.val_tokens + 1]
+    if len(tokens) <= r.val_tokens:
+        sys.exit(f"expected {VAL_TOKENS + 1} tokens of validation data, found {len(tokens)}")
+    return np.lib.stride_tricks.sliding_window_view(tokens, r.val_row + 1)[::r.val_row]
+
+
+def micro_batches(rows: np.ndarray) -> list[tuple[Tensor, Tensor]]:
+    """(inputs, targets) of this rank's rows: consecutive runs, the first ranks' one row longer."""
+    rows = np.array_split(rows, WORLD_SIZE)[RANK]
+    num_rows = max(1, MICRO_BATCH_TOKENS // (rows.shape[1] - 1))
+    parts = (torch.from_numpy(rows[i:i + num_rows].astype(np.int64)).to(DEVICE)
+             for i in range(0, len(rows), num_rows))
+    return [(part[:, :-1], part[:, 1:]) for part in parts]
+
+
+# --- model ----------------------------------------------------------------------------------------
+
+def norm(x: Tensor, eps: float | None) -> Tensor:
+    """RMSNorm without parameters, of the last dimension (Zhang and Sennrich 2019)."""
+    if c.norm_eps is None:
+        return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(x.dtype).eps)
+    return F.rms_norm(x, (x.size(-1),), eps=c.norm_eps)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def document_ids(tokens_BT: Tensor, bos_id: int) -> Tensor:
+    """(B, T): a running number of the document that a token is in."""
+    return (tokens_BT == c.bos_id).cumsum(1)
+
+
+class Keys(NamedTuple):
+    """Which keys the queries of packed rows see: their own document's, back to a window."""
+
+    cu_seqlens: Tensor  # int32: where documents begin, in all rows laid end to end
+    window: Tensor      # on the CPU; an int here would make torch.compile build a graph for each
+
+
+def packed_keys(doc_BT: Tensor, window: int, dtype: torch.dtype, docs: Tensor | None) -> Keys:
+    """The keys of causal attention inside documents, at most `window` of them, self included."""
+    if c.compute_dtype == "bf16":
+        starts_BT = torch.ones_like(doc_BT, dtype=torch.bool)
+        starts_BT[:, 1:] = doc_BT[:, 1:] != doc_BT[:, :-1]
+        starts = starts_BT.flatten().nonzero().flatten()
+        cu_seqlens = F.pad(starts, (0, 1), value=doc_BT.numel()).int()
+        return Keys(cu_seqlens=cu_seqlens, window=torch.tensor(window))
+    i = torch.arange(doc_BT.size(1), device=doc_BT.device)
+    near_TT = (i[:, None] >= i) & (i[:, None] - i < window)
+    return (near_TT & (doc_BT[:, :, None] == doc_BT[:, None, :]))[:, None]
+
+
+@torch.compiler.disable
+def packed_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, scale: float,
+                     keys: Keys) -> Tensor:
+    """Varlen flash attention; torch.compile fuses what is before and behind it."""
+    q, k, v = (x.flatten(0, 1).contiguous() for x in (q_BTHD, k_BTHD, v_BTHD))
+    longest = int(keys.cu_seqlens.diff().max())
+    y = varlen_attn(q, k, v, keys.cu_seqlens, keys.cu_seqlens, longest, longest, scale=scale,
+                    window_size=(int(keys.window) - 1, 0))
+    return y.view_as(q_BTHD)
+
+
+def attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, scale: float,
+              keys: Keys | None) -> Tensor:
+    """Causal attention of each row; (B, T, H, D) in and out."""
+    if c.packed:
+        if c.compute_dtype == "bf16":
+            return packed_attention(q_BTHD, k_BTHD, v_BTHD, scale, keys)
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
+    if c.packed:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, scale=scale)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return y.transpose(1, 2)
+
+
+class Fp8Matmul(torch.autograd.Function):
+    """x w^T of the head in fp8 with static scales (#19): x and w in e4m3, the gradient in e5m2,
+    each times its factor before the cast."""
+
+    @staticmethod
+    def quantize(x: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+        largest = torch.finfo(dtype).max
+        return (x.float() * factor).clamp(-largest, largest).to(dtype)
+
+    @staticmethod
+    def product(a: Tensor, b: Tensor, a_factor: float, b_factor: float, dtype: torch.dtype,
+                fast: bool) -> Tensor:
+        """a b^T, both in rows."""
+        scales = (torch.tensor(1 / factor, device=a.device) for factor in (a_factor, b_factor))
+        return torch._scaled_mm(a, b.T, *scales, out_dtype=dtype, use_fast_accum=fast)
+
+    @staticmethod
+    def forward(ctx, x_NC: Tensor, w_VC: Tensor, divisor: float) -> Tensor:
+        x_factor, w_factor, _ = c.fp8_factors
+        x8 = Fp8Matmul.quantize(x_NC, x_factor, torch.float8_e4m3fn)
+        w8 = Fp8Matmul.quantize(w_VC, w_factor, torch.float8_e4m3fn)
+        ctx.save_for_backward(x8, w8)
+        ctx.divisor, ctx.w_dtype = divisor, w_VC.dtype
+        return Fp8Matmul.product(x8, w8, x_factor, w_factor, torch.bfloat16, True)
+
+    @staticmethod
+    def backward(ctx, grad_NV: Tensor) -> tuple[Tensor, Tensor, None]:
+        x8, w8 = ctx.saved_tensors
+        x_factor, w_factor, g_factor = c.fp8_factors
+        g_factor = g_factor * ctx.divisor   # a factor is meant for the gradient of the summed loss
+        g8 = Fp8Matmul.quantize(grad_NV, g_factor, torch.float8_e5m2)
+        dx = Fp8Matmul.product(g8, w8.T.contiguous(), g_factor, w_factor, torch.bfloat16, False)
+        dw = Fp8Matmul.product(g8.T.contiguous(), x8.T.contiguous(), g_factor, x_factor,
+                               torch.float32, False)
+        return dx, dw.to(ctx.w_dtype), None
+
+
+# <- model
+
+
+class GPT:
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, divisor: float = 1.0) -> Tensor:
+        """The summed cross-entropy, over `divisor`, of predicting targets from inputs."""
+        if r.val_row > 65_536:  # validation has longer rows, whose logits would not fit
+            x_BTC = self.hidden(inputs_BT)
+            parts = zip(x_BTC.split(MICRO_BATCH_TOKENS, 1), targets_BT.split(MICRO_BATCH_TOKENS, 1))
+            return sum(self.head_loss(x, y, divisor) for x, y in parts)
+        return self.head_loss(self.hidden(inputs_BT), targets_BT, divisor)
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """(B, T) tokens -> (B, T, C), normed, ready for the head."""
+        x_BTC, shared, values = self.embed_tokens(tokens_BT)
+        if c.packed:
+            keys = self.attention_keys(tokens_BT)
+        outputs: dict[int, Tensor] = {}
+        for i, block in enumerate(self.blocks):
+            layer = self.plan[i]
+            x_BTC = block(
+                x_BTC, shared, values.get(layer.value_table) if c.value_embeds != "none" else None,
+                keys[layer.keys] if c.packed else None,
+                outputs.get(layer.skip_from) if c.unet != "none" else None)
+            if c.unet != "none" or c.backout:
+                outputs[i] = x_BTC
+        return self.final_norm(x_BTC, outputs)
+
+    def head_loss(self, x_BTC: Tensor, targets_BT: Tensor, divisor: float) -> Tensor:
+        """Cross-entropy in nats, summed over the B*T tokens, over `divisor`."""
+        x_NC = x_BTC.flatten(0, 1)
+        if c.head == "fp8":  # in training (#19)
+            if self.training:
+                z_NV = Fp8Matmul.apply(x_NC, self.lm_head.weight, divisor).float()
+            else:
+                z_NV = self.lm_head(x_NC).float()
+        else:
+            z_NV = self.lm_head(x_NC).float()
+        if c.logit_softcap is not None:
+            if c.softcap_kind == "tanh":  # (#9) Gemma 2
+                z_NV = c.logit_softcap * torch.tanh((z_NV + c.softcap_shift) / c.softcap.div)
+            else:  # (#19) the same curve moved up, which softmax does not see
+                z_NV = c.logit_softcap * torch.sigmoid((z_NV + c.softcap_shift) / c.softcap.div)
+        if r.num_targets > 1:  # (#53) several tokens ahead, inside the row
+            loss = 0.0
+            for ahead, weight in enumerate(self.target_weights):
+                y_BT = F.pad(targets_BT[:, ahead:], (0, ahead), value=-1)
+                loss = loss + weight * F.cross_entropy(z_NV, y_BT.flatten(), ignore_index=-1,
+                                                       reduction="sum")
+            return loss / divisor
+        return F.cross_entropy(z_NV, targets_BT.flatten(), reduction="sum") / divisor
+
+
+# --- optimizer ------------------------------------------------------------------------------------
+
+def normalize(G: Tensor, dim: tuple[int, ...], factor: float = 1.0, eps: float = 0.0) -> Tensor:
+    """G / (factor * its 2-norm); zeros stay zeros."""
+    return G / (factor * G.norm(dim=dim, keepdim=True)).clamp(min=2.0**-126)
+
+
+# <- muon
+
+
+# <- groups
+
+
+class Optimizer:
+    """Muon and Adam. Gradients are summed over ranks, from within the backward pass that completes
+    them. Each rank updates its share of Muon's matrices and sends them to the others; what Adam
+    trains is updated by all."""
+
+    def __init__(self, model: nn.Module):
+        self.groups = {role: dict(options, params=[]) for role, options in GROUPS.items()}
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        if r.adam_every > 1:
+            self.group_of: dict[Tensor, dict] = {}
+        self.reductions = []
+        self.completing = False     # whether this backward pass completes the gradients
+        for name, p in model.named_parameters():
+            role, _ = parameter_entry(name)
+            self.groups[role]["params"].append(p)
+            self.state[p] = {}
+            if r.adam_every > 1:
+                self.group_of[p] = self.groups[role]
+            if WORLD_SIZE > 1:
+                dist.broadcast(p.data, 0)
+                if r.grad_overlap and r.grad_clip is None:
+                    p.register_post_accumulate_grad_hook(self.reduce_early)
+
+    def reduce(self, p: Tensor) -> None:
+        self.reductions.append(dist.all_reduce(p.grad, async_op=True))
+
+    def reduce_early(self, p: Tensor) -> None:
+        if r.adam_every > 1:
+            if self.completing and self.is_due(self.group_of[p]):
+                self.reduce(p)
+        elif self.completing:
+            self.reduce(p)
+
+    def is_due(self, group: dict) -> bool:
+        """Adam steps every ADAM_EVERY-th time, on the gradients since then (#39)."""
+        return group["rule"] == "muon" or (self.step_count + 1) % r.adam_every == 0
+
+    @torch.no_grad()
+    def step(self, step: int, divisor: float, num_tokens: int) -> None:
+        """The update of `step`."""
+        if r.adam_every > 1:
+            groups = {role: group for role, group in self.groups.items() if self.is_due(group)}
+        else:
+            groups = self.groups
+        if r.freeze_steps:
+            if _scalars_frozen(step):  # just after windows, batch or targets changed (#52)
+                groups = {role: group for role, group in groups.items() if role != "scalar"}
+                for p in self.groups["scalar"]["params"]:
+                    p.grad = None
+        params = [p for group in groups.values() for p in group["params"] if p.grad is not None]
+        if WORLD_SIZE > 1:
+            if not (r.grad_overlap and r.grad_clip is None):
+                for p in params:
+                    self.reduce(p)
+            for reduction in self.reductions:
+                reduction.wait()
+        self.completing, self.reductions = False, []
+        if r.grad_clip is not None:  # the norm of all gradients of the mean loss together (#1)
+            norm = torch.stack([p.grad.norm() for p in params]).norm()
+            for p in params:
+                p.grad.mul_((r.grad_clip * num_tokens / divisor / (norm + 1e-6)).clamp(max=1.0))
+
+        lr, sends = lr_multiplier(step), []
+        for group in groups.values():
+            for i, p in enumerate(group["params"]):
+                if p.grad is None:
+                    continue
+                if r.matrix_rule == "muon":
+                    if group["rule"] == "muon":
+                        if i % WORLD_SIZE == RANK:
+                            self.muon_step(p, group, group["lr"] * lr, step)
+                        if WORLD_SIZE > 1:
+                            sends.append(dist.broadcast(p.data, i % WORLD_SIZE, async_op=True))
+                    else:
+                        self.adam_step(p, group, group["lr"] * lr)
+                else:
+                    self.adam_step(p, group, group["lr"] * lr)
+                p.grad = None
+        for send in sends:
+            send.wait()
+
+    def muon_step(self, p: Tensor, muon: dict, lr: float, step: int) -> None:
+        state, shape = self.state[p], (muon["split"], -1, p.size(-1))
+        param, grad = p.view(shape), p.grad.view(shape)
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(grad)
+            if any(r.normuon.values()):
+                axis = -1 if muon["second_moment"] == "row" else -2
+                state["second_moment"] = torch.zeros_like(grad).mean(axis, keepdim=True)
+        if any(r.normuon.values()):
+            new, state["momentum"], state["second_moment"] = muon_update(
+                param, grad, state["momentum"], state["second_moment"], lr=lr,
+                momentum=momentum(step) if r.momentum_warmup_steps or r.momentum_cooldown_steps
+                else r.muon_momentum, weight_decay=muon["weight_decay"],
+                beta2=muon["beta2"], scale=muon["scale"], momentum_form=muon["momentum_form"],
+                nesterov=muon["nesterov"], norm=muon["norm"], method=muon["method"],
+                ns_steps=muon["ns_steps"], ns_coefficients=None, eps=0.0,
+                mode=muon["mode"], products=None, renorm=False, axis=muon["second_moment"],
+                decay=muon["decay"], cautious=muon["cautious"])
+        else:
+            new, state["momentum"] = muon_update(
+                param, grad, state["momentum"], lr=lr,
+                momentum=momentum(step) if r.momentum_warmup_steps or r.momentum_cooldown_steps
+                else r.muon_momentum, weight_decay=muon["weight_decay"],
+                beta2=0.95, scale=muon["scale"], momentum_form=muon["momentum_form"],
+                nesterov=muon["nesterov"], norm=muon["norm"], method=muon["method"],
+                ns_steps=muon["ns_steps"], ns_coefficients=None, eps=0.0,
+                mode=muon["mode"], products=None, renorm=False, axis=None,
+                decay=muon["decay"], cautious=muon["cautious"])
+        p.copy_(new.view_as(p))
+
+    def adam_step(self, p: Tensor, adam: dict, lr: float) -> None:
+        state, wide = self.state[p], torch.promote_types(p.dtype, torch.float32)
+        if "step" not in state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(p, dtype=wide)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=wide)
+            if "bf16" in (c.embed_dtype, c.head_dtype):
+                state["weight"] = p.to(wide)  # which a table in bf16 rounds
+        if "bf16" in (c.embed_dtype, c.head_dtype):
+            weight = state["weight"]
+        else:
+            weight = p
+        beta1, beta2 = adam["betas"]
+        new, state["exp_avg"], state["exp_avg_sq"], state["step"] = adam_update(
+            weight, p.grad.to(wide), state["exp_avg"], state["exp_avg_sq"], state["step"],
+            lr=lr, beta1=beta1, beta2=beta2, eps=adam["eps"], weight_decay=adam["weight_decay"],
+            decay=adam["decay"], cautious=adam["cautious"])
+        if "bf16" in (c.embed_dtype, c.head_dtype):
+            state["weight"] = new
+        p.copy_(new)
+
+
+# --- schedules ------------------------------------------------------------------------------------
+
+# <- recipes
+
+
+def enter_phase(model: GPT, optimizer: Optimizer, step: int, evaluating: bool = False) -> None:
+    """Set in the model what changes while it trains."""
+    if r.window_range or r.window_stages:
+        if r.final_window or r.final_long:
+            last = evaluating and step == r.num_iterations
+        else:
+            last = False
+        short, long = windows(step, last=last)
+        model.phase = Phase(window=window_in_keys(long), short_window=window_in_keys(short))
+        if c.yarn:
+            model.set_rotary(_yarn_windows(step, r, last))
+    if r.num_targets > 1:
+        weights = (1.0,) if evaluating else _target_weights(step)
+        model.target_weights = torch.tensor(weights, device=DEVICE)
+    if r.tie_first:
+        if step == untie_step() and model.tied:  # (#53) the embedding leaves with table and state
+            model.untie()
+            optimizer.state[model.embed.weight] = {
+                key: x.clone() if isinstance(x, Tensor) else x
+                for key, x in optimizer.state[model.lm_head.weight].items()}
+        model.tied = step < untie_step()
+
+
+# --- training -------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model: GPT, rows: np.ndarray) -> float:
+    """Mean cross-entropy in nats over the first VAL_TOKENS validation tokens."""
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    for inputs_BT, targets_BT in micro_batches(rows):
+        total += model(inputs_BT, targets_BT).double()
+    model.train()
+    if WORLD_SIZE > 1:
+        dist.all_reduce(total)
+    return total.item() / r.val_tokens
+
+
+def train_step(model: GPT, optimizer: Optimizer, rows: np.ndarray, step: int) -> None:
+    num_tokens = rows.shape[0] * (rows.shape[1] - 1)
+    if r.loss_divisor is None:  # gradients of the mean loss
+        divisor = num_tokens
+    else:  # records from #22 on summed the loss of a rank, and averaged over ranks
+        divisor = r.loss_divisor
+    optimizer.step_count, batches = step, micro_batches(rows)
+    for i, (inputs_BT, targets_BT) in enumerate(batches):
+        if WORLD_SIZE > 1:
+            optimizer.completing = i == len(batches) - 1
+        model(inputs_BT, targets_BT, divisor).backward()
+    optimizer.step(step, divisor, num_tokens)
+
+
+def build_graphs(model: GPT, optimizer: Optimizer, step: int) -> None:
+    """Forward and backward pass of a micro-batch of `step`, of random tokens."""
+    enter_phase(model, optimizer, step, evaluating=True)
+    if r.num_targets > 1:
+        model.target_weights = torch.tensor(_target_weights(step), device=DEVICE)
+    num_rows, T = batch_shape(step)
+    rows = np.random.default_rng(0).integers(0, c.bos_id, (num_rows, T + 1))
+    inputs_BT, targets_BT = micro_batches(rows)[0]
+    model(inputs_BT, targets_BT, 1.0).backward()
+
+
+def compile_model(model: GPT, optimizer: Optimizer) -> None:
+    """Compile blocks and head; build the graphs of each third of the schedule on random tokens,
+    before the clock starts. Nothing is updated, and the gradients are dropped."""
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.blocks:
+        block.compile()
+    model.head_loss = torch.compile(model.head_loss)
+    if r.batch_stages or r.num_targets > 1:
+        for step in (0, NUM_ITERATIONS // 2, NUM_ITERATIONS - 1):
+            build_graphs(model, optimizer, step)
+    else:
+        build_graphs(model, optimizer, 0)
+    model.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+
+
+class Log:
+    """A log in the public format, by rank 0: source, environment, step lines."""
+
+    def __init__(self) -> None:
+        self.path = Path("logs") / f"{uuid.uuid4()}.txt"
+        if RANK == 0:
+            self.path.parent.mkdir(exist_ok=True)
+            hardware = torch.cuda.get_device_name() if CUDA else "CPU"
+            rule = "=" * 100
+            self.write(Path(__file__).read_text() + rule)
+            self.write(f"Running Python {sys.version.split()[0]}")
+            self.write(f"Running PyTorch {torch.version.__version__} compiled for CUDA "
+                       f"{torch.version.cuda} on {hardware} with world_size {WORLD_SIZE}")
+            if CUDA:
+                self.write(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
+            self.write(rule)
+
+    def write(self, text: str) -> None:
+        with open(self.path, "a") as file:
+            file.write(f"{text}\n")
+
+    def line(self, text: str) -> None:
+        if RANK == 0:
+            print(text, flush=True)
+            self.write(text)
+
+
+def train(train_files: list[Path], val_files: list[Path], seed: int, log: Log) -> None:
+    model = GPT()
+    init_weights(model, seed)
+    model.to(DEVICE)
+    if not (c.yarn or c.learned_positions):
+        model.set_rotary(())
+    optimizer = Optimizer(model)
+    validation = val_rows(val_files)
+    batches = train_batches(train_files)
+    if CUDA:
+        compile_model(model, optimizer)
+    train_s, t0 = 0.0, time.perf_counter()
+    for step in range(r.num_iterations + 1):
+        last = step == r.num_iterations
+        if last or step % r.val_every == 0:
+            if CUDA:
+                torch.cuda.synchronize()
+            train_s += time.perf_counter() - t0
+            enter_phase(model, optimizer, step, evaluating=True)
+            val_loss = evaluate(model, validation)
+            log.line(f"step:{step}/{NUM_ITERATIONS} val_loss:{val_loss:.6f} "
+                     f"train_time:{1000 * train_s:.0f}ms "
+                     f"step_avg:{1000 * train_s / max(1, step):.2f}ms")
+            t0 = time.perf_counter()
+        if last:
+            break
+        enter_phase(model, optimizer, step)
+        train_step(model, optimizer, next(batches), step)
+        elapsed_ms = 1000 * (train_s + time.perf_counter() - t0)
+        log.line(f"step:{step + 1}/{NUM_ITERATIONS} train_time:{elapsed_ms:.0f}ms "
+                 f"step_avg:{elapsed_ms / (step + 1):.2f}ms")
+
+
+def main(arguments: list[str]) -> None:
+    if not 1 <= len(arguments) <= 2:
+        sys.exit(f"usage: {sys.argv[0]} DATA_DIR [SEED]")
+    seed = int(arguments[1]) if len(arguments) > 1 else 0
+    train_files, val_files = (sorted(Path(arguments[0]).glob(f"*{part}*.bin"))
+                              for part in ("train", "val"))
+    if not train_files or not val_files:
+        sys.exit(f"{arguments[0]}: expected shards *train*.bin and *val*.bin, found "
+                 f"{len(train_files)} and {len(val_files)}")
+    if r.scale == "full":
+        if not CUDA:
+            sys.exit("record {RECORD} at full size needs a GPU with {NEEDS}; "
+                     "for a CPU: python -m flat {RECORD} --scale pocket")
+    if WORLD_SIZE > 1:
+        if CUDA:
+            torch.cuda.set_device(DEVICE)
+        dist.init_process_group("nccl" if CUDA else "gloo")
+    train(train_files, val_files, seed, Log())
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
