@@ -265,7 +265,7 @@ def parameter_table() -> dict[str, tuple[str, Init]]:
     def matrix(std: float, fan_in: int) -> Init:
         return Init("uniform", std * fan_in ** -0.5)
 
-    # fp32 tables of an untied embedding: standard normal (#8)
+    # an untied embedding is standard normal (#8)
     embed = Init("normal", 1.0)
     into_layer = matrix(INIT_STD, dim)
     qkv = matrix(QKV_INIT_STD, dim)
