@@ -470,8 +470,8 @@ _record(62, "Bigram hash embedding", after=53,
 RECORDS = dict(sorted(RECORDS.items()))
 
 # What ./run.sh trains when no record is named: on GPUs the newest complete recipe; on a CPU the one
-# that gets to the pocket target first. In records/LADDER.md #26, #27, #31 and #38 do so in 21 s,
-# #62 in 25; of the four, #27 ends lowest.
+# that gets to the pocket target first. Of those that did so in 21 s (#26, #27, #31, #38; #62 took
+# 25) #27 ended lowest (ladder of 2026-11-22; seconds are not yet measured anew).
 DEFAULT_FULL = 62
 DEFAULT_POCKET = 27
 
