@@ -469,9 +469,9 @@ _record(62, "Bigram hash embedding", after=53,
 
 RECORDS = dict(sorted(RECORDS.items()))
 
-# What ./run.sh trains when no record is named: on GPUs the newest complete recipe; on a CPU one that
-# gets to the pocket target early. In records/LADDER.md #26, #27, #31, #38 and #62 do so in 26 to 30
-# s; of the five, #27 ends lowest.
+# What ./run.sh trains when no record is named: on GPUs the newest complete recipe; on a CPU one
+# that gets to the pocket target early. In records/LADDER.md #26, #27, #31, #38 and #62 do so in 26
+# to 30 s; of the five, #27 ends lowest.
 DEFAULT_FULL = 62
 DEFAULT_POCKET = 27
 
