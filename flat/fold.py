@@ -711,7 +711,7 @@ def reachable(tree: ast.Module, keep: set[str]) -> set[str]:
 
 
 def prune_statements(text: Text, keep: set[str]) -> None:
-    """Locals, self attributes, fields, methods, functions, classes and imports nobody reads."""
+    """Unused locals, self attributes, fields, methods, functions, classes and imports."""
     tree = text.tree
     attributes = attributes_read(tree) | {
         n.attr for n in walk(tree) if isinstance(n, ast.Attribute) and n.attr == "grad"}
