@@ -1,4 +1,4 @@
-"""The ladder as code: record N is record N-1 with what changed.
+"""The ladder as code: record N is record N-1 with what changed. And recipes of our own.
 
 A Recipe says everything that defines a training: model, optimizers, schedules, batch, data order,
 validation. It never speaks of machines: the same recipe on one GPU, eight, or a laptop's CPU sees
@@ -21,6 +21,7 @@ class Recipe:
     """One training. Lengths in tokens or steps, learning rates per update."""
 
     record: int = 2
+    name: str = ""                  # of a recipe of our own, which changes that record
     title: str = ""
     scale: str = "full"             # full, pocket
     track: str = "short"            # of the record table that the run is compared with
@@ -67,6 +68,9 @@ class Recipe:
     muon_mode: str = "fast"         # fast: bf16, what the records used; accurate
 
     # embedding, head, scalars (and matrices, where matrix_rule is adam)
+    other_rule: str = "adam"        # or norms: steepest descent under the norm of their role, see
+                                    # NORMS, at matrix_lr; uses nothing else of this section
+    embed_momentum: float = 0.0     # of embeddings, where other_rule is norms
     embed_lr: float = 0.0018        # of the shared table where the head is tied
     head_lr: float = 0.0018         # where it is not
     scalar_lr: float = 0.0018
@@ -181,12 +185,18 @@ def check(recipe: Recipe) -> None:
         must(value > 0 and math.isfinite(value), name, "a finite number above 0", value)
     for name in ("adam_weight_decay", "matrix_weight_decay", "final_lr_frac"):
         must(getattr(r, name) >= 0, name, "0 or more", getattr(r, name))
-    must(0 <= r.muon_momentum < 1, "muon_momentum", "0 to below 1", r.muon_momentum)
+    for name in ("muon_momentum", "embed_momentum"):
+        must(0 <= getattr(r, name) < 1, name, "0 to below 1", getattr(r, name))
     must(len(r.adam_betas) == 2 and all(0 <= b < 1 for b in r.adam_betas), "adam_betas",
          "two numbers from 0 to below 1, as 0.9,0.95", r.adam_betas)
     must(r.adam_every >= 1, "adam_every", "a whole number from 1", r.adam_every)
     must(r.grad_clip is None or r.grad_clip > 0, "grad_clip", "none or above 0", r.grad_clip)
     one_of(r, "matrix_rule", "muon", "adam")
+    one_of(r, "other_rule", "adam", "norms")
+    must(r.other_rule == "adam" or r.matrix_rule == "muon", "matrix_rule",
+         "muon where other_rule is norms", r.matrix_rule)
+    must(r.other_rule == "adam" or not (m.tied_head or r.tie_first), "other_rule",
+         "adam where head and embedding share a table (their norms differ)", r.other_rule)
     one_of(r, "muon_method", "svd", "cubic", "jordan", "polar_express")
     one_of(r, "muon_scale", "none", "unit_rms", "original", "spectral", "match_rms_adamw")
     one_of(r, "muon_mode", "fast", "accurate")
@@ -469,6 +479,22 @@ _record(62, "Bigram hash embedding", after=53,
 
 RECORDS = dict(sorted(RECORDS.items()))
 
+# --- recipes of our own: a record with another idea -----------------------------------------------
+
+RECIPES = {str(record): recipe for record, recipe in RECORDS.items()}  # by the word after --record
+
+
+def _recipe(name: str, title: str, *, after: int, **changes) -> None:
+    RECIPES[name] = edit(RECORDS[after], name=name, title=title, **changes)
+
+
+# Steepest descent for the whole network, each layer under its own norm (Bernstein 2025, Deriving
+# Muon; Large et al. 2024, Scalable optimization in the modular norm), with a single learning rate.
+_recipe("norms", "Each layer under its own norm, without Adam", after=6,
+        other_rule="norms", tied_head=False,
+        muon_scale="spectral", muon_method="polar_express", momentum_form="ema", matrix_lr=0.04,
+        muon_multipliers={"embed": 4.0, "head": 8.0})
+
 # What ./run.sh trains when no record is named: on GPUs the newest complete recipe; on a CPU one
 # that gets to the pocket target early. In records/LADDER.md #26, #27, #31, #38 and #62 do so in 26
 # to 30 s; of the five, #27 ends lowest.
@@ -502,7 +528,8 @@ def pocket(recipe: Recipe) -> Recipe:
     batch_tokens = recipe.batch_tokens // POCKET_BATCH
     packed = recipe.model.packed
     sparse_eps = {}
-    if recipe.loss_divisor is None and not recipe.model.tied_head:  # a head's rows are never sparse
+    if (recipe.loss_divisor is None and recipe.other_rule == "adam"
+            and not recipe.model.tied_head):  # a head's rows are never sparse
         eps = {"eps": recipe.adam_eps * POCKET_BATCH}
         sparse_eps = {role: recipe.adam_roles.get(role, {}) | eps
                       for role in ("embed", "value_embed")}
@@ -552,7 +579,8 @@ def batch_shape(step: int, recipe: Recipe) -> tuple[int, int]:
 def lr_multiplier(step: int, recipe: Recipe) -> float:
     """What the learning rates are multiplied by at the update of `step` (0-based).
 
-    Linear warm-up, hold, then down to final_lr_frac, reached where the schedule ends.
+    Linear warm-up over warmup_steps. Then constant, and at last down to final_lr_frac, reached
+    where the schedule ends.
     """
     r = recipe
     if step < r.warmup_steps:
@@ -561,13 +589,14 @@ def lr_multiplier(step: int, recipe: Recipe) -> float:
     left = min(1.0, max(0, end - step) / r.cooldown_steps) if r.cooldown_steps else 1.0
     if r.cooldown_shape == "cosine":
         left = (1 - math.cos(math.pi * left)) / 2
-    stages_over = sum(step / r.scheduled_steps > end for end in r.lr_stage_ends)
+    stages_over = sum(step / r.scheduled_steps > over for over in r.lr_stage_ends)
     full = r.lr_stages[stages_over] if r.lr_stages else 1.0
     return full * left + r.final_lr_frac * (1 - left)
 
 
 def momentum(step: int, recipe: Recipe) -> float:
-    """Muon's momentum at the update of `step`: linear warm-up and cooldown around muon_momentum."""
+    """Muon's momentum at the update of `step`: linear warm-up to muon_momentum. Linear cooldown at
+    the end (#40)."""
     r = recipe
     risen = min(1.0, step / r.momentum_warmup_steps) if r.momentum_warmup_steps else 1.0
     into = step - (r.num_iterations - r.momentum_cooldown_steps)
@@ -688,17 +717,27 @@ def _scalars_frozen(step: int, recipe: Recipe) -> bool:
 # matrices unless adam_roles names them.
 MATRICES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
 GATES = ("attn_gate", "value_gate", "skip_gate", "smear_gate")
-ROLES = (*MATRICES, *GATES, "embed", "head", "value_embed", "bigram", "x0_lambda", "scalar")
+EMBEDS = ("embed", "value_embed", "bigram")
+SCALARS = ("x0_lambda", "scalar")
+ROLES = (*MATRICES, *GATES, "embed", "head", "value_embed", "bigram", *SCALARS)
+
+# Where other_rule is "norms": norm and scale of the update by role; others are spectral. In units
+# of lr, a step changes the rows of an embedding by RMS 1, logits by at most 1 for inputs of RMS 1,
+# scalars by 1.
+NORMS = {**dict.fromkeys(EMBEDS, ("row", "embed")), "head": ("row", "head"),
+         **dict.fromkeys(SCALARS, ("sign", "none"))}
 
 
 def _is_muon(role: str, recipe: Recipe) -> bool:
-    return recipe.matrix_rule == "muon" and (
-        role in MATRICES or (role in GATES and role not in recipe.adam_roles))
+    if recipe.matrix_rule != "muon":
+        return False
+    return recipe.other_rule == "norms" or role in MATRICES or (
+        role in GATES and role not in recipe.adam_roles)
 
 
 def _initial_lr(role: str, recipe: Recipe) -> float:
     r = recipe
-    if role in MATRICES or (role in GATES and role not in r.adam_roles):
+    if _is_muon(role, r) or role in MATRICES or (role in GATES and role not in r.adam_roles):
         return r.matrix_lr
     of_role = {"embed": r.embed_lr, "value_embed": r.embed_lr, "bigram": r.embed_lr,
                "head": r.head_lr, "x0_lambda": r.scalar_lr, "scalar": r.scalar_lr}
@@ -709,7 +748,8 @@ def group_schedule(step: int, role: str, recipe: Recipe) -> dict[str, float | bo
     """What the optimizer group of `role` is set to before the update of `step`."""
     settings = {"lr": _initial_lr(role, recipe) * lr_multiplier(step, recipe)}
     if _is_muon(role, recipe):
-        settings["momentum"] = momentum(step, recipe)
+        settings["momentum"] = (
+            recipe.embed_momentum if role in EMBEDS else momentum(step, recipe))
     if role == "scalar" and recipe.freeze_steps:
         settings["frozen"] = _scalars_frozen(step, recipe)
     return settings
@@ -720,16 +760,17 @@ def _settings(role: str, recipe: Recipe) -> dict:
     r = recipe
     decay = "lr2" if r.cautious else "lr"
     if _is_muon(role, r):
-        return {"rule": "muon", "view": "matrix", "weight_decay": r.matrix_weight_decay,
-                "decay": decay, "cautious": r.cautious, "method": r.muon_method,
-                "ns_steps": r.muon_steps, "mode": r.muon_mode, "scale": r.muon_scale,
-                "multiplier": r.muon_multipliers.get(role, 1.0), "momentum_form": r.momentum_form,
-                "second_moment": r.normuon.get(role),
+        norm, scale = NORMS.get(role, ("spectral", r.muon_scale))
+        return {"rule": "muon", "norm": norm, "view": "matrix" if norm == "spectral" else None,
+                "weight_decay": r.matrix_weight_decay, "decay": decay, "cautious": r.cautious,
+                "method": r.muon_method, "ns_steps": r.muon_steps, "mode": r.muon_mode,
+                "scale": scale, "multiplier": r.muon_multipliers.get(role, 1.0),
+                "momentum_form": r.momentum_form, "second_moment": r.normuon.get(role),
                 "split": 3 if role == "attn_in" and r.split_qkv else None}
-    still = role in ("scalar", "x0_lambda")
     special = {k: v for k, v in r.adam_roles.get(role, {}).items() if k != "lr"}
-    return {"rule": "adam", "betas": r.adam_betas, "eps": r.adam_eps, "every": r.adam_every,
-            "weight_decay": 0.0 if still else r.adam_weight_decay, "decay": decay,
+    return {"rule": "adam", "betas": r.adam_betas, "eps": r.adam_eps,
+            "update_interval": r.adam_every, "decay": decay,
+            "weight_decay": 0.0 if role in SCALARS else r.adam_weight_decay,
             "cautious": "strict" if r.cautious else False, **special}
 
 

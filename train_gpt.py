@@ -141,13 +141,11 @@ def setup(run: RunOptions, recipe: Recipe, seed: int, data: Data, world: World) 
     model = build_model(recipe, seed, world.device, run.triton_kernels)
     if wants_compile(run, world.device)[0]:
         compile_segments(model, run.compile_layers)
-    # Status first: gradient hooks run in the order in which they are made, and the status takes the
-    # norms of this rank's gradients before the optimizer's hooks reduce them.
     status = StepStatus(world, model.named_parameters())
     optimizer = build_optimizer(model, recipe, run.triton_kernels,
                                 wants_compiled_optimizer(run, world.device))
     optimizer.gate = status.gate
-    micro_tokens, model.recomputed = fit_memory(recipe, run, world.device)
+    micro_tokens, model.recomputed = fit_memory(recipe, run, world.device, optimizer)
     return TrainState(run, recipe, seed, data, world, model, optimizer, status, micro_tokens,
                       Clock(world), PeakMemory(world.device))
 
@@ -160,7 +158,7 @@ def clip_gradients(model: GPT, max_norm: float) -> None:
     The norm needs the reduced gradients, so they are all-reduced here. The optimizer sums over
     ranks again; each rank hands it its share of the sum.
     """
-    grads = [p.grad for p in model.parameters()]
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
     size = dist.get_world_size() if dist.is_initialized() else 1
     if size > 1:
         for grad in grads:
@@ -184,14 +182,13 @@ def train_step(model: GPT, optimizer: Muon, recipe: Recipe, batch: Batch, micro_
     loss_share = torch.zeros((), device=batch.inputs_BT.device)
     parts = micro_batches(batch, micro_tokens)
     for i, part in enumerate(parts):
-        if i == len(parts) - 1:
-            if status is not None:
-                status.watch_next_backward()
-            if recipe.grad_clip is None:
-                optimizer.arm()  # gradients are complete in this backward: reduce them as they come
+        if i == len(parts) - 1 and recipe.grad_clip is None:
+            optimizer.sync_next_backward()  # it completes the gradients: reduce as they come
         loss = model(*part) / divisor
         loss.backward()
         loss_share += loss.detach()
+    if status is not None:
+        status.take_norms()
     if recipe.grad_clip is not None:  # of the mean loss's gradients
         clip_gradients(model, recipe.grad_clip * global_tokens / divisor)
     if status is not None:
@@ -254,7 +251,8 @@ def warm_up(model: GPT, optimizer: Muon, recipe: Recipe, data: Data, world: Worl
         generator = torch.Generator().manual_seed(0)
         # A step of each kind, and enough of them for groups that act on every k-th step only.
         steps = [0, *recipes.phase_steps(recipe)]
-        steps += [0] * (max(group["every"] for group in optimizer.param_groups) - len(steps))
+        steps += [0] * (max(group["update_interval"] for group in optimizer.param_groups)
+                        - len(steps))
         for step in steps:
             recipes.enter_phase(model, optimizer, recipes.phase(step, recipe))
             num_rows, seq_len = batch_shape(step, recipe)
@@ -320,7 +318,7 @@ def train_loop(s: TrainState, loader: Loader, reporter: Reporter, checkpoints: C
         # every so often: stop the clock, validate, write a checkpoint; and at the end leave
         validates = (last or s.step % recipe.val_every == 0) and s.step > validated
         # gradients that add up over several steps are in no checkpoint
-        between_updates = not any(optimizer.calls % group["every"]
+        between_updates = not any(optimizer.step_count % group["update_interval"]
                                   for group in optimizer.param_groups)
         if validates or checkpoints.due(s.step, last) or s.stop_reason or last:
             handle_report(s, s.status.receive(), reporter)
@@ -384,7 +382,7 @@ def save_checkpoint(s: TrainState, loader: Loader, reporter: Reporter,
 
 def new_run_id(recipe: Recipe, seed: int) -> str:
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return f"{now}_r{recipe.record}_{recipe.scale}_s{seed}_{secrets.token_hex(2)}"
+    return f"{now}_r{recipe.name or recipe.record}_{recipe.scale}_s{seed}_{secrets.token_hex(2)}"
 
 
 def train(run: RunOptions, recipe: Recipe, seed: int, data: Data, world: World, screen: Screen,

@@ -29,9 +29,9 @@ STEPS = 6
 FP64 = dict.fromkeys(("compute_dtype", "stream_dtype", "embed_dtype", "head_dtype", "head"), "fp64")
 
 
-def small_recipe(record: int) -> recipes.Recipe:
-    """The record's recipe at pocket scale, with STEPS steps of two rows, in fp64."""
-    r = recipes.pocket(recipes.RECORDS[record])
+def small_recipe(record: int | str) -> recipes.Recipe:
+    """A recipe by its number or name at pocket scale, with STEPS steps of two rows, in fp64."""
+    r = recipes.pocket(recipes.RECIPES[str(record)])
     lengths = {name: min(getattr(r, name), 1 if name in ("extension_steps", "freeze_steps") else 3)
                for name in recipes.STEP_FIELDS}
     rows = r.num_rows
@@ -65,7 +65,7 @@ def noise(name: str, shape: torch.Size) -> torch.Tensor:
     return torch.empty(shape).normal_(0, 0.02, generator=generator)
 
 
-def losses(record: int, data: train_gpt.Data, world: World,
+def losses(record: int | str, data: train_gpt.Data, world: World,
            recipe: recipes.Recipe | None = None) -> list[float]:
     """Validation losses in nats a token before steps 0, 2 and 4 and after the last."""
     recipe, tokens = recipe or small_recipe(record), 1024
@@ -94,7 +94,7 @@ def all_losses(data: train_gpt.Data, world: World) -> dict[str, list[float]]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        return {str(record): losses(record, data, world) for record in recipes.RECORDS}
+        return {name: losses(name, data, world) for name in recipes.RECIPES}
     finally:
         torch.set_default_dtype(default)
 

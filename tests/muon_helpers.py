@@ -91,7 +91,7 @@ def exact(G):
 
 
 # The ways through the products, which every machine can be made to go: name, mode, bf16 units
-PATHS = {"fp32": ("accurate", False), "rounded": ("accurate", True), "bf16": ("fast", True)}
+PATHS = {"fp32": ("accurate", False), "bf16": ("fast", True)}
 
 
 @contextlib.contextmanager
@@ -116,9 +116,10 @@ def step_with(optimizer, gradients):
 # name, shape, dtype, group: everything that shards differently
 MIXED = (
     ("table", (301, 48), torch.float32, "adam"),
+    ("second.table", (150, 32), torch.float32, "adam"),
     ("late.table", (70, 64), torch.bfloat16, "adam"),
     ("gain", (), torch.float32, "adam"),
-    *((f"{n}.q", (72, 72), torch.float32, "muon") for n in range(3)),  # rounded to bf16
+    *((f"{n}.q", (72, 72), torch.float32, "muon") for n in range(3)),
     *((f"{n}.k", (48, 48), torch.bfloat16, "muon") for n in range(3)),
     *((f"{n}.up", (96, 48), torch.float32, "muon") for n in range(3)),
     *((f"{n}.down", (48, 96), torch.float32, "normuon") for n in range(3)),
@@ -132,10 +133,10 @@ MIXED = (
 )
 GROUPS = {
     "adam": {"rule": "adam", "lr": 0.02, "weight_decay": 0.1, "cautious": "strict"},
-    "slow": {"rule": "adam", "lr": 0.02, "every": 2},
+    "slow": {"rule": "adam", "lr": 0.02, "update_interval": 2},
     "muon": {"lr": 0.02, "method": "polar_express", "cautious": True, "decay": "lr2"},
     "normuon": {"lr": 0.02, "second_moment": "row", "scale": "spectral"},
-    "fused": {"lr": 0.02, "split": (24, 36, 12), "second_moment": "col"},
+    "fused": {"lr": 0.02, "split": 3, "second_moment": "col"},
     "conv": {"lr": 0.02, "view": "flatten", "split": 2},
     "bank": {"lr": 0.02, "view": "batch", "method": "cubic", "second_moment": "row"},
 }
@@ -175,7 +176,7 @@ def mixed_train(optimizer, params, steps, rank=0, world_size=1, parts=24, arm=Tr
         cut = [mine[n * len(mine) // micro : (n + 1) * len(mine) // micro] for n in range(micro)]
         for number, piece in enumerate(cut):
             if arm and number == micro - 1:
-                optimizer.arm()
+                optimizer.sync_next_backward()
             piece = list(piece)
             loss = sum((share[piece].sum(0) * params[n]).sum() for n, share in shares.items())
             loss.backward()

@@ -155,6 +155,8 @@ def test_the_compiled_optimizer_of_the_newest_record_is_the_eager_one():
             for group in optimizer.param_groups:
                 group.update(recipes.group_schedule(step, group["name"], recipe))
             for name, p in model.named_parameters():
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
                 p.grad.add_(grads[name].to(p.dtype))
             optimizer.step()
             optimizer.zero_grad()

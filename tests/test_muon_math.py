@@ -21,14 +21,6 @@ from muon import (
     steepest,
 )
 
-IN_FP32 = pytest.mark.usefixtures("plain_fp32")  # exact to the last bits, on every machine
-
-
-@pytest.fixture
-def plain_fp32():
-    with h.on("fp32", muon):
-        yield
-
 # What each method makes of singular values in [0.01, 1] of the norm (see the scalar maps), computed
 # from the published coefficients here, not from the code under test.
 GRID = torch.logspace(-2, 0, 20001, dtype=torch.float64)
@@ -68,7 +60,7 @@ def test_generated_maps_stay_positive_and_bounded_up_to_their_safety(steps):
 SHAPES = ((96, 96), (72, 288), (192, 48), (3, 70, 70), (2, 2, 24, 60))
 
 
-@pytest.mark.parametrize("path, slack", [("fp32", 1e-3), ("rounded", 0.025), ("bf16", 0.025)])
+@pytest.mark.parametrize("path, slack", [("fp32", 1e-3), ("bf16", 0.025)])
 @pytest.mark.parametrize("method", PUBLISHED)
 def test_singular_values_end_where_the_polynomials_send_them(method, path, slack):
     published = PUBLISHED[method]
@@ -124,7 +116,6 @@ def test_powers_of_two_change_no_bit_and_signs_only_the_sign(exponent, seed, row
             assert torch.equal(orthogonalize(G.mT, mode=mode), X.mT)
 
 
-@IN_FP32
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-12, 1e12, 1e20, 1e30])
 def test_gradients_of_any_scale_give_the_same_update(scale):
     G = h.gaussian(64, 96)
@@ -137,7 +128,7 @@ def test_gradients_of_any_scale_give_the_same_update(scale):
     assert torch.equal(orthogonalize(G, "jordan", eps=1e-7), orthogonalize(G, "jordan"))
 
 
-@pytest.mark.parametrize("path, bound", [("fp32", 1e-5), ("rounded", 0.06), ("bf16", 0.06)])
+@pytest.mark.parametrize("path, bound", [("fp32", 1e-5), ("bf16", 0.06)])
 def test_rotations_and_permutations_go_through(path, bound):
     G = h.gaussian(72, 128)
     Q, R = torch.linalg.qr(h.gaussian(72, 72, seed=1))[0], torch.linalg.qr(h.gaussian(128, 128))[0]
@@ -148,40 +139,21 @@ def test_rotations_and_permutations_go_through(path, bound):
         assert (orthogonalize(G[order], mode=mode) - X[order]).norm() < bound * 8
 
 
-@pytest.mark.parametrize("path, bound", [("fp32", 1e-6), ("rounded", 0.01)])
-def test_low_rank_momentum_does_not_become_rounding_noise(path, bound):
+def test_low_rank_momentum_does_not_become_rounding_noise():
     for rank, rows, cols in ((8, 256, 256), (8, 192, 768), (32, 256, 512)):
         G, *spaces = h.low_rank(rank, rows, cols)
-        with h.on(path, muon) as mode:
+        with h.on("fp32", muon) as mode:
             for method in ("jordan", "polar_express"):
                 X = orthogonalize(G, method, mode=mode)
-                assert h.noise_energy(X, *spaces) < bound
-            assert torch.equal(orthogonalize(G), orthogonalize(G, mode=mode))  # the default
-    with h.on("bf16", muon) as mode:  # what bf16 throughout makes of it
+                assert h.noise_energy(X, *spaces) < 1e-6
+    with h.on("bf16", muon) as mode:
         assert h.noise_energy(orthogonalize(G, mode=mode), *spaces) > 0.1
-
-
-def test_short_sides_up_to_64_are_never_rounded():
-    """Their products stay plain fp32, to the bit. Torch itself rounds a product from 17^3 on,
-    counted over the whole batch, and ranks batch differently."""
-    for shape in ((16, 16), (5, 16, 16), (5, 16, 40), (3, 200, 8), (64, 64), (9, 64, 300)):
-        G = h.gaussian(*shape)
-        with h.on("fp32", muon):
-            plain = orthogonalize(G)
-        with h.on("rounded", muon):
-            assert torch.equal(orthogonalize(G), plain), shape
-    G = h.gaussian(5, 65, 65)  # from here on they are rounded, each matrix by itself
-    with h.on("fp32", muon):
-        plain = orthogonalize(G)
-    with h.on("rounded", muon):
-        X = orthogonalize(G)
-        assert not torch.equal(X, plain)
-        assert all(torch.equal(orthogonalize(g), x) for g, x in zip(G, X))
+        assert h.noise_energy(orthogonalize(G), *spaces) < 1e-6  # the default is "accurate"
 
 
 @pytest.mark.parametrize("path", h.PATHS)
 def test_modes_mean_the_same_whatever_precision_the_program_chose(path):
-    """Rounded products would blow up the Gram form, which only fp32 stands: 1e4 times the norm."""
+    """bf16 products would blow up the Gram form, which only fp32 stands: 1e4 times the norm."""
     G, *spaces = h.low_rank(8, 80, 256)
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
@@ -269,7 +241,6 @@ def test_a_batch_is_its_matrices_and_padding_is_harmless(shape, path, one_thread
     assert (Y[:, : shape[0], : shape[1]] - X).abs().max() < slack
 
 
-@IN_FP32
 def test_wide_matrices_by_their_gram_matrix_alone_agree_with_the_plain_iteration():
     """fp32 takes the cheaper form from 2:1 on; power laws and low rank are its hard inputs."""
     power = h.spectrum([1 / n for n in range(1, 65)], 64, 256)
@@ -378,18 +349,18 @@ def test_normuon_by_hand(axis):
     X, v = h.gaussian(2, 6, 10), torch.rand(2, 6, 1, generator=h.generator())
     if axis == "col":
         X, v = X.mT.contiguous(), v.mT.contiguous()
-    out, new = normuon(X, v, 0.9, axis)
     dim = -1 if axis == "row" else -2
     squares = X.double().square().mean(dim, keepdim=True)
     want_v = 0.9 * v.double() + 0.1 * squares
-    assert torch.allclose(new.double(), want_v, rtol=1e-5)
+    out = normuon(X, v, 0.9, axis)  # v in place
+    assert torch.allclose(v.double(), want_v, rtol=1e-5)
     want = X.double() / want_v.sqrt()
     for k in range(2):
         want[k] *= X[k].double().norm() / want[k].norm()
         assert torch.allclose(out[k].norm(), X[k].norm(), rtol=1e-5)
     assert torch.allclose(out.double(), want, rtol=1e-4)
     # from rest all rows come out alike; zero stays zero
-    flat, _ = normuon(X, torch.zeros_like(v), 0.95, axis)
+    flat = normuon(X, torch.zeros_like(v), 0.95, axis)
     rms = flat.square().mean(dim)
     assert torch.allclose(rms, rms.mean(-1, keepdim=True).expand_as(rms), rtol=1e-4)
-    assert normuon(torch.zeros(3, 4), torch.zeros(3, 1), 0.9, "row")[0].eq(0).all()
+    assert normuon(torch.zeros(3, 4), torch.zeros(3, 1), 0.9, "row").eq(0).all()

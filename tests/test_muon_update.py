@@ -46,10 +46,12 @@ def test_a_drop_in_for_torch_optim_muon(options, monkeypatch):
     monkeypatch.setattr(muon, "bf16_units", lambda: True)  # its products, also where they are slow
     ours, theirs = pair()
     mine, other = Muon(ours, **options, mode="fast"), torch.optim.Muon(theirs, **options)
+    start = [p.detach().clone() for p in ours]
     for step in range(4):
         for optimizer in (mine, other):
             h.step_with(optimizer, gradients(step))
-    assert distance(ours, theirs) < 7e-4 * max(1.0, 1000 * float(options.get("lr", 1e-3)))
+    for p, q, before in zip(ours, theirs, start):  # rounded to bf16 in two orders: 0.2% to 3.3%
+        assert (p - q).norm() < 0.05 * (q - before).norm()
     # its checkpoints load, and training goes on alike
     again, _ = pair(seed=9)
     loaded = Muon(again, lr=5.0, mode="fast")
@@ -60,9 +62,11 @@ def test_a_drop_in_for_torch_optim_muon(options, monkeypatch):
     group = loaded.param_groups[0]
     assert group["lr"] == options.get("lr", 1e-3)
     assert group["ns_steps"] == options.get("ns_steps", 5)
+    start = [p.detach().clone() for p in again]
     for optimizer in (loaded, other):
         h.step_with(optimizer, gradients(7))
-    assert distance(again, theirs) < 7e-4 * max(1.0, 1000 * float(options.get("lr", 1e-3)))
+    for p, q, before in zip(again, theirs, start):
+        assert (p - q).norm() < 0.05 * (q - before).norm()
 
 
 def test_torchs_rule_in_fp64_by_hand():
@@ -108,8 +112,7 @@ def test_adam_is_torchs(theirs, ours, betas, eps, weight_decay):
 # ------------------------------------------------------------------------------------ by hand
 
 
-def test_ema_and_heavy_ball_are_the_same_update(monkeypatch):
-    monkeypatch.setattr(muon, "bf16_units", lambda: False)  # which round what differs by an ulp
+def test_ema_and_heavy_ball_are_the_same_update():
     for nesterov in (True, False):
         a, b = pair()
         ema = Muon(a, lr=0.02, nesterov=nesterov)
@@ -148,16 +151,15 @@ def test_scales_mean_what_they_say(shape):
 
     def update(scale, **options):
         p = torch.nn.Parameter(torch.zeros(shape))
+        options = {"method": "polar_express", **options}
         optimizer = Muon([p], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False, scale=scale,
-                         method="polar_express", **options)  # fmt: skip
+                         **options)  # fmt: skip
         h.step_with(optimizer, [G])
         return p.detach()
 
-    rms = update("match_rms_adamw", renorm=True).square().mean().sqrt()
-    assert abs(rms / 0.2 - 1) < 1e-4  # exact with renorm, whatever the method
-    rms = update("match_rms_adamw").square().mean().sqrt()
-    assert abs(rms / 0.2 - 1) < 0.06
-    assert abs(update("unit_rms", renorm=True).square().mean().sqrt() - 1) < 1e-3
+    for scale, rms in (("match_rms_adamw", 0.2), ("unit_rms", 1.0)):
+        assert abs(update(scale, method="svd").square().mean().sqrt() / rms - 1) < 1e-4
+        assert abs(update(scale).square().mean().sqrt() / rms - 1) < 0.06
     assert abs(h.op_norm(update("spectral")) - 1) < 0.15
     bare = update("none")
     assert torch.equal(update(3.0), update("none", multiplier=3.0))
@@ -248,9 +250,8 @@ def test_views_are_the_matrices_they_stand_for():
         return updates([torch.nn.Parameter(torch.zeros_like(G))], [G], **settings, **view)[0]
 
     G = h.gaussian(96, 40)
-    for split, axis in ((3, 0), (4, 1), ((64, 24, 8), 0), ((10, 30), 1)):
-        sizes = [(96, 40)[axis] // split] * split if isinstance(split, int) else split
-        want = torch.cat(apart(G, lambda t, s=sizes, a=axis: t.split(s, a)), axis)
+    for split, axis in ((3, 0), (4, 1)):
+        want = torch.cat(apart(G, lambda t, n=split, a=axis: t.chunk(n, a)), axis)
         assert torch.equal(together(G, split=split, split_axis=axis), want)
     stack = h.gaussian(5, 24, 16)
     assert torch.equal(together(stack, view="batch"), torch.stack(apart(stack, lambda t: t)))
@@ -297,20 +298,18 @@ def test_a_parameter_in_any_memory_order_keeps_its_values():
 # ------------------------------------------------------------------------- gradients and steps
 
 
-def test_p_grad_is_left_alone_and_stays_a_view():
-    (a, _), shapes = pair(), SHAPES
-    optimizer = Muon(a)
-    for p, g in zip(a, gradients(0, shapes)):
-        p.grad = g
-    optimizer.step()
-    assert all(torch.equal(p.grad, g) for p, g in zip(a, gradients(0, shapes)))
-    views = [p.grad for p in a]
-    optimizer.zero_grad()
-    sum(p.sum() for p in a).backward()
-    assert all(p.grad is v and p.grad.eq(1).all() for p, v in zip(a, views))
-    flat = optimizer._live[0].grads
-    assert all(p.grad.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for p in a)
-    assert all(p.data_ptr() % 128 == optimizer._live[0].params.data_ptr() % 128 for p in a)
+def test_gradients_stay_the_callers():
+    a, b = pair()
+    for kind, params in ((Muon, a), (torch.optim.Muon, b)):
+        optimizer, grads = kind(params), gradients(0)
+        for p, g in zip(params, grads):
+            p.grad = g
+        optimizer.step()
+        assert all(p.grad is g for p, g in zip(params, grads)) and h.same(grads, gradients(0))
+        optimizer.zero_grad(set_to_none=False)
+        assert all(p.grad is g and g.eq(0).all() for p, g in zip(params, grads))
+        optimizer.zero_grad()
+        assert all(p.grad is None for p in params)
 
 
 def test_zero_moves_by_momentum_and_none_not_at_all():
@@ -370,14 +369,14 @@ def test_a_broken_gradient_masks_its_parameter_alone(bad):
         for optimizer in (one, two):
             h.step_with(optimizer, gradients(0))
         G = gradients(1)
-        before, state = a[2].detach().clone(), one.state_dict()["state"]["2"]
+        before, state = a[2].detach().clone(), one.state_dict()["state"][2]
         broken = [g.clone() for g in G]
         broken[2][3, 3] = bad
         h.step_with(one, broken)
         h.step_with(two, [g if n != 2 else None for n, g in enumerate(G)])
         assert one.nonfinite.tolist() == [False, False, True, False, False]
         assert torch.equal(a[2], before) and h.same(a, b)
-        now = one.state_dict()["state"]["2"]
+        now = one.state_dict()["state"][2]
         assert all(torch.equal(state[key], now[key]) for key in state)
         h.step_with(one, G)
         assert not one.nonfinite.any() and not torch.equal(a[2], before)
@@ -389,11 +388,11 @@ def test_a_shut_gate_keeps_parameters_and_state_as_they_are():
         optimizer = {"muon": Muon, "adam": Adam}[rule]([p], lr=0.1)
         gate = optimizer.gate = torch.ones((), dtype=torch.bool)
         h.step_with(optimizer, [h.gaussian(8, 12, seed=1).to(dtype)])
-        before, state = p.detach().clone(), optimizer.state_dict()["state"]["0"]
+        before, state = p.detach().clone(), optimizer.state_dict()["state"][0]
         gate &= False  # in place: the optimizer looks at the tensor it was given
         h.step_with(optimizer, [h.gaussian(8, 12, seed=2).to(dtype)])
         assert torch.equal(p, before)
-        now = optimizer.state_dict()["state"]["0"]
+        now = optimizer.state_dict()["state"][0]
         assert all(torch.equal(now[key], t) for key, t in state.items())
         gate |= True
         h.step_with(optimizer, [h.gaussian(8, 12, seed=2).to(dtype)])
@@ -402,7 +401,8 @@ def test_a_shut_gate_keeps_parameters_and_state_as_they_are():
 
 def test_every_kth_step_adds_gradients_up_and_frozen_groups_rest():
     a, b = pair(((8, 8), (5,)))
-    one = Muon([{"params": a[:1], "lr": 0.1}, {"params": a[1:], "rule": "adam", "every": 3}])
+    slow = {"params": a[1:], "rule": "adam", "update_interval": 3}
+    one = Muon([{"params": a[:1], "lr": 0.1}, slow])
     two = Adam(b[1:])
     for step in range(6):
         grads = gradients(step, ((8, 8), (5,)))
@@ -412,7 +412,7 @@ def test_every_kth_step_adds_gradients_up_and_frozen_groups_rest():
         one.step()
         one.zero_grad()
         assert torch.equal(a[1], before) == (step % 3 != 2)
-        assert a[0].grad.eq(0).all() and a[1].grad.eq(0).all() == (step % 3 == 2)
+        assert a[0].grad is None and (a[1].grad is None) == (step % 3 == 2)
         (b[1] * grads[1]).sum().backward()
         if step % 3 == 2:
             two.step()
@@ -423,18 +423,19 @@ def test_every_kth_step_adds_gradients_up_and_frozen_groups_rest():
     (a[0] * 2).sum().backward()
     one.step()
     one.zero_grad()
-    assert torch.equal(a[0], before) and a[0].grad.eq(0).all()
+    assert torch.equal(a[0], before) and a[0].grad is None
 
 
-@pytest.mark.parametrize("every", [1, 2, 3])
-def test_a_frozen_steps_gradient_is_dropped(every):
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_a_frozen_steps_gradient_is_dropped(interval):
     """Record 53 drops it; its neighbour in the bucket goes on collecting for its k-th step."""
     a, b = pair(((5,), (6,)))
-    one = Adam([{"params": a[:1]}, {"params": a[1:]}], every=every)
+    one = Adam([{"params": a[:1]}, {"params": a[1:]}], update_interval=interval)
     two = Adam(b)
-    for step in range(4 * every):
+    for step in range(4 * interval):
         grads = gradients(step, ((5,), (6,)))
-        frozen = every <= step < 2 * every + 1  # its last step begins to collect where every > 1
+        # the last frozen step is the first of those whose gradients add up, if interval > 1
+        frozen = interval <= step < 2 * interval + 1
         one.param_groups[0]["frozen"] = frozen
         for params in (a, b):
             for p, grad in zip(params, grads):
@@ -443,8 +444,8 @@ def test_a_frozen_steps_gradient_is_dropped(every):
         one.zero_grad()
         if frozen:
             b[0].grad = None
-            assert a[0].grad.eq(0).all()
-        if step % every == every - 1:
+            assert a[0].grad is None
+        if step % interval == interval - 1:
             two.step()
             two.zero_grad()
     assert distance(a, b) < 1e-7
@@ -509,7 +510,7 @@ def test_buffers_are_never_aliased_by_updates():
 def test_copies_continue_exactly(way):
     params = h.mixed_params()
     optimizer = h.mixed_optimizer(muon, params)
-    h.mixed_train(optimizer, params, range(3))
+    h.mixed_train(optimizer, params, range(4))  # no group is collecting gradients
     if way == "with the model":
         other, twins = copy.deepcopy((optimizer, params))
     elif way in ("pickle", "deepcopy"):
@@ -534,7 +535,7 @@ def test_copies_continue_exactly(way):
                 p.copy_(q)
     assert h.same(h.values(params), h.values(twins))
     for o, ps in ((optimizer, params), (other, twins)):
-        h.mixed_train(o, ps, range(3, 6))
+        h.mixed_train(o, ps, range(4, 7))
     assert h.same(h.values(params), h.values(twins))
     assert not any(p.data_ptr() == q.data_ptr() for p, q in zip(params.values(), twins.values()))
 
@@ -576,7 +577,7 @@ def test_untying_copies_state_locally():
     optimizer = Adam([("head", head), ("embed", embed), ("gain", gain)])
     for step in range(3):
         h.step_with(optimizer, [h.gaussian(300, 8, seed=step), None, None])
-    assert optimizer.state[embed]["exp_avg"].eq(0).all()
+    assert not optimizer.state[embed]
     optimizer.copy_state("head", "embed")
     with torch.no_grad():
         embed.copy_(head)
@@ -604,7 +605,7 @@ def test_errors_name_the_parameter_and_the_way_out():
     bad(r"one matrix \(8, 36\)", named("conv", 8, 4, 3, 3))
     bad("does not fit", named("w", 8, 8), view="batch")
     bad("split=3 does not divide the 8", split=3)
-    bad(r"split=\(4, 5\)", split=(4, 5))
+    bad("split: expected a whole number", split=(4, 4))
     bad("unknown option 'momentun'.*did you mean 'momentum'", momentun=0.9)
     bad("'method'|method: expected one of 'svd'", method="newton")
     bad("lr: expected a number >= 0", lr=-1.0)
@@ -612,7 +613,7 @@ def test_errors_name_the_parameter_and_the_way_out():
     bad("weight_decay", weight_decay=-0.1)
     bad("adjust_lr_fn", adjust_lr_fn="arbitrary")
     bad("scale", scale="wide")
-    bad("every", every=0)
+    bad("update_interval", update_interval=0)
     bad("rule: expected one of", [{"params": named("w", 8, 8), "rule": "sgd"}])
     bad("collective", collective="broadcast")
     bad("ns_coefficients", ns_coefficients=((1.0, 2.0),))
@@ -635,19 +636,14 @@ def test_loading_what_does_not_fit_is_refused():
 
     state = make().state_dict()
     for other, message in (
-        (make("v"), "missing.*'v'.*unknown.*'w'"), (make(shape=(8, 4)), "'w'.*expected shape"),
-        (make(every=2), "saved with every=1"), (make(second_moment="row"), "second_moment"),
-        (Adam([torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]), "groups of"),
+        (make(shape=(8, 4)), r"'w', momentum_buffer: expected shape \(8, 4\), got \(8, 8\)"),
+        (make(update_interval=2), "saved with update_interval=1"),
+        (make(second_moment="row"), "saved with second_moment=None"),
+        (Adam([torch.nn.Parameter(torch.zeros(8, 8))]), "saved with rule='muon'"),
+        (Muon([torch.nn.Parameter(torch.zeros(8, 8)) for _ in range(2)]), "size of optimizer"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             other.load_state_dict(state)
-
-
-def test_explain_tells_the_plan():
-    text = h.mixed_optimizer(muon, h.mixed_params()).explain()
-    count = f"{len(h.MIXED)} parameters on 1 rank"
-    for part in (count, "bucket 0", "every 2", "GFLOP per rank", "bank"):
-        assert part in text
 
 
 def test_every_norm_trains_a_network_of_its_own_kind():
@@ -718,8 +714,8 @@ def test_compiled_rules_never_recompile_when_schedules_move(rule, options, monke
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own
 @pytest.mark.parametrize("path", h.PATHS)
 def test_compiled_updates_are_the_eager_ones_whatever_precision_the_program_chose(path):
-    """Compiled code takes its precision from the step around it: rounded products would blow up
-    the Gram form, by which plain fp32 iterates 4:1 matrices."""
+    """Compiled code takes its precision from the step around it: bf16 products would blow up the
+    Gram form, by which fp32 iterates 4:1 matrices."""
     G, *spaces = h.low_rank(8, 80, 256)
     steps = {}
     before = torch.backends.mkldnn.matmul.fp32_precision
@@ -737,5 +733,5 @@ def test_compiled_updates_are_the_eager_ones_whatever_precision_the_program_chos
         torch._dynamo.reset()
     error = (steps[True] - steps[False]).norm() / steps[False].norm()
     noise = h.noise_energy(steps[True], *spaces)  # an ulp before the first rounding changes it
-    limits = {"fp32": (1e-3, 1e-6), "rounded": (0.06, 0.01), "bf16": (0.1, 0.3)}
+    limits = {"fp32": (1e-3, 1e-6), "bf16": (0.1, 0.3)}
     assert error < limits[path][0] and noise < limits[path][1]

@@ -35,7 +35,7 @@ def test_a_field_of_the_model_is_an_option_too():
 
 def test_options_of_the_run():
     run, _ = parse("--seed", "7", "--runs", "5", "--wandb", "--record", "6")
-    assert (run.seed, run.runs, run.wandb, run.record) == (7, 5, True, 6)
+    assert (run.seed, run.runs, run.wandb, run.record) == (7, 5, True, "6")
 
 
 def test_fewer_steps_keep_the_shape_of_the_schedule():
@@ -80,6 +80,9 @@ def test_fewer_steps_keep_the_shape_of_the_schedule():
     (("stray",), "expected an option"),
     (("--device", "cuda"), "there is no CUDA device here"),
     (("--track", "short"), "unknown option"),
+    (("--record", "normal"), "62, norms; got 'normal'"),
+    (("--record", "6", "--other_rule", "norms"), "expected adam where head and embedding share"),
+    (("--record", "norms", "--matrix_rule", "adam"), "expected muon where other_rule is norms"),
 ])
 def test_a_wrong_command_line_is_one_line_that_helps(words, says):
     with pytest.raises(options.OptionError) as error:
@@ -96,5 +99,5 @@ def test_help_names_every_option_and_fits_the_screen():
 
 def test_a_recipe_survives_its_json():
     import json
-    for recipe in (r for base in recipes.RECORDS.values() for r in (base, recipes.pocket(base))):
+    for recipe in (r for base in recipes.RECIPES.values() for r in (base, recipes.pocket(base))):
         assert recipes.from_dict(json.loads(json.dumps(recipes.to_dict(recipe)))) == recipe

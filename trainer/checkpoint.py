@@ -320,10 +320,13 @@ def restored_afterwards(model: torch.nn.Module, optimizer: torch.optim.Optimizer
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(before[f"model.{name}"])
+        for name, p in model.named_parameters():
+            grad = before.get(f"grad.{name}")
+            p.grad = None if grad is None else grad.to(p.device)
     optimizer.load_state_dict(optimizer_before)
-    optimizer.zero_grad()  # after the state: groups that collect over steps are at their start now
     optimizer.nonfinite.zero_()
     torch.set_rng_state(before["rng"])
-    changed = [k for k, v in state().items()
-               if k in before and not torch.equal(v, before[k].to(v.device))]
+    after = state()
+    changed = [k for k in before.keys() | after.keys() if k not in before or k not in after
+               or not torch.equal(after[k], before[k].to(after[k].device))]
     assert not changed, f"not restored: {changed}"

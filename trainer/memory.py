@@ -20,20 +20,24 @@ from trainer.options import RunOptions
 KEPT_BYTES, INPUT_BYTES = 50, 4
 
 
-def fit_memory(recipe: Recipe, run: RunOptions, device: torch.device) -> tuple[int, int]:
+def fit_memory(recipe: Recipe, run: RunOptions, device: torch.device,
+               optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     """(tokens of a micro-batch, layers that backward computes again), by the free memory.
 
     On a GPU as many tokens as fit, up to 64 rows of 1,024 as in the records. Packed recipes have
     rows of 48K or 64K tokens, which cannot be cut: where one does not fit, as many layers are
     computed again as needed, the first ones, since backward comes to them last, when the memory of
-    the others is free. Call it after model and optimizer are made.
+    the others is free. Call it before the first step.
     """
     layers, channels = recipe.model.num_layers, recipe.model.model_dim
     recomputed, seq_len = layers if run.recompute == "on" else 0, recipe.model.seq_len
     if run.micro_batch_tokens is not None or device.type == "cpu":
         return max(seq_len, run.micro_batch_tokens or 8192), recomputed
     total = torch.cuda.get_device_properties(device).total_memory
-    free = 0.85 * total - torch.cuda.memory_allocated(device) - 3 * 2**30  # the head's chunk
+    # The optimizer's buffers are allocated by now; gradients and state come with the first step.
+    gradients = sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
+    needed = torch.cuda.memory_allocated(device) + gradients + optimizer.state_bytes()
+    free = 0.85 * total - needed - 3 * 2**30  # the head's chunk
 
     def kept(recomputed: int) -> int:
         """Bytes of a token and channel, at the end of forward or in the first layers' backward."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 import recipes
 from kernels import NAMES
 from model import GPTConfig
-from recipes import RECORDS, SCALES, Recipe
+from recipes import RECIPES, SCALES, Recipe
 
 
 def _option(default, text: str):
@@ -27,9 +27,9 @@ def _option(default, text: str):
 class RunOptions:
     """Options of the run, not of the recipe."""
 
-    record: int | None = _option(
-        None, "which record's recipe to train; default: the newest, at pocket scale "
-              f"#{recipes.DEFAULT_POCKET}")
+    record: str | None = _option(
+        None, "which record's recipe to train, or one of our own by its name; default: the newest "
+              f"record, at pocket scale #{recipes.DEFAULT_POCKET}")
     scale: str = _option("auto", "full or pocket; auto: full on GPUs, pocket on CPU")
     seed: int = _option(0, "of the initial weights; --runs counts up from it")
     runs: int = _option(1, "train this many times with consecutive seeds, one log each")
@@ -90,8 +90,6 @@ def _parse(name: str, text: str, kind) -> object:
         return kind(text)
     except (ValueError, KeyError):
         what = wanted.get(kind, "numbers separated by commas, as 0.9,0.95")
-        if name == "record":
-            what = f"one of {', '.join(map(str, RECORDS))}"
         raise OptionError(f"--{name}: expected {what}, got {text!r}") from None
 
 
@@ -100,7 +98,7 @@ def _kinds(cls) -> dict[str, object]:
 
 
 # What --record and --scale decide by themselves is not set by an option of its own.
-_NOT_OPTIONS = {"model", "record", "scale", "title", "track", "corpus"}
+_NOT_OPTIONS = {"model", "record", "name", "scale", "title", "track", "corpus"}
 
 
 def recipe_kinds() -> dict[str, object]:
@@ -153,7 +151,7 @@ def _check_run(run: RunOptions, has_cuda: bool) -> None:
                               f"got {got!r}")
 
     if run.record is not None:
-        one_of("record", sorted(RECORDS))
+        one_of("record", RECIPES)
     one_of("scale", ("auto", *SCALES))
     one_of("device", ("auto", "cuda", "cpu"))
     for name in ("compile", "compile_optimizer", "recompute"):
@@ -198,7 +196,7 @@ def _resolve(run: RunOptions, changes: dict, has_cuda: bool) -> Recipe:
     if record is None:
         record = recipes.DEFAULT_POCKET if scale == "pocket" else recipes.DEFAULT_FULL
     try:
-        return recipes.change(SCALES[scale](RECORDS[record]), **changes)
+        return recipes.change(SCALES[scale](RECIPES[str(record)]), **changes)
     except ValueError as error:
         raise OptionError(str(error)) from None
 
@@ -218,7 +216,7 @@ def help_text() -> str:
             return ",".join(map(str, value))
         return str(value).lower() if isinstance(value, bool | None) else str(value)
 
-    recipe = SCALES["pocket"](RECORDS[recipes.DEFAULT_POCKET])
+    recipe = SCALES["pocket"](RECIPES[str(recipes.DEFAULT_POCKET)])
     of_recipe = [(name, shown(getattr(recipe.model if hasattr(recipe.model, name)
                                       and not hasattr(recipe, name) else recipe, name)))
                  for name in recipe_kinds()]
@@ -233,7 +231,7 @@ def help_text() -> str:
         "  NNODES=2 NODE_RANK=0 MASTER_ADDR=host ./run.sh",
         "                                 several machines: one call on each",
         "",
-        *textwrap.wrap(f"Records: {', '.join(map(str, sorted(RECORDS)))}.", 80),
+        *textwrap.wrap(f"Records and recipes of our own: {', '.join(RECIPES)}.", 80),
         f"Scales: {', '.join(SCALES)}.",
         "",
         "Options of the run:",

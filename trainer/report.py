@@ -302,7 +302,9 @@ def header(s, environment: dict[str, str]) -> dict[str, str]:
     recipe, world, env = s.recipe, s.world, environment
     num_shards = len(s.data.train_files)
     return {
-        "recipe": f"record #{recipe.record} ({recipe.title}), {recipe.scale} scale, seed {s.seed}",
+        "recipe": f"{recipe.name}, which changes " * bool(recipe.name)
+                  + f"record #{recipe.record} ({recipe.title}), {recipe.scale} scale, "
+                    f"seed {s.seed}",
         "model": f"{num_parameters(s.model) / 1e6:.1f}M parameters, {recipe.model.num_layers} "
                  f"layers of width {recipe.model.model_dim}",
         "steps": f"{recipe.num_iterations:,} of {recipe.batch_tokens:,} tokens in rows of "

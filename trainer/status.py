@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -42,9 +42,8 @@ class StepStatus:
     host reads of it, one step later.
 
     A step is bad where on any rank the loss is not finite, the norm of a parameter's gradient is
-    not below `limit` (or is NaN), or `local_fault` says that something else failed. Hooks take the
-    norms while gradients are still this rank's own, so that the rank can be named: make it before
-    the optimizer, whose hooks send the gradients off.
+    not below `limit` (or is NaN), or `local_fault` says that something else failed. Norms are taken
+    while gradients are still this rank's own, so that the rank can be named.
     """
 
     limit = 1e18  # above 1.8e19 squares leave the range of fp32 and bf16
@@ -53,23 +52,14 @@ class StepStatus:
         self.world = world
         self.local_fault = ""
         self.gate = torch.ones((), dtype=torch.bool, device=world.device)
-        self.names, parameters = zip(*named_parameters)
-        wide = max((p.dtype for p in parameters), key=lambda dtype: dtype.itemsize)
+        self.names, self.parameters = zip(*named_parameters)
+        wide = max((p.dtype for p in self.parameters), key=lambda dtype: dtype.itemsize)
         self._norms = torch.zeros(len(self.names), device=world.device,
                                   dtype=torch.promote_types(wide, torch.float32))
         self._bad_norms = self._norms.clone()  # of the last good or the first bad step
         self._loss = torch.zeros((), device=world.device)
-        self._watching = False
         self._reduced: Tensor | None = None
         self._sent: tuple | None = None
-        for i, parameter in enumerate(parameters):
-            parameter.register_post_accumulate_grad_hook(self._norm_hook(self._norms[i]))
-
-    def _norm_hook(self, norm: Tensor) -> Callable[[Tensor], None]:
-        def take_norm(parameter: Tensor) -> None:
-            if self._watching:
-                torch.linalg.vector_norm(parameter.grad, dtype=norm.dtype, out=norm)
-        return take_norm
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -78,16 +68,18 @@ class StepStatus:
         for tensor in (self._norms, self._bad_norms, self._loss):
             tensor.zero_()
 
-    def watch_next_backward(self) -> None:
-        """The next backward pass is the last one of this step."""
-        self._watching = True
+    @torch.no_grad()
+    def take_norms(self) -> None:
+        """Of this rank's gradients; call after the last backward pass of a step."""
+        norms = [norm for norm, p in zip(self._norms, self.parameters) if p.grad is not None]
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        torch._foreach_copy_(norms, torch._foreach_norm(grads, dtype=self._norms.dtype))
 
     @torch.no_grad()
     def reduce(self, loss_share: Tensor, nonfinite: Tensor, stop: bool) -> None:
         """Combine the ranks' checks; call between backward and update. `loss_share`: this rank's
         part of the step's mean loss. `nonfinite`: whether owners of parameters found gradients that
         are not finite in the update before, after reduction."""
-        self._watching = False
         loss = loss_share.float()
         bad = ~((self._norms < self.limit).all() & loss.isfinite())
         num_bad = bad.float() + (1.0 if self.local_fault else 0.0) + nonfinite.float()
