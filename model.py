@@ -175,7 +175,7 @@ class Phase(NamedTuple):
 class Layer(NamedTuple):
     """How one layer differs from the others."""
 
-    keys: str = "long"                  # long, short, paired: which keys its queries see
+    keys: str = "long"                  # the kind of keys that its queries see
     value_table: int | None = None
     skip_from: int | None = None        # the layer whose output comes back here
 
@@ -674,7 +674,7 @@ class GPT(nn.Module):
         return self.final_norm(x_BTC, outputs)
 
     def embed_tokens(self, tokens_BT: Tensor) -> tuple[Tensor, dict[str, Tensor], dict]:
-        """The embedding, what all layers share, and the value embeddings by their table."""
+        """The embedding and what all layers share. The value embeddings by their table (#14)."""
         c, stream = self.config, self.stream_dtype
         table = self.lm_head if self.tied else self.embed  # (#51) tied until two thirds
         x_BTC = F.embedding(tokens_BT, table.weight).to(stream)
@@ -695,8 +695,8 @@ class GPT(nn.Module):
             shared["v1"] = v1_BTC.unflatten(-1, (-1, c.head_dim))
         if c.bigram:  # (#62)
             shared["bigram"] = self.bigram(bigram_hash(tokens_BT, c.bigram_rows)).to(stream)
-        values = {int(i): table(tokens_BT).to(stream).unflatten(-1, (-1, c.head_dim))
-                  for i, table in self.value_embeds.items()}  # (#14)
+        values = {int(i): embed(tokens_BT).to(stream).unflatten(-1, (-1, c.head_dim))
+                  for i, embed in self.value_embeds.items()}  # (#14)
         return x_BTC, shared, values
 
     def attention_keys(self, tokens_BT: Tensor, docs_B2: Tensor | None) -> dict[str, Keys | None]:

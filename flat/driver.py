@@ -19,6 +19,7 @@ Shapes: B rows, T tokens a row, C model_dim, H heads, D head_dim, V vocabulary (
 """
 
 import functools
+import hashlib
 import itertools
 import math
 import os
@@ -43,7 +44,8 @@ from torch.nn.attention.varlen import varlen_attn
 MICRO_BATCH_TOKENS = 65_536     # per rank; more are accumulated
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu")
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
+LOG = Path("logs") / f"{uuid.uuid4()}.txt"
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -286,7 +288,6 @@ class GPT:
 # --- optimizer ------------------------------------------------------------------------------------
 
 def normalize(G: Tensor, dim: tuple[int, ...], factor: float = 1.0, eps: float = 0.0) -> Tensor:
-    """G / (factor * its 2-norm); zeros stay zeros."""
     return G / (factor * G.norm(dim=dim, keepdim=True)).clamp(min=2.0**-126)
 
 
@@ -297,9 +298,8 @@ def normalize(G: Tensor, dim: tuple[int, ...], factor: float = 1.0, eps: float =
 
 
 class Optimizer:
-    """Muon and Adam. Gradients are summed over ranks, from within the backward pass that completes
-    them. Each rank updates its share of Muon's matrices and sends them to the others; what Adam
-    trains is updated by all."""
+    """Gradients are summed over ranks. Each rank updates its share of Muon's matrices and sends
+    them to the others (#3); what Adam trains is updated by all."""
 
     def __init__(self, model: nn.Module):
         self.groups = {role: dict(options, params=[]) for role, options in GROUPS.items()}
@@ -307,7 +307,7 @@ class Optimizer:
         if r.adam_every > 1:
             self.group_of: dict[Tensor, dict] = {}
         self.reductions = []
-        self.completing = False     # whether this backward pass completes the gradients
+        self.completing = False     # whether this backward pass is the last one of its step
         for name, p in model.named_parameters():
             role, _ = parameter_entry(name)
             self.groups[role]["params"].append(p)
@@ -323,6 +323,7 @@ class Optimizer:
         self.reductions.append(dist.all_reduce(p.grad, async_op=True))
 
     def reduce_early(self, p: Tensor) -> None:
+        """Called within each backward pass; the last one of a step completes the gradients."""
         if r.adam_every > 1:
             if self.completing and self.is_due(self.group_of[p]):
                 self.reduce(p)
@@ -360,13 +361,15 @@ class Optimizer:
 
         lr, sends = lr_multiplier(step), []
         for group in groups.values():
+            if r.momentum_warmup_steps or r.momentum_cooldown_steps:
+                group["momentum"] = momentum(step)
             for i, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
                 if r.matrix_rule == "muon":
                     if group["rule"] == "muon":
                         if i % WORLD_SIZE == RANK:
-                            self.muon_step(p, group, group["lr"] * lr, step)
+                            self.muon_step(p, group, group["lr"] * lr)
                         if WORLD_SIZE > 1:
                             sends.append(dist.broadcast(p.data, i % WORLD_SIZE, async_op=True))
                     else:
@@ -377,56 +380,37 @@ class Optimizer:
         for send in sends:
             send.wait()
 
-    def muon_step(self, p: Tensor, muon: dict, lr: float, step: int) -> None:
+    def muon_step(self, p: Tensor, muon: dict, lr: float) -> None:
         state, shape = self.state[p], (muon["split"], -1, p.size(-1))
         param, grad = p.view(shape), p.grad.view(shape)
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(grad)
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
             if any(r.normuon.values()):
                 axis = -1 if muon["second_moment"] == "row" else -2
                 state["second_moment"] = torch.zeros_like(grad).mean(axis, keepdim=True)
-        if any(r.normuon.values()):
-            new, state["momentum"], state["second_moment"] = muon_update(
-                param, grad, state["momentum"], state["second_moment"], lr=lr,
-                momentum=momentum(step) if r.momentum_warmup_steps or r.momentum_cooldown_steps
-                else r.muon_momentum, weight_decay=muon["weight_decay"],
-                beta2=muon["beta2"], scale=muon["scale"], momentum_form=muon["momentum_form"],
-                nesterov=muon["nesterov"], norm=muon["norm"], method=muon["method"],
-                ns_steps=muon["ns_steps"], ns_coefficients=None, eps=0.0,
-                mode=muon["mode"], products=None, renorm=False, axis=muon["second_moment"],
-                decay=muon["decay"], cautious=muon["cautious"])
-        else:
-            new, state["momentum"] = muon_update(
-                param, grad, state["momentum"], lr=lr,
-                momentum=momentum(step) if r.momentum_warmup_steps or r.momentum_cooldown_steps
-                else r.muon_momentum, weight_decay=muon["weight_decay"],
-                beta2=0.95, scale=muon["scale"], momentum_form=muon["momentum_form"],
-                nesterov=muon["nesterov"], norm=muon["norm"], method=muon["method"],
-                ns_steps=muon["ns_steps"], ns_coefficients=None, eps=0.0,
-                mode=muon["mode"], products=None, renorm=False, axis=None,
-                decay=muon["decay"], cautious=muon["cautious"])
-        p.copy_(new.view_as(p))
+        update = momentum_average(grad, state, muon)
+        update = steepest_direction(update, state, muon)
+        descend(param, update, lr, muon["weight_decay"], muon["decay"], muon["cautious"],
+                muon["scale"])
 
     def adam_step(self, p: Tensor, adam: dict, lr: float) -> None:
-        state, wide = self.state[p], torch.promote_types(p.dtype, torch.float32)
-        if "step" not in state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(p, dtype=wide)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=wide)
-            if "bf16" in (c.embed_dtype, c.head_dtype):
-                state["weight"] = p.to(wide)  # which a table in bf16 rounds
-        if "bf16" in (c.embed_dtype, c.head_dtype):
-            weight = state["weight"]
+        state = self.state[p]
+        if "bf16" in (c.embed_dtype, c.head_dtype):  # a table in bf16 rounds its master
+            if not state:
+                state["step"] = torch.zeros((), device=DEVICE)
+                state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+                state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+                state["master"] = p.to(torch.float32)
+            update = adam_average(p.grad.to(torch.float32), state, adam)
+            descend(state["master"], update, lr, adam["weight_decay"], adam["decay"],
+                    adam["cautious"])
+            p.copy_(state["master"])
         else:
-            weight = p
-        beta1, beta2 = adam["betas"]
-        new, state["exp_avg"], state["exp_avg_sq"], state["step"] = adam_update(
-            weight, p.grad.to(wide), state["exp_avg"], state["exp_avg_sq"], state["step"],
-            lr=lr, beta1=beta1, beta2=beta2, eps=adam["eps"], weight_decay=adam["weight_decay"],
-            decay=adam["decay"], cautious=adam["cautious"])
-        if "bf16" in (c.embed_dtype, c.head_dtype):
-            state["weight"] = new
-        p.copy_(new)
+            if not state:
+                state["step"] = torch.zeros((), device=DEVICE)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            update = adam_average(p.grad, state, adam)
+            descend(p, update, lr, adam["weight_decay"], adam["decay"], adam["cautious"])
 
 
 # --- schedules ------------------------------------------------------------------------------------
@@ -442,7 +426,7 @@ def enter_phase(model: GPT, optimizer: Optimizer, step: int, evaluating: bool = 
         else:
             last = False
         short, long = windows(step, last=last)
-        model.phase = Phase(window=window_in_keys(long), short_window=window_in_keys(short))
+        model.window, model.short_window = window_in_keys(long), window_in_keys(short)
         if c.yarn:
             model.set_rotary(_yarn_windows(step, r, last))
     if r.num_targets > 1:
@@ -478,7 +462,9 @@ def train_step(model: GPT, optimizer: Optimizer, rows: np.ndarray, step: int) ->
         divisor = num_tokens
     else:  # records from #22 on summed the loss of a rank, and averaged over ranks
         divisor = r.loss_divisor
-    optimizer.step_count, batches = step, micro_batches(rows)
+    if r.adam_every > 1:
+        optimizer.step_count = step
+    batches = micro_batches(rows)
     for i, (inputs_BT, targets_BT) in enumerate(batches):
         if WORLD_SIZE > 1:
             optimizer.completing = i == len(batches) - 1
@@ -486,61 +472,49 @@ def train_step(model: GPT, optimizer: Optimizer, rows: np.ndarray, step: int) ->
     optimizer.step(step, divisor, num_tokens)
 
 
-def build_graphs(model: GPT, optimizer: Optimizer, step: int) -> None:
-    """Forward and backward pass of a micro-batch of `step`, of random tokens."""
-    enter_phase(model, optimizer, step, evaluating=True)
-    if r.num_targets > 1:
-        model.target_weights = torch.tensor(_target_weights(step), device=DEVICE)
-    num_rows, T = batch_shape(step)
-    rows = np.random.default_rng(0).integers(0, c.bos_id, (num_rows, T + 1))
-    inputs_BT, targets_BT = micro_batches(rows)[0]
-    model(inputs_BT, targets_BT, 1.0).backward()
-
-
 def compile_model(model: GPT, optimizer: Optimizer) -> None:
-    """Compile blocks and head; build the graphs of each third of the schedule on random tokens,
-    before the clock starts. Nothing is updated, and the gradients are dropped."""
+    """Compile blocks and head; build their graphs on random tokens, before the clock starts."""
     torch._dynamo.config.recompile_limit = 64
     for block in model.blocks:
         block.compile()
     model.head_loss = torch.compile(model.head_loss)
-    if r.batch_stages or r.num_targets > 1:
-        for step in (0, NUM_ITERATIONS // 2, NUM_ITERATIONS - 1):
-            build_graphs(model, optimizer, step)
-    else:
-        build_graphs(model, optimizer, 0)
+    for step in GRAPH_STEPS:
+        enter_phase(model, optimizer, step, evaluating=True)
+        if r.num_targets > 1:
+            model.target_weights = torch.tensor(_target_weights(step), device=DEVICE)
+        num_rows, T = batch_shape(step)
+        rows = np.random.default_rng(0).integers(0, c.bos_id, (num_rows, T + 1))
+        inputs_BT, targets_BT = micro_batches(rows)[0]
+        model(inputs_BT, targets_BT, 1.0).backward()
     model.zero_grad(set_to_none=True)
     torch.cuda.synchronize()
 
 
-class Log:
-    """A log in the public format, by rank 0: source, environment, step lines."""
-
-    def __init__(self) -> None:
-        self.path = Path("logs") / f"{uuid.uuid4()}.txt"
-        if RANK == 0:
-            self.path.parent.mkdir(exist_ok=True)
-            hardware = torch.cuda.get_device_name() if CUDA else "CPU"
-            rule = "=" * 100
-            self.write(Path(__file__).read_text() + rule)
-            self.write(f"Running Python {sys.version.split()[0]}")
-            self.write(f"Running PyTorch {torch.version.__version__} compiled for CUDA "
-                       f"{torch.version.cuda} on {hardware} with world_size {WORLD_SIZE}")
-            if CUDA:
-                self.write(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
-            self.write(rule)
-
-    def write(self, text: str) -> None:
-        with open(self.path, "a") as file:
+def log(text: str) -> None:
+    """Rank 0 shows a line and adds it to the log."""
+    if RANK == 0:
+        print(text, flush=True)
+        with open(LOG, "a") as file:
             file.write(f"{text}\n")
 
-    def line(self, text: str) -> None:
-        if RANK == 0:
-            print(text, flush=True)
-            self.write(text)
+
+def start_log(files: list[Path], seed: int) -> None:
+    """What a log in the public format begins with: source and environment."""
+    hashes = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    rule, hardware, smi = "=" * 100, f"CPU with {os.cpu_count()} cores", ""
+    if CUDA:
+        hardware = torch.cuda.get_device_name()
+        smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+    LOG.parent.mkdir(exist_ok=True)
+    LOG.write_text(
+        f"{Path(__file__).read_text()}{rule}\nRunning Python {sys.version.split()[0]}\n"
+        f"Running PyTorch {torch.version.__version__} compiled for CUDA {torch.version.cuda} on "
+        f"{hardware} with world_size {WORLD_SIZE}\n"
+        f"Running for track {TRACK} with seed {seed} on data {digest}\n{smi}{rule}\n")
 
 
-def train(train_files: list[Path], val_files: list[Path], seed: int, log: Log) -> None:
+def train(train_files: list[Path], val_files: list[Path], seed: int) -> None:
     model = GPT()
     init_weights(model, seed)
     model.to(DEVICE)
@@ -560,17 +534,17 @@ def train(train_files: list[Path], val_files: list[Path], seed: int, log: Log) -
             train_s += time.perf_counter() - t0
             enter_phase(model, optimizer, step, evaluating=True)
             val_loss = evaluate(model, validation)
-            log.line(f"step:{step}/{NUM_ITERATIONS} val_loss:{val_loss:.6f} "
-                     f"train_time:{1000 * train_s:.0f}ms "
-                     f"step_avg:{1000 * train_s / max(1, step):.2f}ms")
+            log(f"step:{step}/{NUM_ITERATIONS} val_loss:{val_loss:.6f} "
+                f"train_time:{1000 * train_s:.0f}ms "
+                f"step_avg:{1000 * train_s / max(1, step):.2f}ms")
             t0 = time.perf_counter()
         if last:
             break
         enter_phase(model, optimizer, step)
         train_step(model, optimizer, next(batches), step)
         elapsed_ms = 1000 * (train_s + time.perf_counter() - t0)
-        log.line(f"step:{step + 1}/{NUM_ITERATIONS} train_time:{elapsed_ms:.0f}ms "
-                 f"step_avg:{elapsed_ms / (step + 1):.2f}ms")
+        log(f"step:{step + 1}/{NUM_ITERATIONS} train_time:{elapsed_ms:.0f}ms "
+            f"step_avg:{elapsed_ms / (step + 1):.2f}ms")
 
 
 def main(arguments: list[str]) -> None:
@@ -583,14 +557,16 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"{arguments[0]}: expected shards *train*.bin and *val*.bin, found "
                  f"{len(train_files)} and {len(val_files)}")
     if r.scale == "full":
-        if not CUDA:
+        if not torch.cuda.is_available():
             sys.exit("record {RECORD} at full size needs a GPU with {NEEDS}; "
                      "for a CPU: python -m flat {RECORD} --scale pocket")
+    if CUDA:
+        torch.cuda.set_device(DEVICE)
     if WORLD_SIZE > 1:
-        if CUDA:
-            torch.cuda.set_device(DEVICE)
         dist.init_process_group("nccl" if CUDA else "gloo")
-    train(train_files, val_files, seed, Log())
+    if RANK == 0:
+        start_log([*train_files, *val_files], seed)
+    train(train_files, val_files, seed)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 

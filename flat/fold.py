@@ -1,35 +1,50 @@
-"""Fold source text: decide what a frozen configuration decides, drop what is then unused.
+"""Fold a program: decide what a frozen configuration decides, drop what is then unused.
 
-    fold(text, Known(objects={"c": config}, values={"x.y()": 3}, sources={}), keep={"main"})
+    fold(tree, Known(objects={"c": config}, values={"x.y()": 3}), keep={"main"})
 
-Works on the text, at positions from ast, so that what is left is word for word what was written,
-comments included. Three kinds of passes repeat until none changes the text:
+Works in place on a tree of flat.tree, so that what does not change is printed as it was written.
+Passes repeat until none finds anything:
 
     decide      an expression on known attributes or of constants becomes its value or the name of a
                 constant, a decided `if` its branch
-    propagate   a local, a parameter or a self attribute that only ever has one constant value
-                becomes that value
+    propagate   a local, a parameter or a self attribute that only ever has one constant value, or
+                is another name of something, becomes that
+    inline      a function that is one expression, and is called once or private, goes where it is
+                called
     prune       parameters, locals, fields, methods, functions, imports that nothing reads go
-
-`tidy` then joins and wraps lines to 100 columns and drops comments of newer records.
 """
 
 import ast
-import functools
+import copy
+import itertools
 import operator
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-WIDTH = 100
+from flat.tree import (
+    Note,
+    blocks,
+    children,
+    dotted,
+    expression,
+    fields_of,
+    is_docstring,
+    settle,
+    walk,
+)
+
 COMPARE = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Is: operator.is_, ast.IsNot: operator.is_not,
     ast.Gt: operator.gt, ast.Lt: operator.lt, ast.GtE: operator.ge, ast.LtE: operator.le,
     ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b}
-ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 FUNCTION = ast.FunctionDef
+ENDS = ast.Return | ast.Continue | ast.Break | ast.Raise
 TRUE = object()     # a value that is not known but for its truth
+
+
+class Unknown(Exception):
+    """The configuration does not decide this expression."""
 
 
 @dataclass
@@ -38,185 +53,221 @@ class Known:
 
     objects: dict[str, object] = field(default_factory=dict)
     values: dict[str, object] = field(default_factory=dict)     # text of an expression -> value
-    sources: dict[str, str] = field(default_factory=dict)       # -> another text
+    sources: dict[str, str] = field(default_factory=dict)       # -> another text; with-item -> ""
     dropped: set[str] = field(default_factory=set)              # texts of statements
     constants: dict[str, object] = field(default_factory=dict)  # found: NAME -> value
+    rejected: dict[str, set] = field(default_factory=dict)      # found: unit -> strings that a
+    chosen: dict[str, set] = field(default_factory=dict)        # decided value is not, and is
+    used: set[str] = field(default_factory=set)                 # found: texts that were met
+
+    def index(self) -> None:
+        """The texts in one form, and by a mark that is cheaper to compare."""
+        def normal(text: str) -> str:
+            node = ast.parse(text).body[0]
+            node = node.value if isinstance(node, ast.Expr) else node
+            self.marks.add(mark(node))
+            return ast.unparse(node)
+
+        self.marks: set[tuple] = set()
+        self.values = {normal(text): value for text, value in self.values.items()}
+        self.sources = {normal(text): other for text, other in self.sources.items()}
+        self.dropped = {normal(text) for text in self.dropped}
+
+    def text(self, node: ast.AST) -> str:
+        """The text of `node` if it may be known, else nothing."""
+        if mark(node) not in self.marks:
+            return ""
+        word = ast.unparse(node)
+        if word in self.values or word in self.sources or word in self.dropped:
+            self.used.add(word)
+            return word
+        return ""
 
 
-def children(node: ast.AST) -> list[ast.AST]:
-    """ast.iter_child_nodes, kept with the node."""
-    if not hasattr(node, "child_nodes"):
-        node.child_nodes = list(ast.iter_child_nodes(node))
-    return node.child_nodes
+def mark(node: ast.AST) -> tuple:
+    """The kind of a node and the first word that it ends in."""
+    kind = type(node)
+    while True:
+        match node:
+            case ast.Name():
+                return kind, node.id
+            case ast.Attribute():
+                return kind, node.attr
+            case ast.Constant():
+                return kind, node.value
+            case ast.Call():
+                node = node.func
+            case ast.Subscript() | ast.Expr():
+                node = node.value
+            case ast.Compare() | ast.BinOp():
+                node = node.left
+            case ast.BoolOp():
+                node = node.values[0]
+            case ast.IfExp():
+                node = node.body
+            case ast.Assign():
+                node = node.targets[0]
+            case ast.AnnAssign():
+                node = node.target
+            case _:
+                return kind, None
 
 
-def walk(node: ast.AST) -> list[ast.AST]:
-    """ast.walk, kept with the node: the passes walk the same trees many times."""
-    if not hasattr(node, "all_nodes"):
-        found = [node]
-        for child in children(node):
-            found += walk(child)
-        node.all_nodes = found
-    return node.all_nodes
+# --- trees ----------------------------------------------------------------------------------------
+
+def mapped(node: ast.AST, change: Callable[[ast.AST], ast.AST]) -> ast.AST:
+    """`node` with `change` applied to each of its children."""
+    for name in fields_of(type(node)):
+        value = getattr(node, name)
+        if type(value) is list:
+            for i, item in enumerate(value):
+                new = item and change(item)
+                if new is not item:
+                    value[i], node.dirty = new, True
+        elif value is not None:
+            new = change(value)
+            if new is not value:
+                setattr(node, name, new)
+                node.dirty = True
+    return node
 
 
-def unparse(node: ast.AST) -> str:
-    """ast.unparse, kept with the node."""
-    if not hasattr(node, "word"):
-        node.word = node.id if isinstance(node, ast.Name) else (
-            f"{unparse(node.value)}.{node.attr}" if isinstance(node, ast.Attribute)
-            else ast.unparse(node))
-    return node.word
+def substitute(node: ast.AST, values: dict[str, ast.expr]) -> ast.AST:
+    """`node` with copies of `values` for the names that are read, but in joined strings."""
+    if isinstance(node, ast.Name) and node.id in values and isinstance(node.ctx, ast.Load):
+        return copy.deepcopy(values[node.id])
+    if isinstance(node, ast.JoinedStr):
+        return node
+    return mapped(node, lambda child: substitute(child, values))
 
 
-class Unknown(Exception):
-    """The configuration does not decide this expression."""
+def replace(node: ast.AST, old: ast.expr, new: ast.expr) -> ast.AST:
+    return new if node is old else mapped(node, lambda child: replace(child, old, new))
 
 
-@functools.lru_cache(4)
-def parsed(text: str) -> ast.Module:
-    """Passes only read the tree, so all passes over one text share it."""
-    return ast.parse(text)
+def in_strings(nodes: list[ast.AST]) -> set[str]:
+    """Names in joined strings."""
+    return {n.id for s in nodes if isinstance(s, ast.JoinedStr) for n in walk(s)
+            if isinstance(n, ast.Name)}
 
 
-class Text:
-    """A source text with its tree, and edits by position."""
-
-    def __init__(self, text: str):
-        self.raw, self.tree, self.edits = text.encode(), parsed(text), []
-        self.lines = self.raw.splitlines(keepends=True)
-        self.starts = [0]
-        for line in self.lines:
-            self.starts.append(self.starts[-1] + len(line))
-
-    def span(self, node: ast.AST) -> tuple[int, int]:
-        return (self.starts[node.lineno - 1] + node.col_offset,
-                self.starts[node.end_lineno - 1] + node.end_col_offset)
-
-    def source(self, node: ast.AST) -> str:
-        start, end = self.span(node)
-        return self.raw[start:end].decode()
-
-    def replace(self, node: ast.AST, text: str) -> None:
-        self.edits.append((*self.span(node), text))
-
-    def replace_lines(self, first: int, last: int, text: str = "") -> None:
-        self.edits.append((self.starts[first - 1], self.starts[last], text))
-
-    def comments_above(self, line: int) -> int:
-        """The first of the comment lines right above `line`, or `line` itself."""
-        while line > 1 and self.lines[line - 2].lstrip().startswith(b"#") and (
-                not self.lines[line - 2].startswith(b"# ---")):
-            line -= 1
-        return line
-
-    def drop(self, node: ast.stmt) -> None:
-        """Without its comments; a block that becomes empty keeps `pass`."""
-        decorators = getattr(node, "decorator_list", [])
-        first = min([node.lineno] + [d.lineno for d in decorators])
-        self.replace_lines(self.comments_above(first), node.end_lineno)
-
-    def attempt(self, work: Callable[[], None]) -> bool:
-        """The edits of `work`, all of them or, where one meets an earlier edit, none."""
-        before = list(self.edits)
-        work()
-        new = self.edits[len(before):]
-        self.edits = before
-        new = sorted(new, key=lambda e: (e[0], -e[1]))
-        inside = [e for i, e in enumerate(new) if i and e[0] < max(x[1] for x in new[:i])]
-        if inside or any(a < y and x < b for a, b, _ in new for x, y, _ in before):
-            return False
-        self.edits = before + new
-        return True
-
-    def apply(self) -> str:
-        """The outermost of overlapping edits; the others come up again in the next round."""
-        raw, end = [], 0
-        for start, stop, text in sorted(self.edits, key=lambda e: (e[0], -e[1])):
-            if start >= end:
-                raw += [self.raw[end:start], text.encode()]
-                end = stop
-        return b"".join([*raw, self.raw[end:]]).decode()
+def names_read(nodes: list[ast.AST]) -> Counter:
+    return Counter(n.id for n in nodes
+                   if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store))
 
 
-def made_always(tree: ast.Module) -> set[str]:
-    """self.x that an __init__ makes by a call, and nothing else assigns."""
-    found: dict[str, list[ast.expr]] = {}
-    for node in walk(tree):
-        if isinstance(node, ast.Assign):
-            for target in node.targets:
-                found.setdefault(unparse(target), []).append(node.value)
-    always = {unparse(s.targets[0]) for c in tree.body if isinstance(c, ast.ClassDef)
-              for f in c.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"
-              for s in f.body if isinstance(s, ast.Assign) and isinstance(s.value, ast.Call)}
-    return {name for name, values in found.items() if name in always and len(values) == 1}
+def names_stored(nodes: list[ast.AST]) -> Counter:
+    """How often each name is assigned; an augmented assignment counts more."""
+    stores: Counter = Counter()
+    for n in nodes:
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store):
+            stores[n.id] += 1
+        elif isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name):
+            stores[n.target.id] += 1
+    return stores
+
+
+def parameters_of(function: FUNCTION) -> list[ast.arg]:
+    return [*function.args.args, *function.args.kwonlyargs]
+
+
+def global_names(node: ast.AST, own: frozenset[str] = frozenset()) -> Iterator[ast.Name]:
+    """Reads of names that no function around them has as its own."""
+    if isinstance(node, FUNCTION):
+        for part in (*node.decorator_list, node.args, node.returns):
+            if part is not None:
+                yield from global_names(part, own)
+        own = own | {a.arg for a in parameters_of(node)} | set(names_stored(walk(node)))
+        for part in node.body:
+            yield from global_names(part, own)
+        return
+    if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Store) and node.id not in own:
+        yield node
+    for child in children(node):
+        yield from global_names(child, own)
+
+
+def without(body: list[ast.stmt], gone: ast.stmt) -> None:
+    """Take a statement out of its block; one that would be empty keeps `pass`."""
+    at = next(i for i, node in enumerate(body) if node is gone)
+    del body[at]
+    if at < len(body) and gone.blank:
+        body[at].blank = True
+    if not body:
+        body.append(statement("pass"))
+
+
+def statement(text: str) -> ast.stmt:
+    node = ast.parse(text).body[0]
+    node.above, node.beside, node.blank, node.otherwise = [], "", False, ""
+    return node
+
+
+def parsed(text: str) -> ast.expr:
+    return ast.parse(text, mode="eval").body
 
 
 # --- decide ---------------------------------------------------------------------------------------
 
-def is_literal(value: object) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def quoted(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else repr(value)
-
-
-# Kinds of expressions that Known may name.
-KEYS = (ast.Name, ast.Attribute, ast.Compare, ast.BoolOp, ast.Call, ast.Subscript, ast.IfExp)
+def is_number(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and type(node.value) in (int, float)
 
 
 class Decider:
-    """One round of decisions."""
+    """One round of decisions in a top-level statement."""
 
-    def __init__(self, text: str, known: Known, made: frozenset[str]):
-        self.text, self.known = Text(text), known
-        self.made = made    # self attributes that are never None
+    def __init__(self, known: Known, made: set[str], unit: ast.stmt):
+        self.known, self.made, self.changed = known, made, False
+        self.rejected = known.rejected.setdefault(getattr(unit, "name", ""), set())
+        self.chosen = known.chosen.setdefault(getattr(unit, "name", ""), set())
 
     def value(self, node: ast.expr) -> object:
         """Raises Unknown."""
         if isinstance(node, ast.Constant):
             return node.value
-        word = unparse(node) if isinstance(node, KEYS) and node.end_lineno - node.lineno < 2 else ""
+        word = self.known.text(node)
         if word in self.known.values:
             return self.known.values[word]
-        if isinstance(node, ast.Attribute):
-            owner = unparse(node.value)
-            if owner in self.known.objects and hasattr(self.known.objects[owner], node.attr):
-                return getattr(self.known.objects[owner], node.attr)
-        elif isinstance(node, ast.Tuple | ast.List | ast.Set):
-            return tuple(self.value(e) for e in node.elts)
-        elif isinstance(node, ast.Subscript):
-            owner, index = self.value(node.value), self.value(node.slice)
-            if isinstance(owner, tuple) and isinstance(index, int) and index < len(owner):
-                return owner[index]
-        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            return not self.value(node.operand)
-        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -self.value(node.operand)
-        elif isinstance(node, ast.IfExp):
-            return self.value(node.body if self.value(node.test) else node.orelse)
-        elif isinstance(node, ast.BoolOp):
-            return self.bool_op(node)
-        elif word.endswith(" is not None") and word.removesuffix(" is not None") in self.made:
-            return True
-        elif isinstance(node, ast.Compare) and len(node.ops) == 1:
-            left, right = self.value(node.left), self.value(node.comparators[0])
-            if TRUE is not left and TRUE is not right:
-                return COMPARE[type(node.ops[0])](left, right)
-        elif isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-            if self.is_constant(node):
-                return ARITHMETIC[type(node.op)](self.value(node.left), self.value(node.right))
-        elif word.endswith(".get(None)"):
-            return None
-        elif word == "math.sqrt(1.0)":
-            return 1.0
+        match node:
+            case ast.Name():
+                if node.id in self.known.constants:
+                    return self.known.constants[node.id]
+            case ast.Attribute():
+                owner = self.known.objects.get(dotted(node.value))
+                if hasattr(owner, node.attr):
+                    return getattr(owner, node.attr)
+            case ast.Tuple() | ast.List() | ast.Set():
+                return tuple(self.value(e) for e in node.elts)
+            case ast.Subscript():
+                owner, index = self.value(node.value), self.value(node.slice)
+                if isinstance(owner, tuple) and isinstance(index, int) and index < len(owner):
+                    return owner[index]
+            case ast.UnaryOp(op=ast.Not()):
+                return not self.value(node.operand)
+            case ast.UnaryOp(op=ast.USub()):
+                return -self.value(node.operand)
+            case ast.IfExp():
+                return self.value(node.body if self.value(node.test) else node.orelse)
+            case ast.BoolOp():
+                return self.bool_op(node)
+            case ast.Compare(ops=[op], comparators=[right]):
+                if isinstance(op, ast.IsNot) and dotted(node.left) in self.made and (
+                        isinstance(right, ast.Constant) and right.value is None):
+                    return True
+                return self.compared(node.left, op, right)
+            case ast.Call(func=ast.Attribute(attr="get"), args=[ast.Constant(value=None)]):
+                return None
         raise Unknown
 
-    @staticmethod
-    def is_constant(node: ast.BinOp) -> bool:
-        return all(isinstance(x, ast.Tuple) or (isinstance(x, ast.Constant) and isinstance(
-            x.value, int | float)) for x in (node.left, node.right))
+    def compared(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> bool:
+        a, b = self.value(left), self.value(right)
+        if a is TRUE or b is TRUE:
+            raise Unknown
+        strings = {b} if isinstance(b, str) else {x for x in b if isinstance(x, str)} if (
+            isinstance(b, tuple)) else set()
+        self.rejected |= strings - {a}
+        self.chosen |= strings & {a}
+        return COMPARE[type(op)](a, b)
 
     def bool_op(self, node: ast.BoolOp) -> object:
         decisive = isinstance(node.op, ast.Or)  # the truth that ends an `or`
@@ -243,251 +294,457 @@ class Decider:
         except Unknown:
             return False, None
 
-    def expression(self, node: ast.AST) -> None:
-        text, word = self.text, ""
-        if isinstance(node, KEYS) and (  # longer expressions are no keys, and slow to unparse
-                node.end_lineno - node.lineno < 2):
-            word = unparse(node)
-        if word in self.known.sources and not isinstance(getattr(node, "ctx", None), ast.Store):
-            return text.replace(node, self.known.sources[word])
-        if isinstance(node, ast.Constant | ast.JoinedStr):
-            return None
+    def expression(self, node: ast.AST) -> ast.AST:
+        if isinstance(node, ast.JoinedStr | ast.Constant):
+            return node
+        if isinstance(node, ast.expr) and not isinstance(getattr(node, "ctx", None), ast.Store):
+            new = self.simpler(node)
+            if new is not node:
+                self.changed = True
+                return self.expression(new)
+        return mapped(node, self.expression)
+
+    def simpler(self, node: ast.expr) -> ast.expr:
+        word = self.known.text(node)
+        if word in self.known.sources:
+            return parsed(self.known.sources[word])
         if isinstance(node, ast.IfExp):
             ok, value = self.decided(node.test)
             if ok:
-                return text.replace(node, text.source(node.body if value else node.orelse))
-        ok, value = self.decided(node) if isinstance(node, ast.expr) else (False, None)
+                return node.body if value else node.orelse
+        if isinstance(node, ast.BinOp):
+            return simpler_product(node)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return node
+        if isinstance(node, ast.Name) and word not in self.known.values:
+            return node
+        ok, value = self.decided(node)
         if ok and isinstance(node, ast.BoolOp) and not isinstance(value, bool):
-            for operand in node.values:
-                if self.decided(operand) == (True, value):
-                    return text.replace(node, text.source(operand))
-        if ok and not isinstance(getattr(node, "ctx", None), ast.Store):
-            is_field = isinstance(node, ast.Attribute) and word not in self.known.values
-            if is_field and isinstance(value, int | float | tuple) and value and (
-                    not isinstance(value, bool)):
+            return next(x for x in node.values if self.decided(x) == (True, value))
+        if ok:
+            number = isinstance(value, int | float | tuple) and not isinstance(value, bool)
+            if isinstance(node, ast.Attribute) and word not in self.known.values and (
+                    number and value):
                 self.known.constants[node.attr.upper()] = value
-                return text.replace(node, node.attr.upper())
-            if is_literal(value) and not (
-                    isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)):
-                return text.replace(node, quoted(value))
-        if isinstance(node, ast.BoolOp):
-            decisive = isinstance(node.op, ast.Or)
-            kept = []
-            for operand in node.values:
-                ok, value = self.decided(operand)
-                if not (ok and bool(value) != decisive):
-                    kept.append(operand)
-            if 0 < len(kept) < len(node.values):
-                joined = f" {'or' if decisive else 'and'} ".join(map(text.source, kept))
-                return text.replace(node, joined)
-        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not) and isinstance(
-                node.operand, ast.Compare) and isinstance(node.operand.ops[0], ast.Eq):
-            sides = node.operand.left, node.operand.comparators[0]
-            return text.replace(node, " != ".join(map(text.source, sides)))
-        elif isinstance(node, ast.BinOp):
-            simpler = self.simpler(node)
-            if simpler is not None:
-                return text.replace(node, simpler)
-        elif isinstance(node, ast.Call):
-            if unparse(node.func) == "F.linear" and len(node.args) == 3 and unparse(
-                    node.args[2]) == "None":
-                return text.replace(node, f"F.linear({', '.join(map(text.source, node.args[:2]))})")
-            if any(k.arg == "out" and unparse(k.value) == "None" for k in node.keywords):
-                rest = [*node.args, *(k for k in node.keywords if k.arg != "out")]
-                return text.replace(node, f"{text.source(node.func)}("
-                                    f"{', '.join(map(text.source, rest))})")
-        elif isinstance(node, ast.Tuple) and any(isinstance(e, ast.Starred) and isinstance(
-                e.value, ast.List) for e in node.elts):
-            elements = [x for e in node.elts for x in (
-                e.value.elts if isinstance(e, ast.Starred) else [e])]
-            return text.replace(node, ", ".join(map(text.source, elements)))
-        for child in children(node):
-            self.visit(child)
-        return None
+                return ast.Name(node.attr.upper(), ast.Load())
+            if value is None or isinstance(value, bool | int | float | str):
+                return ast.Constant(value)
+        match node:
+            case ast.BoolOp():
+                decisive = isinstance(node.op, ast.Or)
+                found = [(x, *self.decided(x)) for x in node.values]
+                kept = [x for x, ok, value in found if not (ok and bool(value) != decisive)]
+                if 0 < len(kept) < len(node.values):
+                    return kept[0] if len(kept) == 1 else ast.BoolOp(node.op, kept)
+            case ast.UnaryOp(op=ast.Not(), operand=ast.Compare(ops=[ast.Eq()]) as inner):
+                return ast.Compare(inner.left, [ast.NotEq()], inner.comparators)
+            case ast.Call(args=[*most, ast.Constant(value=None)]):
+                if dotted(node.func) == "F.linear":
+                    return ast.Call(node.func, most, node.keywords)
+        return node
 
-    def simpler(self, node: ast.BinOp) -> str | None:
-        """x * 1.0 and x + 0.0 are x, x * 0.0 is 0.0."""
-        for one, other in ((node.left, node.right), (node.right, node.left)):
-            if not (isinstance(one, ast.Constant) and type(one.value) in (int, float)):
-                continue
-            keep = self.text.source(other)
-            if isinstance(node.op, ast.Mult | ast.Div) and (one is node.right or isinstance(
-                    node.op, ast.Mult)):
-                if one.value == 1:
-                    return f"({keep})" if isinstance(other, ast.BinOp) else keep
-                if one.value == 0 and isinstance(node.op, ast.Mult):
-                    return "0.0"
-            if one.value == 0 and (isinstance(node.op, ast.Add) or (
-                    isinstance(node.op, ast.Sub) and one is node.right)):
-                return keep
-        return None
+    # --- statements
 
-    def visit(self, node: ast.AST) -> None:
-        if isinstance(node, ast.If):
-            ok, value = self.decided(node.test)
-            if ok:
-                return self.take_branch(node, bool(value))
-        if isinstance(node, ast.With) and unparse(node.items[0]) in self.known.sources:
-            body = self.block(node.body, node.body[0].lineno, node.col_offset)
-            return self.text.replace_lines(node.lineno, node.end_lineno, body)
-        if isinstance(node, ast.Raise):
-            return None
-        if isinstance(node, ast.stmt) and unparse(node) in self.known.dropped:
-            return self.text.drop(node)
-        return self.expression(node)
+    def block(self, body: list[ast.stmt]) -> list[ast.stmt]:
+        found: list[ast.stmt] = []
+        blank = False
+        for node in body:
+            new = self.statement(node)
+            if not new:
+                blank = blank or node.blank
+            elif blank:
+                new[0].blank, blank = True, False
+            found += new
+            if found and isinstance(found[-1], ENDS) and node is not body[-1]:
+                self.changed = True
+                break
+        return found
 
-    def block(self, body: list[ast.stmt], first: int, indent: int) -> str:
-        """The lines of a block from `first` on, at another indentation."""
-        lines = b"".join(self.text.lines[first - 1:body[-1].end_lineno]).decode()
-        return textwrap.indent(textwrap.dedent(lines), " " * indent)
+    def statement(self, node: ast.stmt) -> list[ast.stmt]:
+        """What becomes of a statement."""
+        if isinstance(node, Note | ast.Raise | ast.Try):
+            return [node]
+        inside = node.value if isinstance(node, ast.Expr) else node
+        if self.known.text(inside) in self.known.dropped:
+            self.changed = True
+            return []
+        match node:
+            case ast.If():
+                ok, value = self.decided(node.test)
+                if ok:
+                    self.changed = True
+                    return self.block(self.branch(node, bool(value)))
+                node.body, node.orelse = self.block(node.body), self.block(node.orelse)
+                if not node.body and not node.orelse:
+                    self.changed = True
+                    return []
+                if not node.body:
+                    node.test, node.beside = ast.UnaryOp(ast.Not(), node.test), node.otherwise
+                    node.body, node.orelse, node.otherwise = node.orelse, [], ""
+                mapped(node, lambda part: part if isinstance(part, ast.stmt)
+                       else self.expression(part))
+                return [node]
+            case ast.For(iter=ast.Tuple(elts=[only]), target=ast.Name()):
+                self.changed = True
+                for part in node.body:
+                    substitute(part, {node.target.id: only})
+                return self.block(lifted(node, node.body, node.beside))
+            case ast.With(items=[item]) if self.known.sources.get(self.known.text(
+                    item.context_expr)) == "":
+                self.changed = True
+                return self.block(lifted(node, node.body, node.beside))
+        if isinstance(node, FUNCTION | ast.ClassDef | ast.For | ast.While | ast.With):
+            node.body = self.block(node.body)
+            if not node.body and not isinstance(node, FUNCTION | ast.ClassDef):
+                self.changed = True
+                return []
+            node.body = node.body or [statement("pass")]
+        mapped(node, lambda part: part if isinstance(part, ast.stmt) else self.expression(part))
+        return [node]
 
-    def take_branch(self, node: ast.If, taken: bool) -> None:
-        text, indent = self.text, " " * node.col_offset
-        branch = node.body if taken else node.orelse
-        head = text.lines[node.lineno - 1].decode()
-        is_elif = head.lstrip().startswith("elif")
-        first = node.lineno if is_elif else text.comments_above(node.lineno)
-        if not branch:
-            if is_elif:
-                return text.replace_lines(node.lineno, node.end_lineno)
-            return text.replace_lines(first, node.end_lineno)
-        above = b"".join(text.lines[first - 1:node.lineno - 1]).decode() if taken else ""
-        if not taken:
-            start = branch[0].lineno
-            lines = text.lines[start - 1].decode()
-            if lines.lstrip().startswith("elif"):
-                rest = b"".join(text.lines[start - 1:node.end_lineno]).decode()
-                rest = rest if is_elif else rest.replace("elif", "if", 1)
-                return text.replace_lines(first, node.end_lineno, rest)
-            start = node.body[-1].end_lineno + 1
-            while not text.lines[start - 1].lstrip().startswith(b"else"):
-                start += 1
-            head = text.lines[start - 1].decode()
-            start += 1
-        else:
-            start = max(node.test.end_lineno, node.lineno) + 1
-        note = head.split("  # ", 1)[1].strip() if "  # " in head else ""
-        deeper = len(indent) + 4 * is_elif
-        body = self.block(branch, start, deeper)
-        if note:
-            lines = body.splitlines(keepends=True)
-            one = f"{lines[0].rstrip()}  # {note}\n"
-            if "  # " not in lines[0] and len(lines) == 1 and len(one) <= WIDTH + 1:
-                body = one
+    def branch(self, node: ast.If, taken: bool) -> list[ast.stmt]:
+        body = node.body if taken else node.orelse
+        if not body:
+            return []
+        above = node.above if taken else []
+        note = node.beside if taken else node.otherwise
+        if taken and isinstance(getattr(node.test, "operand", None), ast.BoolOp):
+            note = ""  # `if not (x and y):  # about x and y`
+        return lifted(node, body, note, above)
+
+
+def lifted(node: ast.stmt, body: list[ast.stmt], note: str, above: list[str] | None = None
+           ) -> list[ast.stmt]:
+    """`body` in the place of its statement `node`, whose comments go along."""
+    first = body[0]
+    first.blank = node.blank
+    one = len(body) == 1 and len(getattr(first, "lines", ())) == 1
+    if note and one and not (hasattr(first, "body") or first.beside or first.above):
+        first.beside, first.gap = note, "  "
+    elif note:
+        first.above = [note, *first.above]
+    first.above = [*(node.above if above is None else above), *first.above]
+    return body
+
+
+def simpler_product(node: ast.BinOp) -> ast.expr:
+    """x * 1.0 and x + 0.0 are x, x * 0.0 is 0.0."""
+    for one, other in ((node.left, node.right), (node.right, node.left)):
+        if not is_number(one):
+            continue
+        right = one is node.right
+        match node.op:
+            case ast.Mult() if one.value == 0:
+                return ast.Constant(0.0)
+            case ast.Mult() if one.value == 1:
+                return other
+            case ast.Div() if one.value == 1 and right:
+                return other
+            case ast.Add() if one.value == 0:
+                return other
+            case ast.Sub() if one.value == 0 and right:
+                return other
+    return node
+
+
+# --- inside a function ----------------------------------------------------------------------------
+
+def is_simple(node: ast.expr | None) -> bool:
+    """A short constant, which may be written where its name was."""
+    match node:
+        case ast.Constant():
+            return True
+        case ast.Name():
+            return node.id.isupper() and len(node.id) > 1
+        case ast.Attribute(value=ast.Name(id="torch")):
+            return True
+        case ast.UnaryOp(op=ast.USub()):
+            return is_simple(node.operand)
+        case ast.BinOp():
+            return not isinstance(node.left, ast.BinOp) and is_simple(node.left) and (
+                not isinstance(node.right, ast.BinOp)) and is_simple(node.right)
+        case ast.Tuple():
+            return all(is_simple(e) and not isinstance(e, ast.Tuple) for e in node.elts)
+    return False
+
+
+def pairs_of(node: ast.stmt) -> list[tuple[ast.expr, ast.expr]]:
+    """(target, value) of an assignment, those of tuples one by one."""
+    if not isinstance(node, ast.Assign):
+        return []
+    first = node.targets[0]
+    if len(node.targets) == 1 and isinstance(first, ast.Tuple) and isinstance(
+            node.value, ast.Tuple) and len(first.elts) == len(node.value.elts):
+        return list(zip(first.elts, node.value.elts))
+    return [(target, node.value) for target in node.targets]
+
+
+class Scope:
+    """The nodes of a function and its names."""
+
+    def __init__(self, function: FUNCTION):
+        self.function, self.nodes = function, walk(function)
+        self.reads, self.stores = names_read(self.nodes), names_stored(self.nodes)
+        self.own = {a.arg for a in parameters_of(function)}
+
+
+def scopes(unit: ast.stmt) -> list[Scope]:
+    """Of all functions in a top-level statement, outer ones first."""
+    found = [unit] if isinstance(unit, FUNCTION) else []
+    found += [n for body in blocks(unit) for n in body if isinstance(n, FUNCTION)]
+    return [Scope(function) for function in found]
+
+
+def fixed_attributes(unit: ast.stmt) -> set[str]:
+    """self.x that nothing but __init__ assigns."""
+    stored: dict[str, set[str]] = {}
+    for method in unit.body if isinstance(unit, ast.ClassDef) else ():
+        for n in walk(method):
+            if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store):
+                stored.setdefault(dotted(n), set()).add(getattr(method, "name", ""))
+    return {name for name, methods in stored.items() if methods == {"__init__"}}
+
+
+def propagate_locals(unit: ast.stmt) -> bool:
+    """Locals that are assigned once, and are a constant or another name of something."""
+    changed, fixed = False, fixed_attributes(unit)
+    for scope in scopes(unit):
+        stores, own, strings = scope.stores, scope.own, in_strings(scope.nodes)
+        looped = {id(n) for loop in scope.nodes if isinstance(loop, ast.For | ast.While)
+                  for body in blocks(loop) for n in body}
+
+        def is_alias(value: ast.expr, node: ast.stmt, stores=stores, own=own, looped=looped
+                     ) -> bool:
+            if isinstance(value, ast.Attribute):
+                return dotted(value) in fixed
+            return isinstance(value, ast.Name) and id(node) not in looped and (
+                stores[value.id] == (value.id not in own))
+
+        values, body = {}, scope.function.body
+        for node in scope.nodes:
+            for target, value in pairs_of(node):
+                if not isinstance(target, ast.Name) or stores[target.id] != 1 or (
+                        target.id in strings) or not scope.reads[target.id] or (
+                        target.id in own and not is_first(body, node, target.id)) or (
+                        isinstance(value, ast.BinOp) and (node.above or node.beside)):
+                    continue
+                if is_simple(value) or is_alias(value, node):
+                    values[target.id] = value
+        values = {name: value for name, value in values.items()
+                  if not (names_read(walk(value)).keys() & values.keys())}
+        if values:
+            body[:] = [substitute(node, values) for node in body]
+            changed = True
+    return changed
+
+
+def is_first(body: list[ast.stmt], node: ast.stmt, name: str) -> bool:
+    """Whether a statement of `body` comes before all that read `name`."""
+    for other in body:
+        if other is node:
+            return True
+        if names_read(walk(other))[name]:
+            return False
+    return False
+
+
+def return_at_once(unit: ast.stmt) -> bool:
+    """`x = ...; return x` is `return ...`."""
+    changed = False
+    for body in blocks(unit):
+        for first, last in itertools.pairwise(body):
+            match first, last:
+                case (ast.Assign(targets=[ast.Name(id=name)]),
+                      ast.Return(value=ast.Name(id=other))) if name == other and not last.above:
+                    last.value, last.dirty = first.value, True
+                    last.above, last.blank = first.above, first.blank
+                    last.beside = last.beside or first.beside
+                    body.remove(first)
+                    changed = True
+                    break
+    return changed
+
+
+def prune_none(unit: ast.stmt) -> bool:
+    """`X | None` as the annotation of functions that always return an X."""
+    changed = False
+    for scope in scopes(unit):
+        function, returns = scope.function, [n for n in scope.nodes if isinstance(n, ast.Return)]
+        match function.returns:
+            case ast.BinOp(op=ast.BitOr(), left=left, right=ast.Constant(value=None)):
+                if isinstance(function.body[-1], ast.Return) and not any(
+                        n.value is None or getattr(n.value, "value", 0) is None for n in returns):
+                    function.returns, changed = left, True
+    return changed
+
+
+def prune_locals(unit: ast.stmt) -> bool:
+    """Locals, and the numbers of enumerate, that nothing reads."""
+    changed = False
+    for scope in scopes(unit):
+        def unread(target: ast.expr, reads=scope.reads) -> bool:
+            return isinstance(target, ast.Name) and not reads[target.id]
+
+        for body in blocks(scope.function):
+            for node in list(body):
+                if isinstance(node, FUNCTION) and not scope.reads[node.name]:
+                    without(body, node)
+                    changed = True
+                else:
+                    changed |= prune_assignment(body, node, unread)
+        for node in scope.nodes:
+            if isinstance(node, ast.For):
+                changed |= prune_enumerate(node, scope.reads)
+            for loop in getattr(node, "generators", ()):
+                changed |= prune_enumerate(loop, names_read(walk(node)))
+    return changed
+
+
+def prune_assignment(body: list[ast.stmt], node: ast.stmt, unread: Callable) -> bool:
+    """Take the targets that are unread from an assignment."""
+    if isinstance(node, ast.AnnAssign):
+        gone = node.value is not None and unread(node.target)
+        if gone:
+            without(body, node)
+        return gone
+    pairs = pairs_of(node)
+    kept = [(t, v) for t, v in pairs if not unread(t)]
+    if len(kept) == len(pairs):
+        return False
+    node.dirty = True
+    if not kept:
+        without(body, node)
+    elif len(node.targets) > 1:
+        node.targets = [t for t, _ in kept]
+    elif len(kept) == 1:
+        [(node.targets[0], node.value)] = kept
+    else:
+        node.targets[0].elts, node.value.elts = ([*side] for side in zip(*kept))
+        node.targets[0].dirty = node.value.dirty = True
+    return True
+
+
+def prune_enumerate(loop: ast.For | ast.comprehension, reads: Counter) -> bool:
+    match loop:
+        case (ast.For(iter=ast.Call(func=ast.Name(id="enumerate"), args=[items]),
+                      target=ast.Tuple(elts=[number, item]))
+              | ast.comprehension(iter=ast.Call(func=ast.Name(id="enumerate"), args=[items]),
+                                  target=ast.Tuple(elts=[number, item]))):
+            loop.dirty = True
+            if not reads[number.id]:
+                loop.target, loop.iter = item, items
+            elif isinstance(item, ast.Name) and not reads[item.id]:
+                loop.target, loop.iter = number, parsed(f"range(len({ast.unparse(items)}))")
             else:
-                body = f"{' ' * deeper}# {note}\n{body}"
-        if is_elif:
-            return text.replace_lines(node.lineno, node.end_lineno, f"{indent}else:\n{body}")
-        return text.replace_lines(first, node.end_lineno, above + body)
-
-    def run(self) -> str:
-        for node in self.text.tree.body:
-            self.visit(node)
-        return self.text.apply()
-
-
-# --- calls and scopes -----------------------------------------------------------------------------
-
-def names_read(node: ast.AST) -> Counter:
-    return Counter(n.id for n in walk(node)
-                   if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store))
+                return False
+            return True
+        case ast.comprehension(iter=ast.Name(id="PLAN"), target=ast.Name(id=name)) if (
+                not reads[name]):
+            loop.target, loop.iter = ast.Name("_", ast.Store()), parsed("range(len(PLAN))")
+            loop.dirty = True
+            return True
+    return False
 
 
-def attributes_read(node: ast.AST) -> set[str]:
-    return {n.attr for n in walk(node)
-            if isinstance(n, ast.Attribute) and not isinstance(n.ctx, ast.Store)
-            and not unparse(n.value).startswith("torch")}
+# --- the program ----------------------------------------------------------------------------------
+
+class Facts:
+    """What passes over the whole program ask of one top-level statement."""
+
+    def __init__(self, unit: ast.stmt, modules: set[str]):
+        nodes = walk(unit)
+        self.names, self.visible = names_read(nodes), list(global_names(unit))
+        self.own = set(names_stored(nodes)) | {n.arg for n in nodes if isinstance(n, ast.arg)}
+        self.loads = [n for n in nodes if isinstance(n, ast.Attribute)]
+        self.owned = {(dotted(n.value).split(".")[-1], n.attr) for n in self.loads}
+        self.attributes = {n.attr for n in self.loads if not isinstance(n.ctx, ast.Store)
+                           and dotted(n.value).split(".")[0] not in modules}
+        self.calls = [n for n in nodes if isinstance(n, ast.Call)]
+        self.assigned: dict[str, list[ast.expr]] = {}   # text of a target -> values
+        for node in nodes:
+            for target, value in pairs_of(node):
+                self.assigned.setdefault(dotted(target), []).append(value)
+        self.functions: dict[str, FUNCTION] = {}
+        if isinstance(unit, FUNCTION):
+            self.functions[unit.name] = unit
+        elif isinstance(unit, ast.ClassDef):
+            self.functions = {f"{unit.name}.{m.name}": m for m in unit.body
+                              if isinstance(m, FUNCTION)}
 
 
-def shadowed(function: FUNCTION) -> set[str]:
-    """Names that are a function's own."""
-    if hasattr(function, "own_names"):
-        return function.own_names
-    arguments = function.args
-    function.own_names = {a.arg for a in (*arguments.args, *arguments.kwonlyargs)} | {
-        n.id for n in walk(function) if isinstance(n, ast.Name)
-        and isinstance(n.ctx, ast.Store)}
-    return function.own_names
+class Program:
+    """The top-level statements, with facts that are kept until a statement changes."""
 
+    def __init__(self, tree: ast.Module, known: Known, keep: set[str]):
+        self.tree, self.known, self.keep = tree, known, keep
+        self.changed = list(tree.body)
+        self.modules = {(a.asname or a.name).split(".")[0] for unit in tree.body
+                        if isinstance(unit, ast.Import) for a in unit.names}
 
-def visible_names(tree: ast.Module) -> list[ast.Name]:
-    """global_names, kept with the tree."""
-    if not hasattr(tree, "visible"):
-        tree.visible = list(global_names(tree))
-    return tree.visible
+    def touch(self, unit: ast.stmt) -> None:
+        unit.facts = None
+        if unit not in self.changed:
+            self.changed.append(unit)
 
+    def facts(self, unit: ast.stmt) -> Facts:
+        if getattr(unit, "facts", None) is None:
+            unit.facts = Facts(unit, self.modules)
+        return unit.facts
 
-def global_names(node: ast.AST, own: frozenset[str] = frozenset()) -> Iterator[ast.Name]:
-    """Reads of names that no function around them has as its own."""
-    if isinstance(node, FUNCTION):
-        for part in (*node.decorator_list, node.args, node.returns):
-            if part is not None:
-                yield from global_names(part, own)
-        own = own | shadowed(node)
-        for part in node.body:
-            yield from global_names(part, own)
-        return
-    if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Store) and node.id not in own:
-        yield node
-    for child in children(node):
-        yield from global_names(child, own)
+    def all(self) -> list[tuple[ast.stmt, Facts]]:
+        return [(unit, self.facts(unit)) for unit in self.tree.body]
 
 
 class Calls:
     """The functions of a program and the calls of each, as far as names tell."""
 
-    def __init__(self, tree: ast.Module):
+    def __init__(self, program: Program):
         self.functions: dict[str, FUNCTION] = {}
-        self.is_method: dict[str, bool] = {}
-        classes = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef)}
-        for node in tree.body:
-            if isinstance(node, FUNCTION):
-                self.add(node.name, node, False)
-        for name, node in classes.items():
-            for method in node.body:
-                if isinstance(method, FUNCTION):
-                    self.add(f"{name}.{method.name}", method, True)
-        owner = {m.name: f"{c}.{m.name}" for c, n in classes.items()
-                 for m in n.body if isinstance(m, FUNCTION)}
-        modules = {}    # self.attn -> Attention, block -> Block, model -> GPT
-        for node in walk(tree):
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
-                made = unparse(node.value.func)
-                if made in classes:
-                    modules |= {unparse(t): made for t in node.targets}
+        self.unit: dict[str, ast.stmt] = {}
+        modules: dict[str, str] = {}    # self.attn -> Attention, block -> Block, model -> GPT
+        classes = {u.name for u in program.tree.body if isinstance(u, ast.ClassDef)}
+        everything = program.all()
+        for unit, facts in everything:
+            self.functions |= facts.functions
+            self.unit |= dict.fromkeys(facts.functions, unit)
+            modules |= {name: dotted(value.func) for name, values in facts.assigned.items()
+                        for value in values if isinstance(value, ast.Call)
+                        and dotted(value.func) in classes}
         modules |= {name.lower(): name for name in classes}
-        self.calls: dict[str, list[ast.Call]] = {name: [] for name in self.functions}
+        owner = {name.split(".")[1]: name for name in self.functions if "." in name}
+        self.calls: dict[str, list[tuple[ast.stmt, ast.Call]]] = {n: [] for n in self.functions}
         self.escapes: set[str] = set()  # used other than by a call
-        called, visible = set(), {id(n) for n in visible_names(tree)}
-        for node in walk(tree):
-            if not isinstance(node, ast.Call):
-                continue
-            name, target = unparse(node.func), None
-            if name in self.functions:
-                target = name if id(node.func) in visible else None
-            elif name in classes:
-                target = f"{name}.__init__"
-            elif name in modules and f"{modules[name]}.forward" in self.functions:
-                target = f"{modules[name]}.forward"
-            elif isinstance(node.func, ast.Attribute) and node.func.attr in owner and (
-                    not node.func.attr.startswith("__")):
-                target = owner[node.func.attr]
-            if target in self.functions:
-                self.calls[target].append(node)
-                called.add(id(node.func))
-        for node in visible_names(tree):
-            if node.id in self.functions and id(node) not in called:
-                self.escapes.add(node.id)
-        for node in walk(tree):
-            if isinstance(node, ast.Attribute) and node.attr in owner and id(node) not in called:
-                self.escapes.add(owner[node.attr])
-
-    def add(self, name: str, node: FUNCTION, is_method: bool) -> None:
-        self.functions[name], self.is_method[name] = node, is_method
+        for unit, facts in everything:
+            called, visible = set(), {id(n) for n in facts.visible}
+            for node in facts.calls:
+                target = None
+                if isinstance(node.func, ast.Name):
+                    name = node.func.id
+                    if name in self.functions:
+                        target = name if id(node.func) in visible else None
+                    elif name in classes:
+                        target = f"{name}.__init__"
+                    elif name in modules:
+                        target = f"{modules[name]}.forward"
+                elif isinstance(node.func, ast.Attribute):
+                    made = modules.get(dotted(node.func))
+                    method = owner.get(node.func.attr, "")
+                    if made:
+                        target = f"{made}.forward"
+                    elif ".__" not in method:
+                        target = method
+                if target in self.functions:
+                    self.calls[target].append((unit, node))
+                    called.add(id(node.func))
+            self.escapes |= {n.id for n in facts.visible if id(n) not in called}
+            self.escapes |= {owner[n.attr] for n in facts.loads
+                             if n.attr in owner and id(n) not in called}
 
     def parameters(self, name: str) -> list[ast.arg]:
-        arguments = self.functions[name].args
-        return [*arguments.args[self.is_method[name]:], *arguments.kwonlyargs]
+        return parameters_of(self.functions[name])["." in name and not self.is_static(name):]
+
+    def is_static(self, name: str) -> bool:
+        return "staticmethod" in map(dotted, self.functions[name].decorator_list)
 
     def defaults(self, name: str) -> dict[str, ast.expr]:
         arguments = self.functions[name].args
@@ -497,425 +754,375 @@ class Calls:
 
     def changeable(self, name: str) -> bool:
         """Whether all uses of a function are calls that name their arguments."""
-        return name not in self.escapes and bool(self.calls[name]) and not any(
-            isinstance(a, ast.Starred) for c in self.calls[name] for a in c.args) and not any(
-            k.arg is None for c in self.calls[name] for k in c.keywords)
+        calls, arguments = self.calls[name], self.functions[name].args
+        return name not in self.escapes and bool(calls) and not (
+            arguments.vararg or arguments.kwarg) and not any(
+            isinstance(a, ast.Starred) for _, c in calls for a in c.args) and not any(
+            k.arg is None for _, c in calls for k in c.keywords)
 
     def bound(self, name: str, call: ast.Call) -> dict[str, ast.expr]:
-        """Parameter -> argument, of those that are given."""
+        """Parameter -> argument or default."""
         names = [a.arg for a in self.parameters(name)]
-        return dict(zip(names, call.args)) | {k.arg: k.value for k in call.keywords}
+        return self.defaults(name) | dict(zip(names, call.args)) | {
+            k.arg: k.value for k in call.keywords}
 
 
-def calls_of(tree: ast.Module) -> Calls:
-    """Calls, kept with the tree."""
-    if not hasattr(tree, "calls"):
-        tree.calls = Calls(tree)
-    return tree.calls
+def drop_parameters(program: Program, calls: Calls, name: str, gone: set[str]) -> None:
+    """Here and in all calls."""
+    arguments = calls.functions[name].args
+    positional = [a.arg for a in calls.parameters(name)]
+    defaults = calls.defaults(name)
+    arguments.args = [a for a in arguments.args if a.arg not in gone]
+    arguments.kwonlyargs = [a for a in arguments.kwonlyargs if a.arg not in gone]
+    arguments.defaults = [defaults[a.arg] for a in arguments.args if a.arg in defaults]
+    arguments.kw_defaults = [defaults.get(a.arg) for a in arguments.kwonlyargs]
+    program.touch(calls.unit[name])
+    for unit, call in calls.calls[name]:
+        args = [a for p, a in zip(positional, call.args) if p not in gone]
+        keywords = [k for k in call.keywords if k.arg not in gone]
+        if len(args) < len(call.args) or len(keywords) < len(call.keywords):
+            call.args, call.keywords, call.dirty = args, keywords, True
+            program.touch(unit)
 
 
-def rewrite_signature(text: Text, calls: Calls, name: str, gone: set[str]) -> None:
-    """Without the parameters `gone`, here and in all calls."""
-    function, arguments = calls.functions[name], calls.functions[name].args
-    defaults, parts = calls.defaults(name), []
-    for i, a in enumerate([*arguments.args, *arguments.kwonlyargs]):
-        if i == len(arguments.args):
-            parts.append("*")
-        if a.arg not in gone:
-            default = defaults.get(a.arg)
-            equals = " = " if a.annotation else "="
-            parts.append(text.source(a) + (equals + text.source(default) if default else ""))
-    if parts and parts[-1] == "*":
-        parts.pop()
-    everything = [*arguments.args, *arguments.kwonlyargs, *arguments.defaults,
-                  *(d for d in arguments.kw_defaults if d)]
-    spans = [text.span(a) for a in everything]
-    start, stop = min(s for s, _ in spans), max(e for _, e in spans)
-    while text.raw[stop:stop + 1] in (b",", b" ", b"\n"):
-        stop += 1
-    text.edits.append((start, stop, ", ".join(parts)))
-    assert function.args.vararg is None
-    for call in calls.calls[name]:
-        if not call.args and not call.keywords:
-            continue
-        positional = [a.arg for a in calls.parameters(name)]
-        kept = [text.source(a) for p, a in zip(positional, call.args) if p not in gone]
-        kept += [text.source(k) for k in call.keywords if k.arg not in gone]
-        end = text.span(call)[1]
-        text.edits.append((text.span(call.func)[1], end, f"({', '.join(kept)})"))
-
-
-# --- propagate ------------------------------------------------------------------------------------
-
-def simple_value(node: ast.expr | None) -> bool:
-    """Short constants, which may stand where their name did."""
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        node = node.operand
-    if isinstance(node, ast.BinOp):
-        return Decider.is_constant(node)
-    if isinstance(node, ast.Tuple):
-        return all(isinstance(e, ast.Constant) for e in node.elts)
-    return isinstance(node, ast.Constant)
-
-
-def substitute(text: Text, scope: ast.AST, name: str, value: str) -> None:
-    constant = ast.parse(value).body[0].value
-    if isinstance(constant, ast.Constant):
-        value = quoted(constant.value)
-    if isinstance(constant, ast.BinOp):
-        value = f"({value})"
-    inside = {id(n) for s in walk(scope) if isinstance(s, ast.JoinedStr) for n in walk(s)}
-    for node in walk(scope):
-        if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load) and (
-                id(node) not in inside):
-            text.replace(node, value)
-
-
-def assigned_names(scope: ast.AST) -> Counter:
-    stores = Counter(n.id for n in walk(scope)
-                     if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
-    for n in walk(scope):
-        if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name):
-            stores[n.target.id] += 2
-    return stores
-
-
-def propagate_parameters(text: Text) -> None:
-    """Parameters that get the same constant in all calls."""
-    calls = calls_of(text.tree)
+def propagate_parameters(program: Program, calls: Calls) -> None:
+    """Parameters that get the same constant in all calls, and those that nothing reads."""
     for name, function in calls.functions.items():
         if not calls.changeable(name):
             continue
-        defaults, given = calls.defaults(name), [calls.bound(name, c) for c in calls.calls[name]]
-        stores = assigned_names(function)
+        given = [calls.bound(name, call) for _, call in calls.calls[name]]
+        nodes = [n for s in function.body for n in walk(s)]
+        reads, stores, strings = names_read(nodes), names_stored(nodes), in_strings(nodes)
+        gone, values = set(), {}
         for parameter in calls.parameters(name):
-            values = [g.get(parameter.arg, defaults.get(parameter.arg)) for g in given]
-            words = {unparse(v) for v in values if v is not None}
-            if len(words) == 1 and all(map(simple_value, values)) and not stores[parameter.arg]:
-                value = words.pop()
-
-                def work(name=name, function=function, parameter=parameter.arg, value=value):
-                    substitute(text, function, parameter, value)
-                    rewrite_signature(text, calls, name, {parameter})
-                if not text.attempt(work) and not text.edits:
-                    work()  # a call within its own call: the outer edit first
-                    return
-                break
-
-
-def propagate_locals(text: Text) -> None:
-    """Locals that are assigned once, a constant."""
-    for function in walk(text.tree):
-        if not isinstance(function, FUNCTION):
-            continue
-        stores = assigned_names(function)
-        for node in walk(function):
-            if not isinstance(node, ast.Assign):
+            word = parameter.arg
+            found = [g.get(word) for g in given]
+            if stores[word]:
                 continue
-            pairs = [(t, node.value) for t in node.targets]
-            if len(node.targets) == 1 and isinstance(node.targets[0], ast.Tuple) and isinstance(
-                    node.value, ast.Tuple):
-                pairs = list(zip(node.targets[0].elts, node.value.elts))
-            for target, value in pairs:
-                if isinstance(target, ast.Name) and simple_value(value) and (
-                        stores[target.id] == 1) and names_read(function)[target.id]:
-                    text.attempt(lambda f=function, t=target, v=value: substitute(
-                        text, f, t.id, unparse(v)))
+            if not reads[word]:
+                gone.add(word)
+            elif word not in strings and all(map(is_simple, found)) and len(
+                    {ast.unparse(v) for v in found}) == 1:
+                values[word] = found[0]
+        if values:
+            function.body = [substitute(node, values) for node in function.body]
+        if gone or values:
+            drop_parameters(program, calls, name, {*gone, *values})
 
 
-def propagate_attributes(text: Text) -> None:
+def propagate_attributes(program: Program) -> None:
     """Attributes of self that are assigned once, a constant."""
-    for cls in text.tree.body:
-        if not isinstance(cls, ast.ClassDef):
+    for unit, facts in program.all():
+        if not isinstance(unit, ast.ClassDef):
             continue
-        found: dict[str, list[ast.expr]] = {}
-        for node in walk(cls):
-            if isinstance(node, ast.Assign):
-                for target in node.targets:
-                    for t in target.elts if isinstance(target, ast.Tuple) else [target]:
-                        found.setdefault(unparse(t), []).append(node.value)
-        for name, values in found.items():
-            if name.startswith("self.") and len(values) == 1 and simple_value(values[0]):
-                attribute = name.removeprefix("self.")
-                reads = [n for n in walk(text.tree) if isinstance(n, ast.Attribute)
-                         and n.attr == attribute]
-                own = [n for n in walk(cls) if unparse(n) == name
-                       and isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
-                if own and len(reads) == len(own) + 1:
-                    text.attempt(lambda own=own, v=values[0]: [
-                        text.replace(n, unparse(v)) for n in own])
+        stored = Counter(dotted(n) for n in facts.loads if isinstance(n.ctx, ast.Store))
+        for name, values in facts.assigned.items():
+            if not name.startswith("self.") or stored[name] != 1 or not is_simple(values[0]):
+                continue
+            uses = [n for _, other in program.all() for n in other.loads
+                    if n.attr == name.removeprefix("self.")]
+            own = [n for n in facts.loads if dotted(n) == name]
+            if 1 < len(own) == len(uses):
+                def change(node: ast.AST, name=name, value=values[0]) -> ast.AST:
+                    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and (
+                            dotted(node) == name):
+                        return copy.deepcopy(value)
+                    return mapped(node, change)
+                mapped(unit, change)
+                program.touch(unit)
+
+
+# --- inline ---------------------------------------------------------------------------------------
+
+OF_TORCH = {"forward", "reset_parameters"}  # methods that torch calls by itself
+
+
+def inline(program: Program, calls: Calls, comment: Callable) -> None:
+    """Put functions that are a single expression where they are called: private ones everywhere,
+    public ones that are called once, and short actions. `comment(function)` gives a docstring as a
+    comment of one line, "" where there is none, None where it is longer: such a function stays."""
+    for name, function in calls.functions.items():
+        body = function.body[is_docstring(function.body[0]):]
+        short, sites, home = name.split(".")[-1], calls.calls[name], calls.unit[name]
+        result = getattr(body[0], "value", None) if len(body) == 1 else None
+        action = result and isinstance(body[0], ast.Expr) and all(
+            is_statement(unit, call) for unit, call in sites)
+        if result is None or not (action or isinstance(body[0], ast.Return)) or (
+                function.decorator_list or short in OF_TORCH | program.keep
+                or short.startswith("__") or not calls.changeable(name)
+                or any(unit in program.changed for unit in [home, *(u for u, _ in sites)])):
+            continue
+        settle(result)
+        length = len(expression(result))
+        if length > 88 or not (len(sites) == 1 or short.startswith("_") or (
+                action and length <= 40)):
+            continue
+        note = "" if action or short.startswith("_") else comment(function)
+        if note is None or not all(
+                can_inline(calls, name, call, result, program.facts(unit).own)
+                for unit, call in sites):
+            continue
+        notes = [*filter(None, [note]), *body[0].above, *filter(None, [body[0].beside])]
+        for unit, call in sites:
+            bound = calls.bound(name, call)
+            if isinstance(call.func, ast.Attribute):
+                bound["self"] = call.func.value
+            around = [node for found in [[unit], *blocks(unit)] for node in found
+                      if any(n is call for n in walk(node))][-1]
+            around.above = [*around.above, *notes]
+            replace(unit, call, substitute(copy.deepcopy(result), bound))
+            program.touch(unit)
+        without(program.tree.body if home is function else home.body, function)
+        program.touch(home)
+
+
+def is_statement(unit: ast.stmt, call: ast.Call) -> bool:
+    return any(getattr(node, "value", None) is call and isinstance(node, ast.Expr)
+               for body in blocks(unit) for node in body)
+
+
+def can_inline(calls: Calls, name: str, call: ast.Call, result: ast.expr, taken: set[str]) -> bool:
+    """`taken`: names that the caller's statement has as its own."""
+    nodes, bound = walk(result), calls.bound(name, call)
+    uses, stores, own = names_read(nodes), names_stored(nodes).keys(), {
+        a.arg for a in parameters_of(calls.functions[name])}
+    many = {p for p, v in bound.items() if uses[p] > 1 and not isinstance(
+        v, ast.Name | ast.Attribute | ast.Constant)}
+    return bound.keys() >= own - {"self"} and not (
+        many or in_strings(nodes) & own or (uses.keys() - own) & taken
+        or any(stores & names_read(walk(v)).keys() for v in bound.values()))
 
 
 # --- prune ----------------------------------------------------------------------------------------
 
-def prune_parameters(text: Text) -> None:
-    calls = calls_of(text.tree)
-    for name, function in calls.functions.items():
-        reads = names_read(ast.Module(function.body, []))
-        unused = {a.arg for a in calls.parameters(name)
-                  if not reads[a.arg] and not assigned_names(function)[a.arg]}
-        if unused and calls.changeable(name):
-            def work(name=name, unused=unused):
-                rewrite_signature(text, calls, name, unused)
-            text.attempt(work)
-
-
-def prune_returns(text: Text) -> None:
+def prune_returns(program: Program, calls: Calls) -> None:
     """Elements of a returned tuple that no caller uses."""
-    calls = calls_of(text.tree)
-    parents = {id(n.value): (f, n) for f in walk(text.tree) if isinstance(f, FUNCTION)
-               for n in walk(f) if isinstance(n, ast.Assign)}
     for name, function in calls.functions.items():
-        returns = [n for n in walk(function) if isinstance(n, ast.Return)]
-        users = [parents.get(id(c)) for c in calls.calls[name]]
-        if not calls.changeable(name) or not returns or not all(users):
+        returns = [n for body in blocks(function) for n in body if isinstance(n, ast.Return)]
+        if not returns or not calls.changeable(name) or not all(
+                isinstance(n.value, ast.Tuple) for n in returns):
             continue
-        targets = [node.targets[0] for _, node in users]
-        if not all(isinstance(x, ast.Tuple) for x in (*targets, *(r.value for r in returns))):
+        users = {id(n.value): (scope, n) for unit, _ in calls.calls[name]
+                 for scope in scopes(unit) for n in scope.nodes if isinstance(n, ast.Assign)}
+        found = [users.get(id(call)) for _, call in calls.calls[name]]
+        if not all(found):
             continue
-        size = len(returns[0].value.elts)
-        if {len(x.elts) for x in (*targets, *(r.value for r in returns))} != {size}:
+        tuples = [*(node.targets[0] for _, node in found), *(n.value for n in returns)]
+        if not all(isinstance(t, ast.Tuple) for t in tuples) or len(
+                {len(t.elts) for t in tuples}) > 1:
             continue
-        for i in range(size):
-            if any(not isinstance(t.elts[i], ast.Name) or names_read(f)[t.elts[i].id]
-                   for (f, _), t in zip(users, targets)):
-                continue
-            annotation = function.returns
-            tuples = [*targets, *(r.value for r in returns)]
-            if isinstance(annotation, ast.Subscript) and isinstance(annotation.slice, ast.Tuple):
-                tuples.append(annotation.slice)
+        kept = [i for i in range(len(tuples[0].elts)) if any(
+            not isinstance(node.targets[0].elts[i], ast.Name)
+            or scope.reads[node.targets[0].elts[i].id] for scope, node in found)]
+        if not kept or len(kept) == len(tuples[0].elts):
+            continue
+        note = function.returns
+        if isinstance(note, ast.Subscript) and isinstance(note.slice, ast.Tuple):
+            tuples.append(note.slice)
+            if len(kept) == 1:
+                function.returns = note.slice.elts[kept[0]]
+        for t in tuples:
+            t.elts, t.dirty = [t.elts[i] for i in kept], True
+        if len(kept) == 1:
+            for _, node in found:
+                node.targets[0] = node.targets[0].elts[0]
+            for node in returns:
+                node.value = node.value.elts[0]
+        for node in [*returns, *(node for _, node in found)]:
+            node.dirty = True
+        program.touch(calls.unit[name])
+        for unit, _ in calls.calls[name]:
+            program.touch(unit)
 
-            def work(tuples=tuples, annotation=annotation, i=i):
-                for t in tuples:
-                    rest = [text.source(e) for j, e in enumerate(t.elts) if j != i]
-                    if t is tuples[-1] and len(rest) == 1 and isinstance(annotation, ast.Subscript):
-                        text.replace(annotation, rest[0])
-                    else:
-                        text.replace(t, ", ".join(rest))
-            text.attempt(work)
-            break
 
-
-def reachable(tree: ast.Module, keep: set[str]) -> set[str]:
+def reachable(program: Program) -> set[str]:
     """Top-level functions and classes that the rest of the program, or one of `keep`, leads to."""
-    reads = {n.name: {name.id for name in global_names(n)} for n in tree.body
-             if isinstance(n, FUNCTION | ast.ClassDef)}
+    reads = {u.name: {n.id for n in facts.visible} for u, facts in program.all()
+             if isinstance(u, FUNCTION | ast.ClassDef)}
+    new = program.keep | {name for u, facts in program.all()
+                          if not isinstance(u, FUNCTION | ast.ClassDef) for name in facts.names}
     found: set[str] = set()
-    new = keep | {name for n in tree.body if not isinstance(n, FUNCTION | ast.ClassDef)
-                  for name in names_read(n)}
-    new &= {*reads, *keep}
+    new &= {*reads, *program.keep}
     while new:
         found |= new
         new = {name for f in new for name in reads.get(f, ()) if name in reads} - found
     return found
 
 
-def prune_statements(text: Text, keep: set[str]) -> None:
-    """Unused locals, self attributes, fields, methods, functions, classes and imports."""
-    tree = text.tree
-    attributes = attributes_read(tree) | {
-        n.attr for n in walk(tree) if isinstance(n, ast.Attribute) and n.attr == "grad"}
-    all_names, alive = names_read(tree), reachable(tree, keep)
+def prune_unused(program: Program) -> None:
+    """Self attributes, fields, methods, functions, classes, constants and imports."""
+    everything, alive = program.all(), reachable(program)
+    attributes = {"grad"}.union(*(facts.attributes for _, facts in everything))
+    names: Counter = sum((facts.names for _, facts in everything), Counter())
 
-    def unused(target: ast.expr, reads: Counter) -> bool:
+    def unread(target: ast.expr) -> bool:
         if isinstance(target, ast.Name):
-            return not reads[target.id] and target.id not in keep
+            return not names[target.id] and target.id not in program.keep
         return isinstance(target, ast.Attribute) and target.attr not in attributes and (
-            unparse(target.value) == "self")
+            dotted(target.value) == "self")
 
-    def assignment(node: ast.stmt, reads: Counter) -> None:
-        if isinstance(node, ast.AnnAssign):
-            if node.value is not None and unused(node.target, reads):
-                text.drop(node)
-            return
-        gone = [t for t in node.targets if unused(t, reads)]
-        if len(gone) == len(node.targets):
-            text.drop(node)
-        elif gone:
-            left = [text.source(t) for t in node.targets if t not in gone]
-            text.replace(node, " = ".join([*left, text.source(node.value)]))
-        elif isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple) and len(
-                node.targets) == 1:
-            pairs = list(zip(node.targets[0].elts, node.value.elts))
-            kept = [(t, v) for t, v in pairs if not unused(t, reads)]
+    def unread_attribute(target: ast.expr) -> bool:
+        return not isinstance(target, ast.Name) and unread(target)
+
+    for unit, _ in everything:
+        if isinstance(unit, FUNCTION | ast.ClassDef) and unit.name not in alive:
+            program.tree.body.remove(unit)
+        elif isinstance(unit, ast.Assign | ast.AnnAssign):
+            prune_assignment(program.tree.body, unit, unread)
+        elif isinstance(unit, ast.Import | ast.ImportFrom):
+            kept = [a for a in unit.names if names[(a.asname or a.name).split(".")[0]]]
             if not kept:
-                text.drop(node)
-            elif len(kept) < len(pairs):
-                left, right = (", ".join(map(text.source, side)) for side in zip(*kept))
-                text.replace(node, f"{left} = {right}")
-
-    for node in walk(tree):
-        if isinstance(node, FUNCTION):
-            reads = names_read(node)
-            for inner in walk(node):
-                if isinstance(inner, ast.Assign | ast.AnnAssign):
-                    assignment(inner, reads)
-                elif isinstance(inner, FUNCTION) and inner is not node and not reads[inner.name]:
-                    text.drop(inner)
-                elif isinstance(inner, ast.For) and isinstance(inner.target, ast.Tuple) and (
-                        unparse(inner.iter).startswith("enumerate(")):
-                    i, item = inner.target.elts
-                    if not reads[i.id]:
-                        text.replace(inner.target, text.source(item).strip("()"))
-                        text.replace(inner.iter, text.source(inner.iter.args[0]))
-                elif isinstance(inner, ast.comprehension) and (
-                        unparse(inner.iter) == "enumerate(self.plan)"):
-                    i, item = inner.target.elts
-                    if not reads[item.id]:
-                        used = names_read(next(
-                            n for n in walk(node) if inner in getattr(n, "generators", ())))
-                        text.replace(inner.target, i.id if used[i.id] else "_")
-                        text.replace(inner.iter, "range(NUM_LAYERS)")
-                    elif not reads[i.id]:
-                        text.replace(inner.target, item.id)
-                        text.replace(inner.iter, "self.plan")
-    for node in tree.body:
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            assignment(node, all_names)
-        elif isinstance(node, FUNCTION | ast.ClassDef):
-            if node.name not in alive:
-                text.drop(node)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            kept = [a for a in node.names
-                    if all_names[(a.asname or a.name).split(".")[0]]]
-            if not kept:
-                text.drop(node)
-            elif len(kept) < len(node.names):
-                text.replace(node, unparse(type(node)(
-                    **{**{f: getattr(node, f) for f in node._fields}, "names": kept})))
-        if isinstance(node, ast.ClassDef):
-            prune_class(text, node, attributes)
+                without(program.tree.body, unit)
+            elif len(kept) < len(unit.names):
+                unit.names, unit.dirty = kept, True
+        elif isinstance(unit, ast.ClassDef):
+            changed = prune_class(program, unit, attributes)
+            for body in blocks(unit):
+                for node in list(body):
+                    changed |= prune_assignment(body, node, unread_attribute)
+            if changed:
+                program.touch(unit)
 
 
-# What torch calls or reads by itself.
-OF_TORCH = {"forward", "reset_parameters"}
-
-
-def prune_class(text: Text, cls: ast.ClassDef, attributes: set[str]) -> None:
-    named_tuple = any(unparse(b) == "NamedTuple" for b in cls.bases)
-    fields = {n.attr for n in walk(text.tree) if isinstance(n, ast.Attribute)
-              and unparse(n.value).split(".")[-1] == cls.name.lower()}
-    positional = any(isinstance(n, ast.Call) and unparse(n.func) == cls.name and n.args
-                     for n in walk(text.tree))
-    for node in cls.body:
+def prune_class(program: Program, cls: ast.ClassDef, attributes: set[str]) -> bool:
+    named_tuple = "NamedTuple" in map(dotted, cls.bases)
+    changed = prune_early_none(cls)
+    for node in list(cls.body):
         if isinstance(node, FUNCTION) and node.name not in attributes | OF_TORCH and (
                 not node.name.startswith("__")):
-            text.drop(node)
-        elif named_tuple and isinstance(node, ast.AnnAssign) and (
-                node.target.id not in fields and not positional):
-            text.drop(node)
-            for call in walk(text.tree):
-                if isinstance(call, ast.Call) and unparse(call.func) == cls.name:
-                    kept = [k for k in call.keywords if k.arg != node.target.id]
-                    if len(kept) < len(call.keywords):
-                        inside = ", ".join(map(text.source, kept))
-                        text.replace(call, f"{cls.name}({inside})")
-            return
-    for node in walk(cls):
-        if isinstance(node, ast.Expr) and unparse(node).startswith("self.register_buffer("):
-            name = node.value.args[0]
-            if isinstance(name, ast.Constant) and name.value not in attributes:
-                text.drop(node)
-        if isinstance(node, ast.For) and len(node.body) == 1 and unparse(
-                node.body[0]).startswith("self.register_buffer(") and isinstance(
-                node.iter, ast.Tuple) and not {e.value for e in node.iter.elts} & attributes:
-            text.drop(node)
+            without(cls.body, node)
+            changed = True
+        elif named_tuple and isinstance(node, ast.AnnAssign):
+            changed |= prune_field(program, cls, node)
+    for body in blocks(cls):
+        for node in list(body):
+            match node:
+                case ast.Expr(value=ast.Call(func=ast.Attribute(attr="register_buffer"),
+                                             args=[ast.Constant(value=name), *_])):
+                    gone = name not in attributes
+                case ast.For(iter=ast.Tuple(elts=elements), body=[ast.Expr(value=ast.Call(
+                        func=ast.Attribute(attr="register_buffer")))]):
+                    gone = not {e.value for e in elements} & attributes
+                case _:
+                    gone = False
+            if gone:
+                without(body, node)
+                changed = True
+    return changed
 
 
-def prune_shared(text: Text) -> None:
-    """Entries of the dict `shared` that no layer reads."""
-    read = {unparse(n.slice) for n in walk(text.tree) if isinstance(n, ast.Subscript)
-            and unparse(n.value) == "shared" and isinstance(n.ctx, ast.Load)}
-    for node in walk(text.tree):
-        if not isinstance(node, ast.Assign):
+def prune_field(program: Program, cls: ast.ClassDef, node: ast.AnnAssign) -> bool:
+    """A field of a NamedTuple that nothing reads, where all are given by name."""
+    for _, facts in program.all():
+        if (cls.name.lower(), node.target.id) in facts.owned or any(
+                c.args and dotted(c.func) == cls.name for c in facts.calls):
+            return False
+    cls.body.remove(node)
+    for unit, facts in program.all():
+        for call in facts.calls:
+            if dotted(call.func) == cls.name:
+                call.keywords = [k for k in call.keywords if k.arg != node.target.id]
+                call.dirty = True
+                program.touch(unit)
+    return True
+
+
+def prune_early_none(cls: ast.ClassDef) -> bool:
+    """In __init__, a None that the same block replaces."""
+    changed = False
+    for method in cls.body:
+        if getattr(method, "name", "") != "__init__":
             continue
-        target = node.targets[0]
-        if unparse(target) == "shared" and isinstance(node.value, ast.Dict):
-            pairs = list(zip(node.value.keys, node.value.values))
-            kept = [p for p in pairs if unparse(p[0]) in read]
-            if len(kept) < len(pairs):
-                inside = ", ".join(f"{text.source(k)}: {text.source(v)}" for k, v in kept)
-                text.replace(node.value, f"{{{inside}}}")
-        elif isinstance(target, ast.Subscript) and unparse(target.value) == "shared" and (
-                unparse(target.slice) not in read):
-            text.drop(node)
+        for i, early in enumerate(list(method.body)):
+            if isinstance(early, ast.Assign) and isinstance(early.value, ast.Constant) and (
+                    early.value.value is None):
+                later = {ast.unparse(t) for s in method.body[i + 1:]
+                         if isinstance(s, ast.Assign) for t in s.targets}
+                changed |= prune_assignment(method.body, early,
+                                            lambda t, later=later: ast.unparse(t) in later)
+    return changed
 
 
-def prune_empty(text: Text) -> None:
+def prune_shared(program: Program) -> None:
+    """Entries of the dict `shared` that no layer reads."""
+    units = [unit for unit, facts in program.all() if "shared" in facts.names]
+    read = {ast.unparse(n.slice) for unit in units for n in walk(unit) if isinstance(
+        n, ast.Subscript) and dotted(n.value) == "shared" and isinstance(n.ctx, ast.Load)}
+    for unit in units:
+        for body in blocks(unit):
+            for node in list(body):
+                match node:
+                    case ast.Assign(targets=[ast.Name(id="shared")], value=ast.Dict() as made):
+                        kept = [p for p in zip(made.keys, made.values) if ast.unparse(p[0]) in read]
+                        if len(kept) < len(made.keys):
+                            made.keys, made.values = ([p[i] for p in kept] for i in (0, 1))
+                            made.dirty = True
+                            program.touch(unit)
+                    case ast.Assign(targets=[ast.Subscript(value=ast.Name(id="shared")) as target]):
+                        if ast.unparse(target.slice) not in read:
+                            without(body, node)
+                            program.touch(unit)
+
+
+def prune_empty(program: Program) -> None:
     """Calls of functions that do nothing."""
-    empty = {n.name for n in text.tree.body if isinstance(n, FUNCTION) and len(n.body) == 1
-             and isinstance(n.body[0], ast.Expr) and isinstance(n.body[0].value, ast.Constant)}
-    for node in walk(text.tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and unparse(
-                node.value.func) in empty:
-            text.drop(node)
-
-
-def prune_unreachable(text: Text) -> None:
-    """Statements behind a return, a None that the same block replaces."""
-    for node in walk(text.tree):
-        if isinstance(node, FUNCTION) and node.name == "__init__":
-            for i, early in enumerate(node.body):
-                if isinstance(early, ast.Assign) and unparse(early.value) == "None":
-                    later = {unparse(s.targets[0]) for s in node.body[i + 1:]
-                             if isinstance(s, ast.Assign)}
-                    kept = [t for t in early.targets if unparse(t) not in later]
-                    if not kept:
-                        text.drop(early)
-                    elif len(kept) < len(early.targets):
-                        text.replace(early, " = ".join([*map(text.source, kept), "None"]))
-    for node in walk(text.tree):
-        for body in (getattr(node, "body", None), getattr(node, "orelse", None)):
-            for i, statement in enumerate(body if isinstance(body, list) else []):
-                if isinstance(statement, ast.Return | ast.Continue) and i + 1 < len(body):
-                    text.replace_lines(statement.end_lineno + 1, body[-1].end_lineno)
-                    break
+    empty = {n.name for n in program.tree.body if isinstance(n, FUNCTION) and all(
+        is_docstring(s) or isinstance(s, ast.Pass) for s in n.body)}
+    for unit, facts in program.all():
+        if not empty & facts.names.keys():
+            continue
+        for body in blocks(unit):
+            for node in list(body):
+                if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and (
+                        dotted(node.value.func) in empty):
+                    without(body, node)
+                    program.touch(unit)
 
 
 # --- the whole ------------------------------------------------------------------------------------
 
-def chunks(text: str) -> list[str]:
-    """The text of each top-level statement, with what is above it."""
-    edited, found, start = Text(text), [], 0
-    for node in edited.tree.body:
-        end = edited.starts[node.end_lineno]
-        found.append(edited.raw[start:end].decode())
-        start = end
-    return [*found, edited.raw[start:].decode()]
+def made_always(program: Program) -> set[str]:
+    """self.x that an __init__ makes by a call, and nothing else assigns."""
+    found, always = Counter(), set()
+    for unit, facts in program.all():
+        found.update({name: len(values) for name, values in facts.assigned.items()})
+        for f in unit.body if isinstance(unit, ast.ClassDef) else ():
+            if isinstance(f, FUNCTION) and f.name == "__init__":
+                always |= {dotted(s.targets[0]) for s in f.body
+                           if isinstance(s, ast.Assign) and isinstance(s.value, ast.Call)}
+    return {name for name in always if found[name] == 1}
 
 
-def fold_chunk(text: str, known: Known, made: frozenset[str]) -> str:
-    """What can be decided in a top-level statement by itself."""
-    while True:
-        before = text
-        text = Decider(text, known, made).run()
-        for work in (prune_unreachable, propagate_locals):
-            edited = Text(text)
-            work(edited)
-            text = edited.apply()
-        if text == before:
-            return text
+def prune(tree: ast.Module, keep: set[str]) -> None:
+    """Top-level functions and classes that nothing leads to go."""
+    alive = reachable(Program(tree, Known(), keep))
+    tree.body = [unit for unit in tree.body if getattr(unit, "name", None) in {None, *alive}]
 
 
-def fold(text: str, known: Known, keep: set[str]) -> str:
-    """The text with everything decided that `known` decides; top-level names in `keep` stay."""
-    folded: dict[tuple, str] = {}
-    while True:
-        before, parts, made = text, [], frozenset(made_always(parsed(text)))
-        for part in chunks(text):
-            key = (part, made if "is not None" in part else None)
-            if key not in folded:
-                folded[key] = fold_chunk(part, known, made)
-                folded[folded[key], key[1]] = folded[key]
-            parts.append(folded[key])
-        edited = Text("".join(parts))
-        prune_statements(edited, keep)
-        prune_empty(edited)
-        prune_shared(edited)
-        prune_returns(edited)
-        propagate_attributes(edited)
-        propagate_parameters(edited)
-        prune_parameters(edited)
-        text = edited.apply()
-        if text == before:
-            return text
+def fold(tree: ast.Module, known: Known, keep: set[str], comment: Callable) -> None:
+    """Decide in `tree` everything that `known` decides; top-level names in `keep` stay. `comment`:
+    see inline."""
+    known.index()
+    program, made = Program(tree, known, keep), set()
+    while program.changed:
+        units, program.changed = program.changed, []
+        for unit in units:
+            while unit in tree.body:
+                decider = Decider(known, made, unit)
+                decider.statement(unit)
+                if not (decider.changed | propagate_locals(unit) | return_at_once(unit)
+                        | prune_locals(unit) | prune_none(unit)):
+                    break
+            unit.facts = None
+        prune_unused(program)
+        prune_empty(program)
+        prune_shared(program)
+        prune_returns(program, Calls(program))
+        propagate_attributes(program)
+        propagate_parameters(program, Calls(program))
+        if not program.changed:
+            inline(program, Calls(program), comment)
+        new = made_always(program) - made
+        if new:
+            made |= new
+            program.changed = list(tree.body)

@@ -9,18 +9,21 @@ import ast
 import functools
 import gc
 import math
+import pickle
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
 import muon
 import recipes
-from flat.fold import TRUE, Known, Text, fold, reachable
-from flat.tidy import tidy, wrapped
-from model import GPT, Layer, layer_plan
+from flat.fold import TRUE, Known, fold, prune
+from flat.tidy import Docs
+from flat.tree import parse, show, walk, wrapped
+from model import GPT, Layer, layer_plan, parameter_entry
 from recipes import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,8 +67,8 @@ def merged(own: str, plain: str) -> str:
 
 
 @functools.cache
-def assemble() -> str:
-    """The text before folding: the same for every recipe."""
+def assemble() -> bytes:
+    """The tree before folding, the same for every recipe; pickled, because folding changes it."""
     driver = MARKER.split((ROOT / "flat" / "driver.py").read_text())[1]
     plain = {}
     for node in ast.parse(driver).body:
@@ -86,12 +89,11 @@ def assemble() -> str:
             parts.append(f"{gap}\n{text}" if gap else text)
         driver = driver.replace(f"# <- {module}\n", "".join(f"{part}" for part in parts))
     driver = driver.replace("  # fmt: skip", "")
-    edited = Text(driver)
-    alive = reachable(edited.tree, KEEP)
-    for node in edited.tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in alive:
-            edited.drop(node)
-    return edited.apply()
+    tree = parse(driver)
+    prune(tree, KEEP)
+    for unit in tree.body:
+        unit.facts = None
+    return pickle.dumps(tree)
 
 
 def uniform(items: list) -> SimpleNamespace:
@@ -106,17 +108,15 @@ def groups_of(recipe: Recipe, model: GPT) -> dict[str, dict]:
     groups = {}
     for group in recipes.optimizer_groups(recipe, model.named_parameters()):
         role, shape = group["name"], group["params"][0][1].shape
-        options = muon.RULES[group["rule"]] | group
+        options = muon.RULES[group["rule"]].options | group
         found = {"rule": options["rule"], "lr": recipes._initial_lr(role, recipe)}
-        if options["every"] > 1:
-            found["every"] = options["every"]
         if options["rule"] == "muon":
             split = options["split"] or 1
             scale = muon.SCALES[options["scale"]](shape[0] // split, shape[1])
             found |= {name: options[name] for name in (
-                "weight_decay", "decay", "cautious", "momentum_form", "nesterov", "norm", "method",
-                "ns_steps", "mode", "second_moment", "beta2")}
-            found |= {"split": split, "scale": scale * options["multiplier"]}
+                "weight_decay", "decay", "cautious", "momentum_form", "nesterov", "method",
+                "ns_steps", "ns_coefficients", "eps", "mode", "second_moment", "beta2")}
+            found |= {"split": split, "scale": scale * options["multiplier"], "products": None}
         else:
             found |= {name: options[name] for name in (
                 "betas", "eps", "weight_decay", "decay", "cautious")}
@@ -129,120 +129,192 @@ def groups_of(recipe: Recipe, model: GPT) -> dict[str, dict]:
     return groups
 
 
-def known_of(recipe: Recipe, groups: dict[str, dict]) -> Known:
-    """What the recipe decides."""
-    c, known = recipe.model, Known()
+def known_of(recipe: Recipe, names: list[str], groups: dict[str, dict]) -> Known:
+    """What the recipe decides; `names` of the model's parameters."""
+    c, r, known = recipe.model, recipe, Known()
     known.objects |= dict.fromkeys(("c", "config", "self.config", "model.config"), c)
-    known.objects |= dict.fromkeys(("r", "recipe"), recipe)
-    known.objects |= {"recipe.model": c}
-    known.objects["layer"] = uniform(layer_plan(c))
+    known.objects |= dict.fromkeys(("r", "recipe"), r)
+    known.objects |= {"recipe.model": c, "layer": uniform(layer_plan(c))}
+    full, wide = r.scale == "full", "float64" if c.compute_dtype == "fp64" else "float32"
+    starts = [parameter_entry(name, c)[1] for name in names]
     known.values |= {
-        "kernels": frozenset(), "'relu2' in kernels": False, "'loss' in kernels": False,
-        "isinstance(weight, Tensor)": False, "isinstance(factor, Tensor)": False,
-        "any(r.normuon.values())": any(recipe.normuon.values()),
-        "exact and X.shape[-1] >= 2 * X.shape[-2] and (len(polynomials) > 1)": False,
-        "rounded": False, "G.ndim < 2": False,
-        "X.dtype == torch.float64": c.compute_dtype == "fp64",
-        "method == 'svd' and ns_coefficients is None": recipe.muon_method == "svd"}
-    for name in ("c", "config"):
-        known.sources[f"layer_plan({name})"] = "PLAN"
+        "'relu2' in kernels": False,
+        "any(r.normuon.values())": any(r.normuon.values()),
+        "isinstance(decay, Tensor)": False, "isinstance(lr, Tensor)": False,
+        "wide": False, "G.ndim < 2": False,
+        "G.numel() == 0": False, "X.dtype == torch.float64": c.compute_dtype == "fp64",
+        "method == 'svd' and ns_coefficients is None": r.muon_method == "svd"}
+    if r.muon_method != "cubic":
+        known.values["c"] = TRUE    # of (a, b, c)
+    if full:
+        known.values["CUDA"] = True
+    if not r.warmup_steps:
+        known.values["step < r.warmup_steps"] = False
+    if not r.tie_first:
+        known.values["self.tied"] = False
+    if all(g["second_moment"] for g in groups.values() if g["rule"] == "muon"):
+        known.values["muon['second_moment']"] = TRUE
+
     known.sources |= {f"DTYPES[c.{name}_dtype]": TORCH_DTYPES[getattr(c, f"{name}_dtype")]
                       for name in ("compute", "stream", "embed", "head")}
     head = c.compute_dtype if c.head == "fp8" else c.head
-    known.sources["dtype if c.head == 'fp8' else DTYPES[c.head]"] = TORCH_DTYPES[head]
-    if c.compute_dtype == "fp64":
+    safety = 1.0 if r.matrix_rule == "adam" else muon.coefficients(r.muon_method, r.muon_steps)[1]
+    on_gpu = "bfloat16" if r.muon_mode == "fast" else "float16"
+    known.sources |= {
+        "dtype if c.head == 'fp8' else DTYPES[c.head]": TORCH_DTYPES[head],
+        "backout_layer(c)": str(2 * c.num_layers // 3),
+        "dropped_attention(c)": str(7 * c.num_layers // 12),
+        "layer_plan(c)": "PLAN", "len(PLAN)": "NUM_LAYERS", "c.softcap.div": "SOFTCAP_DIV",
+        "self.phase.window or T": "self.window",
+        "self.phase.short_window or T": "self.short_window",
+        "torch.promote_types(compute_dtype, torch.float32)": f"torch.{wide}",
+        # the math of muon.py, of which this recipe needs one way
+        "coefficients(method, steps, ns_coefficients)":
+            "(NS_COEFFICIENTS, " + ("1.0)" if safety == 1 else "NS_SAFETY)"),
+        "steepest(update, muon['norm'], method=muon['method'], steps=muon['ns_steps'], "
+        "mode=muon['mode'], ns_coefficients=muon['ns_coefficients'], eps=muon['eps'], "
+        "products=muon['products'])":
+            "orthogonalize(update, muon['method'], muon['ns_steps'], mode=muon['mode'], "
+            "ns_coefficients=muon['ns_coefficients'], eps=muon['eps'], products=muon['products'])",
+        "storage_dtype(mode, X.device)": f"torch.{on_gpu}" if full else "NS_DTYPE",
+        "_precision(X.device)": "", "gram": "_gram", "polynomial": "_polynomial",
+        "math.sqrt(1.0)": "1.0",
+        # for any shape of G there; (split, rows, cols) in fp32 here
+        "(G.mT if tall else G).to(torch.promote_types(G.dtype, torch.float32)).contiguous()":
+            "G.mT if tall else G",
+        "normalize(X, (-2, -1), safety, eps).to(dtype).view(-1, *X.shape[-2:])":
+            "normalize(X, (-2, -1), safety, eps).to(dtype)",
+        "(X.mT if tall else X).reshape(G.shape).to(G.dtype)": "(X.mT if tall else X).to(G.dtype)"}
+    if wide == "float64":
         known.sources["torch.float32"] = "torch.float64"
+    if c.head_dtype != "bf16":
+        known.sources["dtype or torch.promote_types(compute_dtype, torch.float32)"] = (
+            f"torch.{wide}")
     if not c.yarn:
         known.sources["yarn(rotary_frequencies(self.config), windows)"] = (
             "(rotary_frequencies(self.config), 1.0)")
-    known.sources |= {
-        "backout_layer(c)": str(2 * c.num_layers // 3),
-        "dropped_attention(c)": str(7 * c.num_layers // 12),
-        "c.softcap.div": "SOFTCAP_DIV",
-        "coefficients(method, steps, ns_coefficients)": "(NS_COEFFICIENTS, NS_SAFETY)",
-        "gram": "_gram", "polynomial": "_polynomial",
-        "steepest(update, norm, **options, mode=mode, eps=eps, products=products)":
-            "orthogonalize(update, method, ns_steps, mode=mode, eps=eps, products=products)",
-        "storage_dtype(mode, X.device)": "NS_DTYPE",
-        "_rounds(X, dtype)": "False",
-        "_precision(rounded, X.device)": "", "_precision(False, X.device)": ""}
-    if not recipe.warmup_steps:
-        known.values["step < r.warmup_steps"] = False
-    if not recipe.tie_first:
-        known.values["self.tied"] = False
+    if not c.paired_heads:
+        known.values["layer.keys == 'paired'"] = False
+        call = "attention(q, k, v, self.scale, keys)"
+        known.sources[f"{call}.reshape(q_BTHD.shape)"] = call
+    if c.embed_dtype == c.stream_dtype:
+        table = "F.embedding(tokens_BT, table.weight)"
+        known.sources[f"{table}.to(stream)"] = table
+    if c.value_embeds == "none" and not c.bigram:  # no tables that take long to draw
+        known.sources["Embedding"] = "nn.Embedding"
+    kinds = {start.kind for start in starts if start.number} - {"constant"}
+    if len(kinds) == 1:
+        known.values["kind == 'uniform'"] = kinds == {"uniform"}
+    if not r.extension_steps:
+        known.sources |= {f"{name}.scheduled_steps": f"{name}.num_iterations"
+                          for name in ("r", "recipe")}
+    if r.val_row == c.seq_len:
+        known.sources["r.val_row"] = "c.seq_len"
+    if not (r.momentum_warmup_steps or r.momentum_cooldown_steps):
+        known.sources["muon['momentum']"] = "MUON_MOMENTUM"
+    if r.batch_stages or r.num_targets > 1:  # graphs for each third
+        known.sources["GRAPH_STEPS"] = "(0, NUM_ITERATIONS // 2, NUM_ITERATIONS - 1)"
+    else:
+        known.sources["GRAPH_STEPS"] = "(0,)"
+    if not r.batch_stages:
+        known.sources["batch_shape(step)"] = "(r.num_rows, c.seq_len)"
+
     known.dropped = {
         "self.register_buffer('target_weights', torch.ones(1), persistent=False)",
         "self.set_phase(Phase())", "self.phase: Phase | None = None", "self.recomputed = 0",
         "self.segments = [range(c.num_layers)]",
         "self.loss_bodies = KERNELS if 'loss' in kernels else REFERENCES"}
+    if c.value_embeds == "none" and not c.value_residual:
+        known.dropped.add("v_BTHD = v_BTHD.type_as(q_BTHD)")
     for rule in ("muon", "adam"):
         members = [g for g in groups.values() if g["rule"] == rule]
-        for name in members[0] if members else ():
+        for name in members[0].keys() - {"rule", "lr"} if members else ():
             values = [g[name] for g in members]
             if all(v == values[0] and type(v) is type(values[0]) for v in values):
                 known.values[f"{rule}['{name}']"] = values[0]
-    if any(recipe.normuon.values()):
-        known.values["axis"] = TRUE
     return known
+
+
+class Folded(NamedTuple):
+    """The tree of a program, still with markers for its tables, and what was decided."""
+
+    tree: ast.Module
+    known: Known
+    groups: dict[str, dict]
+
+
+def folded(recipe: Recipe) -> Folded:
+    with torch.device("meta"):
+        model = GPT(recipe.model)
+    names = [name for name, _ in model.named_parameters()]
+    groups = groups_of(recipe, model)
+    known = known_of(recipe, names, groups)
+    tree = pickle.loads(assemble())
+    keep_rows(tree, names)
+    docs = Docs(tree, known, recipe.record, vars(recipe.model) | vars(recipe))
+    collects = gc.isenabled()
+    gc.disable()  # it would look through the tree again and again
+    fold(tree, known, KEEP, docs.comment)
+    if collects:
+        gc.enable()
+    docs.clean()
+    return Folded(tree, known, groups)
 
 
 def printed(recipe: Recipe, words: str) -> str:
     """The program of `recipe`; `words` are those after `python -m flat` that asked for it."""
-    collects = gc.isenabled()
-    gc.disable()  # it would walk the syntax trees again and again, half of the time (#62: 5.6 s)
-    try:
-        return _printed(recipe, words)
-    finally:
-        if collects:
-            gc.enable()
-
-
-def _printed(recipe: Recipe, words: str) -> str:
-    c = recipe.model
-    with torch.device("meta"):
-        model = GPT(c)
-    groups = groups_of(recipe, model)
-    known = known_of(recipe, groups)
-    full = c.compute_dtype == "bf16"
-    text = assemble()
+    c, (tree, known, groups) = recipe.model, folded(recipe)
+    text = show(tree)
+    tables = {"plan": plan_text(recipe, text), "groups": groups_text(groups, text)}
+    tables["constants"] = constants_text(recipe, known, text + tables["groups"])
+    for name, table in tables.items():
+        at = next(i for i, n in enumerate(tree.body) if getattr(n, "text", "") == f"# <- {name}")
+        tree.body[at:at + 1] = parse(f"\n{table}").body
+    text = show(tree).replace("parameter_table in model.py", "parameter_table")
+    if c.compute_dtype == "fp64":
+        text = text.replace(".float()", ".double()")
     for name, value in {
-            "RECORD": recipe.record, "TITLE": recipe.title, "WORDS": words,
+            "RECORD": recipe.record, "TITLE": recipe.title, "WORDS": words, "TRACK": recipe.track,
             "TOKENS": "bytes" if c.vocab_size == 257 else "GPT-2 tokens",
-            "DEVICES": "bf16" if full else "or CPUs",
+            "DEVICES": "bf16" if recipe.scale == "full" else "or CPUs",
             "NEEDS": "bf16" + ", fp8" * (c.head == "fp8")
             + ", flash attention" * c.packed}.items():
         text = text.replace(f"{{{name}}}", str(value))
-    text = with_rows(text, [name for name, _ in model.named_parameters()])
-    text = fold(text, known, KEEP)
-    text = text.replace("# <- plan\n", plan_text(recipe, text))
-    text = text.replace("# <- groups\n", groups_text(groups, text))
-    text = text.replace("# <- constants\n", constants_text(recipe, known, text))
-    text = fold(text, Known(), KEEP)
-    if c.compute_dtype == "fp64":
-        text = text.replace(".float()", ".double()")
-    text = text.replace("parameter_table in model.py", "parameter_table")
-    taken = {n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name)}
+    taken = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
     for name in re.findall(r"^def (_\w+)", text, re.M):
-        if name.lstrip("_") in taken:
-            continue
-        text = re.sub(rf"\b{name}\b", name.lstrip("_"), text)
-    return tidy(text, recipe.record, {"PLAN", "GROUPS"})
+        if name.lstrip("_") not in taken:
+            text = re.sub(rf"\b{name}\b", name.lstrip("_"), text)
+    return text
 
 
-def with_rows(text: str, names: list[str]) -> str:
-    """parameter_table with the rows of parameters that the model has."""
-    def row(match: re.Match) -> str:
-        return match[0] if any(fnmatchcase(name, match[1]) for name in names) else ""
-
-    return re.sub(r'^        "([\w.*]+)": \("\w+", .*\),\n', row, text, flags=re.M)
+def keep_rows(tree: ast.Module, names: list[str]) -> None:
+    """In parameter_table, the rows of parameters that the model has."""
+    (table,) = (n for n in tree.body if getattr(n, "name", "") == "parameter_table")
+    (rows,) = (n for n in walk(table) if isinstance(n, ast.Dict))
+    kept = [(k, v) for k, v in zip(rows.keys, rows.values)
+            if any(fnmatchcase(name, k.value) for name in names)]
+    rows.keys, rows.values, rows.dirty = [k for k, _ in kept], [v for _, v in kept], True
 
 
 def literal(value: object) -> str:
-    if isinstance(value, float):
-        power = math.log2(abs(value)) if value else 0.5
-        if power == int(power) and abs(power) > 8:
-            return f"2.0**{int(power)}"
-    return repr(value)
+    """A number as a person would write it."""
+    if isinstance(value, tuple):
+        inside = ", ".join(map(literal, value))
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    if isinstance(value, float) and value > 0 and value != int(value):
+        if (3 * value).is_integer():
+            return f"{int(3 * value)} / 3"
+        square = value * value
+        for base, text in ((square, f"{round(square)} ** 0.5"),
+                           (1 / square, f"{round(1 / square)} ** -0.5")):
+            if abs(base - round(base)) < 1e-12 * base and round(base) != round(base ** 0.5) ** 2:
+                return text
+    if isinstance(value, float) and value > 0 and abs(math.log2(value)) > 8 and (
+            math.log2(value).is_integer()):
+        return f"2.0**{int(math.log2(value))}"
+    if type(value) in (int, float) and value >= 10_000:
+        return f"{value:_}"
+    return repr(value).replace("'", '"')
 
 
 def groups_text(groups: dict[str, dict], text: str) -> str:
@@ -251,11 +323,11 @@ def groups_text(groups: dict[str, dict], text: str) -> str:
             for rule in ("muon", "adam")}
     rows = []
     for role, options in groups.items():
-        inside = ", ".join(f'"{k}": {literal(v)}'.replace("'", '"')
-                           for k, v in options.items() if k in read[options["rule"]])
+        inside = ", ".join(f'"{k}": {literal(v)}' for k, v in options.items()
+                           if k in read[options["rule"]])
         rows.append(wrapped(f'    "{role}": {{{inside}}},') + "\n")
-    return ("# The optimizer's groups by the role of a parameter; learning rates are times\n"
-            "# lr_multiplier(step).\nGROUPS = {\n" + "".join(rows) + "}\n")
+    return ("# The optimizer's groups by the role of a parameter; lr is that of the peak.\n"
+            "GROUPS = {\n" + "".join(rows) + "}\n")
 
 
 def constants_text(recipe: Recipe, known: Known, text: str) -> str:
@@ -263,6 +335,7 @@ def constants_text(recipe: Recipe, known: Known, text: str) -> str:
     made = {name.upper(): getattr(owner, name) for owner in (c, recipe) for name in dir(owner)
             if name[0] != "_" and isinstance(getattr(owner, name), int | float | tuple)}
     made |= known.constants | {"SOFTCAP_DIV": c.softcap.div}
+    del made["RECORD"]  # the title has it
     if recipe.matrix_rule == "muon" and recipe.muon_method != "svd":
         made["NS_COEFFICIENTS"], made["NS_SAFETY"] = muon.coefficients(
             recipe.muon_method, recipe.muon_steps)
@@ -278,12 +351,11 @@ def constants_text(recipe: Recipe, known: Known, text: str) -> str:
                 lines.append(f"{name} = ({value[0]!r},) * {len(value)}")
             else:
                 lines.append(f"{name} = {literal(value)}")
-    result = "\n".join(lines) + "\n"
     if re.search(r"\bNS_DTYPE\b", text):
         wide = "float64" if c.compute_dtype == "fp64" else "float32"
         on_gpu = "bfloat16" if recipe.muon_mode == "fast" else "float16"
-        result += f"NS_DTYPE = torch.{on_gpu} if torch.cuda.is_available() else torch.{wide}\n"
-    return result
+        lines.append(f"NS_DTYPE = torch.{on_gpu} if torch.cuda.is_available() else torch.{wide}")
+    return "\n".join(lines) + "\n"
 
 
 def plan_text(recipe: Recipe, text: str) -> str:

@@ -362,13 +362,17 @@ class Collector:
 #
 # Code, a rule, the environment, a rule, step lines; or parts of it. Formats seen so far:
 # `step:N/M val_loss:X train_time:Yms step_avg:Zms` with milliseconds or seconds, llm.c's
-# `s:N tel:X`, captures of stdout, several runs in one file.
+# `s:N tel:X`, captures of stdout, several runs in one file. Flat programs (flat/) add track,
+# seed and data, and name a CPU.
 
 _LLMC = re.compile(rb"s:(\d{1,9}) (tel|trl):")
 RULE = re.compile(rb"={80,}\s*$")
 CODE = re.compile(rb"(?:import \w|from [\w.]+ import |with open\(sys\.argv)")
 _TORCH = re.compile(r"Running (?i:pytorch) (\S{1,80}) compiled for CUDA (\S{1,20})"
                     r"(?: on (.{1,80}?) with world_size (\d{1,6}))?\s*$")
+_CPU = re.compile(r"CPU with (\d{1,6}) cores")
+_CLAIM = re.compile(r"Running for track (\w{1,40}) with seed (\d{1,18}) on data "
+                    r"([0-9a-f]{64})\s*$")
 _PYTHON = re.compile(r"Running [Pp]ython (\d+\.\d+\.\S{1,20})")
 _DEVICE = re.compile(r"Running on device_name=(.{1,80}?) with world_size=(\d{1,6})\s*$")
 _SMI_GPU = re.compile(
@@ -446,6 +450,7 @@ def parse_public(first: bytes, pieces: Iterator[bytes], name: str, loss_key: str
     for run in runs:
         run.python, run.torch, run.cuda = environment.python, environment.torch, environment.cuda
         run.gpu, run.gpu_count = environment.gpu, environment.gpu_count
+        run.environment, run.result = dict(environment.environment), dict(environment.result)
         if gpus:
             run.gpu = run.gpu or gpus[min(gpus)]
             run.gpu_count = run.gpu_count or len(gpus)
@@ -470,8 +475,13 @@ def _environment_line(text: str, run: Run, gpus: dict[int, str]) -> None:
     if text.startswith("Running"):
         if match := _TORCH.match(text):
             run.torch, run.cuda = match[1], match[2]
-            if match[3]:
+            if cpu := _CPU.fullmatch(match[3] or ""):
+                run.environment |= {"device": "cpu", "cpu": "CPU", "cpu_cores": cpu[1]}
+                run.result["world_size"] = int(match[4])
+            elif match[3]:
                 run.gpu, run.gpu_count = match[3].strip(), int(match[4])
+        elif match := _CLAIM.match(text):
+            run.result |= {"track": match[1], "seed": int(match[2]), "data_digest": match[3]}
         elif match := _DEVICE.match(text):
             run.gpu, run.gpu_count = match[1].strip(), int(match[2])
         elif match := _PYTHON.match(text):

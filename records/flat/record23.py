@@ -10,6 +10,7 @@ Printed by `python -m flat 23`.
 Shapes: B rows, T tokens a row, C model_dim, H heads, D head_dim, V vocabulary (padded).
 """
 
+import hashlib
 import math
 import os
 import subprocess
@@ -29,22 +30,21 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 ATTN_SCALE = 0.12
-BOS_ID = 50256
-FP8_FACTORS = (16.165807537309522, 18.666666666666668, 448.0)
+BOS_ID = 50_256
+FP8_FACTORS = (16.165807537309522, 56 / 3, 448.0)
 HEAD_DIM = 128
 INIT_STD = 0.5
 LOGIT_SOFTCAP = 30.0
-MAX_SEQ_LEN = 262144
+MAX_SEQ_LEN = 262_144
 MLP_RATIO = 4
 MODEL_DIM = 768
 NORM_EPS = 2.0**-23
-NUM_HEADS = 6
-PADDED_VOCAB_SIZE = 50304
+PADDED_VOCAB_SIZE = 50_304
 RESID_LAMBDA = 1.0
 ROTARY_BASE = 2.0**10
-SOFTCAP_DIV = 207.84609690826525
+SEQ_LEN = 49_152
+SOFTCAP_DIV = 43200 ** 0.5
 VALUE_EMBED_INIT_STD = 1.0
-BATCH_TOKENS = 393216
 COOLDOWN_STEPS = 708
 FINAL_LR_FRAC = 0.1
 LOSS_DIVISOR = 8
@@ -53,20 +53,17 @@ MOMENTUM_WARMUP_STEPS = 300
 MUON_MOMENTUM = 0.95
 NUM_ITERATIONS = 1770
 NUM_ROWS = 8
-SCHEDULED_STEPS = 1770
 VAL_EVERY = 125
-VAL_ROW = 262144
-VAL_TOKENS = 10485760
+VAL_ROW = 262_144
+VAL_TOKENS = 10_485_760
 WINDOW_BLOCK = 128
 WINDOW_RANGE = (128, 1856, 128)
 NS_COEFFICIENTS = ((3.4445, -4.775, 2.0315),) * 5
-NS_SAFETY = 1.0
-NS_DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 MICRO_BATCH_TOKENS = 65_536     # per rank; more are accumulated
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu")
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+LOG = Path("logs") / f"{uuid.uuid4()}.txt"
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -87,12 +84,11 @@ def train_batches(files: list[Path]) -> Iterator[np.ndarray]:
         tokens = read_shard(file)
         position = 0
         while True:
-            num_rows, T = batch_shape()
-            rows = tokens[position:position + num_rows * T + 1]
-            if len(rows) <= num_rows * T:
+            rows = tokens[position:position + NUM_ROWS * SEQ_LEN + 1]
+            if len(rows) <= NUM_ROWS * SEQ_LEN:
                 break
-            yield np.lib.stride_tricks.sliding_window_view(rows, T + 1)[::T]
-            position += num_rows * T
+            yield np.lib.stride_tricks.sliding_window_view(rows, SEQ_LEN + 1)[::SEQ_LEN]
+            position += NUM_ROWS * SEQ_LEN
             step += 1
     sys.exit(f"the training data end before step {step}: expected more shards of tokens")
 
@@ -121,15 +117,6 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
-def relu_squared(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
-def document_ids(tokens_BT: Tensor) -> Tensor:
-    """(B, T): a running number of the document that a token is in."""
-    return (tokens_BT == BOS_ID).cumsum(1)
-
-
 class Keys(NamedTuple):
     """Which keys the queries of packed rows see: their own document's, back to a window."""
 
@@ -147,20 +134,13 @@ def packed_keys(doc_BT: Tensor, window: int) -> Keys:
 
 
 @torch.compiler.disable
-def packed_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, scale: float,
-                     keys: Keys) -> Tensor:
+def packed_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, keys: Keys) -> Tensor:
     """Varlen flash attention; torch.compile fuses what is before and behind it."""
     q, k, v = (x.flatten(0, 1).contiguous() for x in (q_BTHD, k_BTHD, v_BTHD))
     longest = int(keys.cu_seqlens.diff().max())
-    y = varlen_attn(q, k, v, keys.cu_seqlens, keys.cu_seqlens, longest, longest, scale=scale,
+    y = varlen_attn(q, k, v, keys.cu_seqlens, keys.cu_seqlens, longest, longest, scale=ATTN_SCALE,
                     window_size=(int(keys.window) - 1, 0))
     return y.view_as(q_BTHD)
-
-
-def attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, scale: float,
-              keys: Keys | None) -> Tensor:
-    """Causal attention of each row; (B, T, H, D) in and out."""
-    return packed_attention(q_BTHD, k_BTHD, v_BTHD, scale, keys)
 
 
 class Fp8Matmul(torch.autograd.Function):
@@ -200,17 +180,10 @@ class Fp8Matmul(torch.autograd.Function):
         return dx, dw.to(ctx.w_dtype), None
 
 
-class Phase(NamedTuple):
-    """Settings of the model that change while it trains; see recipes.phase."""
-
-    window: int | None = None           # tokens that a long layer sees, self included
-    short_window: int | None = None     # and a short one
-
-
 class Layer(NamedTuple):
     """How one layer differs from the others."""
 
-    keys: str = "long"                  # long, short, paired: which keys its queries see
+    keys: str = "long"                  # the kind of keys that its queries see
     value_table: int | None = None
     skip_from: int | None = None        # the layer whose output comes back here
 
@@ -225,10 +198,9 @@ class Init(NamedTuple):
 def parameter_table() -> dict[str, tuple[str, Init]]:
     """Pattern of a parameter's name -> (role, initialisation).
 
-    The role chooses the parameter's optimizer group, see recipes.optimizer_groups. A parameter that
-    no pattern fits is refused.
+    The role chooses the parameter's optimizer group. A parameter that no pattern fits is
+    refused.
     """
-    dim = MODEL_DIM
     zero = Init("constant", 0.0)
 
     def matrix(std: float, fan_in: int) -> Init:
@@ -236,18 +208,15 @@ def parameter_table() -> dict[str, tuple[str, Init]]:
 
     # an untied embedding is standard normal (#8)
     embed = Init("normal", 1.0)
-    into_layer = matrix(INIT_STD, dim)
-    qkv = into_layer
-    out = zero
-    proj = zero
+    into_layer = matrix(INIT_STD, MODEL_DIM)
     return {
         "embed.weight": ("embed", embed),
         "lm_head.weight": ("head", Init("normal", 0.0)),
         "value_embeds.*.weight": ("value_embed", Init("normal", VALUE_EMBED_INIT_STD)),
-        "*.qkv.weight": ("attn_in", qkv),
-        "*.out.weight": ("attn_out", out),
+        "*.qkv.weight": ("attn_in", into_layer),
+        "*.out.weight": ("attn_out", zero),
         "*.fc.weight": ("mlp_in", into_layer),
-        "*.proj.weight": ("mlp_out", proj),
+        "*.proj.weight": ("mlp_out", zero),
         "*.value_lambda": ("scalar", Init("constant", 0.5)),
         "*.embed_lambda": ("scalar", Init("constant", 0.5)),
         "*.resid_lambda": ("scalar", Init("constant", RESID_LAMBDA)),
@@ -283,17 +252,12 @@ def init_weights(model: "GPT", seed: int) -> None:
 class Linear(nn.Module):
     """y = x W^T; the weight (out, in) is cast where it is used."""
 
-    def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype,
-                 dtype: torch.dtype | None = None):
+    def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
-        dtype = dtype or torch.promote_types(compute_dtype, torch.float32)
-        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=dtype))
-        self.compute_dtype = compute_dtype
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = self.compute_dtype
-        weight = self.weight
-        return F.linear(x.to(dtype), weight.to(dtype))
+        return F.linear(x.to(torch.bfloat16), self.weight.to(torch.bfloat16))
 
 
 class Embedding(nn.Embedding):
@@ -320,13 +284,6 @@ def rotary(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotate(x_BTHD, cos[:T, None], sin[:T, None])
 
 
-def paired_rotary(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    T = x_BTHD.size(1)
-    pairs = x_BTHD.unflatten(2, (-1, 2))  # (B, T, H/2, 2, D)
-    tables = (table[:2 * T].unflatten(0, (T, 1, 2)) for table in (cos, sin))
-    return rotate(pairs, *tables).flatten(2, 3)
-
-
 def rotary_frequencies() -> Tensor:
     """(D/2,) radians a position, fp64: geometric from 1 down to 1/base (#2). With rotary_half the
     second half of the pairs stays put, and the rest spans the whole range (#17)."""
@@ -339,15 +296,12 @@ class Attention(nn.Module):
 
     def __init__(self, layer: Layer):
         super().__init__()
-        dim, dtype = MODEL_DIM, torch.bfloat16
-        self.scale = ATTN_SCALE
-        self.paired = layer.keys == "paired"
         has_table = layer.value_table is not None
-        self.qkv = Linear(dim, 3 * dim, dtype)
+        self.qkv = Linear(MODEL_DIM, 3 * MODEL_DIM)
         self.value_lambda = scalar()
         if has_table:
             self.embed_lambda = scalar()
-        self.out = Linear(dim, dim, dtype)
+        self.out = Linear(MODEL_DIM, MODEL_DIM)
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
                 keys: Keys | None) -> Tensor:
@@ -362,16 +316,11 @@ class Attention(nn.Module):
 
         q, k, v = q_BTHD, k_BTHD, v_BTHD
         q, k = norm(q), norm(k)  # (#6)
-        if self.paired:
-            cos, sin = shared["cos"], shared["sin"]
-            q, k = paired_rotary(q, cos, sin), paired_rotary(k, cos, sin)
-            # heads h and h + H/2 of token t become positions 2t and 2t+1 of one stream
-            q, k, v = (x.reshape(x.size(0), -1, NUM_HEADS // 2, HEAD_DIM) for x in (q, k, v))
-        else:
-            # (#2)
-            q, k = rotary(q, shared["cos"], shared["sin"]), rotary(k, shared["cos"], shared["sin"])
+        # (#2)
+        q, k = rotary(q, shared["cos"], shared["sin"]), rotary(k, shared["cos"], shared["sin"])
 
-        y_BTHD = attention(q, k, v, self.scale, keys).reshape(q_BTHD.shape)
+        # Causal attention of each row; (B, T, H, D) in and out.
+        y_BTHD = packed_attention(q, k, v, keys)
         y_BTC = self.out(y_BTHD.flatten(-2))
         return x_BTC + y_BTC
 
@@ -381,14 +330,13 @@ class MLP(nn.Module):
 
     def __init__(self):
         super().__init__()
-        dim, dtype = MODEL_DIM, torch.bfloat16
-        self.fc = Linear(dim, MLP_RATIO * dim, dtype)
-        self.proj = Linear(MLP_RATIO * dim, dim, dtype)
+        self.fc = Linear(MODEL_DIM, MLP_RATIO * MODEL_DIM)
+        self.proj = Linear(MLP_RATIO * MODEL_DIM, MODEL_DIM)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         h_BTC = norm(x_BTC)
         h = self.fc(h_BTC)
-        h = relu_squared(h)  # (#5) So et al. 2021
+        h = F.relu(h).square()  # (#5) So et al. 2021
         return x_BTC + self.proj(h)
 
 
@@ -413,8 +361,7 @@ class Block(nn.Module):
         x_BTC = self.resid_lambda * x_BTC + self.x0_lambda * shared["x0"]
         if self.attn is not None:
             x_BTC = self.attn(x_BTC, shared, ve_BTHD, keys)
-        x_BTC = self.mlp(x_BTC)
-        return x_BTC
+        return self.mlp(x_BTC)
 
 
 class GPT(nn.Module):
@@ -422,22 +369,17 @@ class GPT(nn.Module):
 
     def __init__(self):
         super().__init__()
-        dim, rows = MODEL_DIM, PADDED_VOCAB_SIZE
-        table_dtype, self.stream_dtype = torch.bfloat16, torch.bfloat16
-        self.plan = PLAN
-
-        self.embed = Embedding(rows, dim, dtype=table_dtype)
-        tables = {layer.value_table for layer in self.plan} - {None}
+        self.embed = Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
+        tables = {layer.value_table for layer in PLAN} - {None}
         self.value_embeds = nn.ModuleDict({
-            str(i): Embedding(rows, dim, dtype=table_dtype) for i in sorted(tables)})
-        self.blocks = nn.ModuleList(Block(i, layer) for i, layer in enumerate(self.plan))
+            str(i): Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
+            for i in sorted(tables)})
+        self.blocks = nn.ModuleList(Block(i, layer) for i, layer in enumerate(PLAN))
         # fp8 matmuls (#19) are for training; validation takes compute_dtype
-        self.lm_head = Linear(dim, rows, torch.bfloat16, torch.float32)
+        self.lm_head = Linear(MODEL_DIM, PADDED_VOCAB_SIZE)
 
-        # Rotary tables of every position.
-        positions = MAX_SEQ_LEN
         for name in ("cos", "sin"):
-            self.register_buffer(name, torch.empty(positions, HEAD_DIM // 2), persistent=False)
+            self.register_buffer(name, torch.empty(MAX_SEQ_LEN, HEAD_DIM // 2), persistent=False)
 
     def set_rotary(self) -> None:
         """Cos and sin of every position."""
@@ -460,37 +402,32 @@ class GPT(nn.Module):
         keys = self.attention_keys(tokens_BT)
         outputs: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
-            layer = self.plan[i]
-            x_BTC = block(
-                x_BTC, shared, values.get(layer.value_table),
-                keys[layer.keys],
-                outputs.get(layer.skip_from))
+            layer = PLAN[i]
+            x_BTC = block(x_BTC, shared, values.get(layer.value_table), keys[layer.keys],
+                          outputs.get(layer.skip_from))
             outputs[i] = x_BTC
-        return self.final_norm(x_BTC)
+        return norm(x_BTC)
 
     def embed_tokens(self, tokens_BT: Tensor) -> tuple[Tensor, dict[str, Tensor], dict]:
-        """The embedding, what all layers share, and the value embeddings by their table."""
-        stream = self.stream_dtype
-        table = self.embed
-        x_BTC = F.embedding(tokens_BT, table.weight).to(stream)
+        """The embedding and what all layers share. The value embeddings by their table (#14)."""
+        x_BTC = F.embedding(tokens_BT, self.embed.weight)
         x_BTC = norm(x_BTC)  # (#8)
 
         shared = {"cos": self.cos, "sin": self.sin}
         shared["x0"] = x_BTC  # (#9)
-        values = {int(i): table(tokens_BT).to(stream).unflatten(-1, (-1, HEAD_DIM))
-                  for i, table in self.value_embeds.items()}  # (#14)
+        # (#14)
+        values = {int(i): embed(tokens_BT).to(torch.bfloat16).unflatten(-1, (-1, HEAD_DIM))
+                  for i, embed in self.value_embeds.items()}
         return x_BTC, shared, values
 
     def attention_keys(self, tokens_BT: Tensor) -> dict[str, Keys | None]:
         """Which keys the layers of each kind see: documents (#12) and windows (#13, #20)."""
-        doc_BT, T = document_ids(tokens_BT), tokens_BT.size(1)
-        long, short = self.phase.window or T, self.phase.short_window or T
+        # (B, T): a running number of the document that a token is in.
+        doc_BT = (tokens_BT == BOS_ID).cumsum(1)
+        long, short = self.window, self.short_window
         keys = {"long": packed_keys(doc_BT, long)}
         keys["short"] = packed_keys(doc_BT, short)  # (#20)
         return keys
-
-    def final_norm(self, x_BTC: Tensor) -> Tensor:
-        return norm(x_BTC)
 
     def head_loss(self, x_BTC: Tensor, targets_BT: Tensor, divisor: float) -> Tensor:
         """Cross-entropy in nats, summed over the B*T tokens, over `divisor`."""
@@ -501,7 +438,7 @@ class GPT(nn.Module):
         else:
             z_NV = self.lm_head(x_NC).float()
         # (#19) the same curve moved up, which softmax does not see
-        z_NV = LOGIT_SOFTCAP * torch.sigmoid((z_NV) / SOFTCAP_DIV)
+        z_NV = LOGIT_SOFTCAP * torch.sigmoid(z_NV / SOFTCAP_DIV)
         return F.cross_entropy(z_NV, targets_BT.flatten(), reduction="sum") / divisor
 
 
@@ -523,75 +460,43 @@ PLAN = [
 
 # --- optimizer ------------------------------------------------------------------------------------
 
-def normalize(G: Tensor, dim: tuple[int, ...], factor: float = 1.0) -> Tensor:
-    """G / (factor * its 2-norm); zeros stay zeros."""
-    return G / (factor * G.norm(dim=dim, keepdim=True)).clamp(min=2.0**-126)
-
-
 def orthogonalize(G: Tensor) -> Tensor:
-    """A zero matrix stays zero, one with NaN spoils itself alone."""
+    """U V^T of G = U S V^T for every matrix of G (..., rows, cols), or nearly that.
+
+    Odd polynomials, one a step, act on the singular values; the short side is iterated. The
+    result has G's dtype and is the same for G at any scale. A zero matrix stays zero; NaNs do
+    not leak into the other matrices of the batch.
+    """
     tall = G.shape[-2] > G.shape[-1]
-    X = (G.mT if tall else G).to(torch.promote_types(G.dtype, torch.float32)).contiguous()
-    polynomials, safety = (NS_COEFFICIENTS, NS_SAFETY)
-    dtype = NS_DTYPE
-    X = normalize(X, (-2, -1), safety).to(dtype).view(-1, *X.shape[-2:])
-    for a, b, c in polynomials:
-        # Wherever it happens, rounding what B is made of leaves the rank of B X alone.
-        A = gram(X)
-        B = polynomial(A, b, c) if c else A.mul_(b)
-        X = torch.baddbmm(X, B.to(X.dtype), X, beta=a)
-    return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
+    X = G.mT if tall else G
+    X = (X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=2.0**-126)).to(torch.bfloat16)
+    for a, b, c in NS_COEFFICIENTS:
+        A = torch.bmm(X, X.mT)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return (X.mT if tall else X).to(G.dtype)
 
 
-def gram(X: Tensor) -> Tensor:
-    return torch.bmm(X, X.mT)
+def momentum_average(grad: Tensor, state: dict, muon: dict) -> Tensor:
+    """The momentum of Muon; with Nesterov's look ahead, as if grad came once more."""
+    momentum, buffer = muon["momentum"], state["momentum_buffer"]
+    buffer.lerp_(grad, 1 - momentum)
+    return buffer.lerp(grad, 1 - momentum)
 
 
-def polynomial(A: Tensor, b: float, c: float) -> Tensor:
-    return torch.baddbmm(A, A, A, beta=b, alpha=c)
-
-
-def mix(x: Tensor, y: Tensor, weight: float | Tensor) -> Tensor:
-    return torch.lerp(x, y, weight)
-
-
-def minus(x: Tensor, y: Tensor, factor: float | Tensor) -> Tensor:
-    return torch.sub(x, y, alpha=factor)
-
-
-def stepped(param: Tensor, update: Tensor, lr, scale=1.0) -> Tensor:
-    """param - lr * scale * update, after weight decay: lr * wd of it ("lr"), or lr * (lr * scale) *
-    wd ("lr2", which anneals as the schedule squared: records 43 on). Cautious: decay only entries
-    that the update shrinks as well (update * param >= 0 for True, > 0 for "strict")."""
-    return minus(param, update, lr * scale)
-
-
-def muon_update(param: Tensor, grad: Tensor, momentum_buffer: Tensor, *, lr, momentum,
-                scale: float) -> tuple[Tensor, ...]:
-    """(param, momentum_buffer[, second_moment]) after one step; the options are Muon's."""
-    B = mix(grad, momentum_buffer, momentum)
-    update = mix(grad, B, momentum)
-    update = orthogonalize(update)
-    new = stepped(param, update, lr, scale)
-    return new, B
-
-
-def adam_update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, *,
-                lr, beta1, beta2) -> tuple[Tensor, ...]:
-    """(param, exp_avg, exp_avg_sq, step) after one step of Adam or AdamW; `step` broadcasts."""
-    step = step + 1
-    exp_avg = mix(grad, exp_avg, beta1)
-    exp_avg_sq = mix(grad.square(), exp_avg_sq, beta2)
+def adam_average(grad: Tensor, state: dict, adam: dict) -> Tensor:
+    """The update of Adam: the mean gradient over the root of its mean square."""
+    beta1, beta2 = adam["betas"]
+    step = state["step"].add_(1)
+    mean = state["exp_avg"].lerp_(grad, 1 - beta1)
+    mean_square = state["exp_avg_sq"].lerp_(grad.square(), 1 - beta2)
     # 1 - beta^t by expm1: the plain form loses 5e-5 of 1 - 0.999 in fp32
     logs = (torch.as_tensor(beta, dtype=torch.float64).log() for beta in (beta1, beta2))
     correct1, correct2 = (-torch.expm1(step * log) for log in logs)
-    update = exp_avg / correct1 / ((exp_avg_sq / correct2).sqrt_() + 1e-10)
-    new = stepped(param, update, lr)
-    return new, exp_avg, exp_avg_sq, step
+    return mean / correct1 / (mean_square / correct2).sqrt_().add_(1e-10)
 
 
-# The optimizer's groups by the role of a parameter; learning rates are times
-# lr_multiplier(step).
+# The optimizer's groups by the role of a parameter; lr is that of the peak.
 GROUPS = {
     "attn_in": {"rule": "muon", "lr": 0.05, "split": 3, "scale": 1.0},
     "attn_out": {"rule": "muon", "lr": 0.05, "split": 1, "scale": 1.0},
@@ -606,15 +511,14 @@ GROUPS = {
 
 
 class Optimizer:
-    """Muon and Adam. Gradients are summed over ranks, from within the backward pass that completes
-    them. Each rank updates its share of Muon's matrices and sends them to the others; what Adam
-    trains is updated by all."""
+    """Gradients are summed over ranks. Each rank updates its share of Muon's matrices and sends
+    them to the others (#3); what Adam trains is updated by all."""
 
     def __init__(self, model: nn.Module):
         self.groups = {role: dict(options, params=[]) for role, options in GROUPS.items()}
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         self.reductions = []
-        self.completing = False     # whether this backward pass completes the gradients
+        self.completing = False     # whether this backward pass is the last one of its step
         for name, p in model.named_parameters():
             role, _ = parameter_entry(name)
             self.groups[role]["params"].append(p)
@@ -623,30 +527,28 @@ class Optimizer:
                 dist.broadcast(p.data, 0)
                 p.register_post_accumulate_grad_hook(self.reduce_early)
 
-    def reduce(self, p: Tensor) -> None:
-        self.reductions.append(dist.all_reduce(p.grad, async_op=True))
-
     def reduce_early(self, p: Tensor) -> None:
+        """Called within each backward pass; the last one of a step completes the gradients."""
         if self.completing:
-            self.reduce(p)
+            self.reductions.append(dist.all_reduce(p.grad, async_op=True))
 
     @torch.no_grad()
     def step(self, step: int) -> None:
         """The update of `step`."""
-        groups = self.groups
         if WORLD_SIZE > 1:
             for reduction in self.reductions:
                 reduction.wait()
         self.completing, self.reductions = False, []
 
         lr, sends = lr_multiplier(step), []
-        for group in groups.values():
+        for group in self.groups.values():
+            group["momentum"] = momentum(step)
             for i, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
                 if group["rule"] == "muon":
                     if i % WORLD_SIZE == RANK:
-                        self.muon_step(p, group, group["lr"] * lr, step)
+                        self.muon_step(p, group, group["lr"] * lr)
                     if WORLD_SIZE > 1:
                         sends.append(dist.broadcast(p.data, i % WORLD_SIZE, async_op=True))
                 else:
@@ -655,86 +557,70 @@ class Optimizer:
         for send in sends:
             send.wait()
 
-    def muon_step(self, p: Tensor, muon: dict, lr: float, step: int) -> None:
+    def muon_step(self, p: Tensor, muon: dict, lr: float) -> None:
         state, shape = self.state[p], (muon["split"], -1, p.size(-1))
         param, grad = p.view(shape), p.grad.view(shape)
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(grad)
-        new, state["momentum"] = muon_update(param, grad, state["momentum"], lr=lr,
-                                             momentum=momentum(step), scale=muon["scale"])
-        p.copy_(new.view_as(p))
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        update = momentum_average(grad, state, muon)
+        # Of unit norm for every matrix: orthogonal under the spectral norm.
+        update = orthogonalize(update)
+        param.sub_(update, alpha=lr * muon["scale"])
 
     def adam_step(self, p: Tensor, adam: dict, lr: float) -> None:
-        state, wide = self.state[p], torch.promote_types(p.dtype, torch.float32)
-        if "step" not in state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(p, dtype=wide)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=wide)
-            state["weight"] = p.to(wide)  # which a table in bf16 rounds
-        weight = state["weight"]
-        beta1, beta2 = adam["betas"]
-        new, state["exp_avg"], state["exp_avg_sq"], state["step"] = adam_update(
-            weight, p.grad.to(wide), state["exp_avg"], state["exp_avg_sq"], state["step"], lr=lr,
-            beta1=beta1, beta2=beta2)
-        state["weight"] = new
-        p.copy_(new)
+        state = self.state[p]
+        # a table in bf16 rounds its master
+        if not state:
+            state["step"] = torch.zeros((), device=DEVICE)
+            state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+            state["master"] = p.to(torch.float32)
+        update = adam_average(p.grad.to(torch.float32), state, adam)
+        state["master"].sub_(update, alpha=lr)
+        p.copy_(state["master"])
 
 
 # --- schedules ------------------------------------------------------------------------------------
 
-def batch_tokens() -> int:
-    return BATCH_TOKENS
-
-
-def batch_shape() -> tuple[int, int]:
-    """(rows, tokens a row) of the global batch of `step`, before ranks exist."""
-    return NUM_ROWS, batch_tokens() // NUM_ROWS
-
-
 def lr_multiplier(step: int) -> float:
     """What the learning rates are multiplied by at the update of `step` (0-based).
 
-    Linear warm-up, hold, then down to final_lr_frac, reached where the schedule ends.
+    Then constant, and at last down to final_lr_frac, reached where the schedule ends.
     """
-    end = SCHEDULED_STEPS
-    left = min(1.0, max(0, end - step) / COOLDOWN_STEPS)
+    left = min(1.0, max(0, NUM_ITERATIONS - step) / COOLDOWN_STEPS)
     return left + FINAL_LR_FRAC * (1 - left)
 
 
 def momentum(step: int) -> float:
-    """Muon's momentum at the update of `step`: linear warm-up and cooldown around muon_momentum."""
+    """Muon's momentum at the update of `step`: linear warm-up to muon_momentum."""
     risen = min(1.0, step / MOMENTUM_WARMUP_STEPS)
     return MOMENTUM_START + (MUON_MOMENTUM - MOMENTUM_START) * risen
 
 
-def windows(step: int) -> tuple[int, int] | None:
-    """(short, long) windows at `step` in tokens, as records count them; `last`: at the final
-    validation. None where attention has no windows."""
-    block = WINDOW_BLOCK
+def windows(step: int) -> tuple[int, int]:
+    """(short, long) windows at `step` in tokens, as records count them."""
     first, end, by = WINDOW_RANGE
-    long = (first * SCHEDULED_STEPS + (end - first) * step) // (by * SCHEDULED_STEPS) * by
-    short = max(1, long // block // 2) * block
+    long = (first * NUM_ITERATIONS + (end - first) * step) // (by * NUM_ITERATIONS) * by
+    short = max(1, long // WINDOW_BLOCK // 2) * WINDOW_BLOCK
     return short, long
 
 
 def window_in_keys(window: int) -> int:
     """Keys that a query sees, itself included, through a window as records count it.
 
-    flash: one more, since flash attention counts the keys before the query (#29 on). block: from
-    #15 to #27 a query also saw no more than its own block and the ones before it that the window
-    reaches into, so fewer keys, depending on its place in its block; here their mean, rounded
-    down, for every query.
+    From #15 to #27 a query also saw no more than its own block and the ones before it that
+    the window reaches into, so fewer keys, depending on its place in its block; here their mean,
+    rounded down, for every query.
     """
-    block = WINDOW_BLOCK
-    before = (window - 1) // block * block
+    before = (window - 1) // WINDOW_BLOCK * WINDOW_BLOCK
     own = window - before       # 1 to block; position p of a block sees before + min(p + 1, own)
-    return before + (own * (own + 1) // 2 + (block - own) * own) // block
+    return before + (own * (own + 1) // 2 + (WINDOW_BLOCK - own) * own) // WINDOW_BLOCK
 
 
 def enter_phase(model: GPT, step: int) -> None:
     """Set in the model what changes while it trains."""
     short, long = windows(step)
-    model.phase = Phase(window=window_in_keys(long), short_window=window_in_keys(short))
+    model.window, model.short_window = window_in_keys(long), window_in_keys(short)
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -753,65 +639,52 @@ def evaluate(model: GPT, rows: np.ndarray) -> float:
 
 
 def train_step(model: GPT, optimizer: Optimizer, rows: np.ndarray, step: int) -> None:
-    # records from #22 on summed the loss of a rank, and averaged over ranks
-    divisor = LOSS_DIVISOR
-    optimizer.step_count, batches = step, micro_batches(rows)
+    batches = micro_batches(rows)
     for i, (inputs_BT, targets_BT) in enumerate(batches):
         if WORLD_SIZE > 1:
             optimizer.completing = i == len(batches) - 1
-        model(inputs_BT, targets_BT, divisor).backward()
+        model(inputs_BT, targets_BT, LOSS_DIVISOR).backward()
     optimizer.step(step)
 
 
-def build_graphs(model: GPT) -> None:
-    """Forward and backward pass of a micro-batch of `step`, of random tokens."""
-    enter_phase(model, 0)
-    num_rows, T = batch_shape()
-    rows = np.random.default_rng(0).integers(0, BOS_ID, (num_rows, T + 1))
-    inputs_BT, targets_BT = micro_batches(rows)[0]
-    model(inputs_BT, targets_BT, 1.0).backward()
-
-
 def compile_model(model: GPT) -> None:
-    """Compile blocks and head; build the graphs of each third of the schedule on random tokens,
-    before the clock starts. Nothing is updated, and the gradients are dropped."""
+    """Compile blocks and head; build their graphs on random tokens, before the clock starts."""
     torch._dynamo.config.recompile_limit = 64
     for block in model.blocks:
         block.compile()
     model.head_loss = torch.compile(model.head_loss)
-    build_graphs(model)
+    enter_phase(model, 0)
+    rows = np.random.default_rng(0).integers(0, BOS_ID, (NUM_ROWS, SEQ_LEN + 1))
+    inputs_BT, targets_BT = micro_batches(rows)[0]
+    model(inputs_BT, targets_BT, 1.0).backward()
     model.zero_grad(set_to_none=True)
     torch.cuda.synchronize()
 
 
-class Log:
-    """A log in the public format, by rank 0: source, environment, step lines."""
-
-    def __init__(self) -> None:
-        self.path = Path("logs") / f"{uuid.uuid4()}.txt"
-        if RANK == 0:
-            self.path.parent.mkdir(exist_ok=True)
-            hardware = torch.cuda.get_device_name() if CUDA else "CPU"
-            rule = "=" * 100
-            self.write(Path(__file__).read_text() + rule)
-            self.write(f"Running Python {sys.version.split()[0]}")
-            self.write(f"Running PyTorch {torch.version.__version__} compiled for CUDA "
-                       f"{torch.version.cuda} on {hardware} with world_size {WORLD_SIZE}")
-            if CUDA:
-                self.write(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
-            self.write(rule)
-
-    def write(self, text: str) -> None:
-        with open(self.path, "a") as file:
+def log(text: str) -> None:
+    """Rank 0 shows a line and adds it to the log."""
+    if RANK == 0:
+        print(text, flush=True)
+        with open(LOG, "a") as file:
             file.write(f"{text}\n")
 
-    def line(self, text: str) -> None:
-        if RANK == 0:
-            print(text, flush=True)
-            self.write(text)
+
+def start_log(files: list[Path], seed: int) -> None:
+    """What a log in the public format begins with: source and environment."""
+    hashes = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    rule, hardware, smi = "=" * 100, f"CPU with {os.cpu_count()} cores", ""
+    hardware = torch.cuda.get_device_name()
+    smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+    LOG.parent.mkdir(exist_ok=True)
+    LOG.write_text(
+        f"{Path(__file__).read_text()}{rule}\nRunning Python {sys.version.split()[0]}\n"
+        f"Running PyTorch {torch.version.__version__} compiled for CUDA {torch.version.cuda} on "
+        f"{hardware} with world_size {WORLD_SIZE}\n"
+        f"Running for track short with seed {seed} on data {digest}\n{smi}{rule}\n")
 
 
-def train(train_files: list[Path], val_files: list[Path], seed: int, log: Log) -> None:
+def train(train_files: list[Path], val_files: list[Path], seed: int) -> None:
     model = GPT()
     init_weights(model, seed)
     model.to(DEVICE)
@@ -819,28 +692,26 @@ def train(train_files: list[Path], val_files: list[Path], seed: int, log: Log) -
     optimizer = Optimizer(model)
     validation = val_rows(val_files)
     batches = train_batches(train_files)
-    if CUDA:
-        compile_model(model)
+    compile_model(model)
     train_s, t0 = 0.0, time.perf_counter()
     for step in range(NUM_ITERATIONS + 1):
         last = step == NUM_ITERATIONS
         if last or step % VAL_EVERY == 0:
-            if CUDA:
-                torch.cuda.synchronize()
+            torch.cuda.synchronize()
             train_s += time.perf_counter() - t0
             enter_phase(model, step)
             val_loss = evaluate(model, validation)
-            log.line(f"step:{step}/{NUM_ITERATIONS} val_loss:{val_loss:.6f} "
-                     f"train_time:{1000 * train_s:.0f}ms "
-                     f"step_avg:{1000 * train_s / max(1, step):.2f}ms")
+            log(f"step:{step}/{NUM_ITERATIONS} val_loss:{val_loss:.6f} "
+                f"train_time:{1000 * train_s:.0f}ms "
+                f"step_avg:{1000 * train_s / max(1, step):.2f}ms")
             t0 = time.perf_counter()
         if last:
             break
         enter_phase(model, step)
         train_step(model, optimizer, next(batches), step)
         elapsed_ms = 1000 * (train_s + time.perf_counter() - t0)
-        log.line(f"step:{step + 1}/{NUM_ITERATIONS} train_time:{elapsed_ms:.0f}ms "
-                 f"step_avg:{elapsed_ms / (step + 1):.2f}ms")
+        log(f"step:{step + 1}/{NUM_ITERATIONS} train_time:{elapsed_ms:.0f}ms "
+            f"step_avg:{elapsed_ms / (step + 1):.2f}ms")
 
 
 def main(arguments: list[str]) -> None:
@@ -852,14 +723,15 @@ def main(arguments: list[str]) -> None:
     if not train_files or not val_files:
         sys.exit(f"{arguments[0]}: expected shards *train*.bin and *val*.bin, found "
                  f"{len(train_files)} and {len(val_files)}")
-    if not CUDA:
+    if not torch.cuda.is_available():
         sys.exit("record 23 at full size needs a GPU with bf16, fp8, flash attention; "
                  "for a CPU: python -m flat 23 --scale pocket")
+    torch.cuda.set_device(DEVICE)
     if WORLD_SIZE > 1:
-        if CUDA:
-            torch.cuda.set_device(DEVICE)
-        dist.init_process_group("nccl" if CUDA else "gloo")
-    train(train_files, val_files, seed, Log())
+        dist.init_process_group("nccl")
+    if RANK == 0:
+        start_log([*train_files, *val_files], seed)
+    train(train_files, val_files, seed)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 

@@ -10,6 +10,7 @@ Printed by `python -m flat 6`.
 Shapes: B rows, T tokens a row, C model_dim, H heads, D head_dim, V vocabulary (padded).
 """
 
+import hashlib
 import math
 import os
 import subprocess
@@ -27,32 +28,27 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BOS_ID = 50256
+BOS_ID = 50_256
 HEAD_DIM = 128
-INIT_STD = 0.5773502691896257
+INIT_STD = 3 ** -0.5
 MLP_RATIO = 4
 MODEL_DIM = 768
 NUM_LAYERS = 12
-PADDED_VOCAB_SIZE = 50304
-ROTARY_BASE = 10000.0
+PADDED_VOCAB_SIZE = 50_304
+ROTARY_BASE = 10_000.0
 SEQ_LEN = 1024
-BATCH_TOKENS = 524288
 COOLDOWN_STEPS = 1450
 MUON_MOMENTUM = 0.95
 NUM_ITERATIONS = 5100
 NUM_ROWS = 512
-SCHEDULED_STEPS = 5100
 VAL_EVERY = 125
-VAL_ROW = 1024
-VAL_TOKENS = 10485760
+VAL_TOKENS = 10_485_760
 NS_COEFFICIENTS = ((3.4445, -4.775, 2.0315),) * 5
-NS_SAFETY = 1.0
-NS_DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 MICRO_BATCH_TOKENS = 65_536     # per rank; more are accumulated
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu")
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+LOG = Path("logs") / f"{uuid.uuid4()}.txt"
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -73,13 +69,12 @@ def train_batches(files: list[Path]) -> Iterator[np.ndarray]:
         tokens = read_shard(file)
         position = 0
         while True:
-            num_rows, T = batch_shape()
-            rows = tokens[position:position + num_rows * T + 1]
-            if len(rows) <= num_rows * T:
+            rows = tokens[position:position + NUM_ROWS * SEQ_LEN + 1]
+            if len(rows) <= NUM_ROWS * SEQ_LEN:
                 break
-            yield np.lib.stride_tricks.sliding_window_view(rows, T + 1)[::T]
+            yield np.lib.stride_tricks.sliding_window_view(rows, SEQ_LEN + 1)[::SEQ_LEN]
             # steps 0 and 1 saw the same batch (#4 to #11)
-            position += num_rows * T if step > 0 else 0
+            position += NUM_ROWS * SEQ_LEN if step > 0 else 0
             step += 1
     sys.exit(f"the training data end before step {step}: expected more shards of tokens")
 
@@ -89,7 +84,7 @@ def val_rows(files: list[Path]) -> np.ndarray:
     tokens = np.concatenate([read_shard(file) for file in files])[:VAL_TOKENS + 1]
     if len(tokens) <= VAL_TOKENS:
         sys.exit(f"expected {VAL_TOKENS + 1} tokens of validation data, found {len(tokens)}")
-    return np.lib.stride_tricks.sliding_window_view(tokens, VAL_ROW + 1)[::VAL_ROW]
+    return np.lib.stride_tricks.sliding_window_view(tokens, SEQ_LEN + 1)[::SEQ_LEN]
 
 
 def micro_batches(rows: np.ndarray) -> list[tuple[Tensor, Tensor]]:
@@ -108,14 +103,10 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(x.dtype).eps)
 
 
-def relu_squared(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
-def attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, scale: float) -> Tensor:
+def attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
     """Causal attention of each row; (B, T, H, D) in and out."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=HEAD_DIM ** -0.5)
     return y.transpose(1, 2)
 
 
@@ -129,26 +120,22 @@ class Init(NamedTuple):
 def parameter_table() -> dict[str, tuple[str, Init]]:
     """Pattern of a parameter's name -> (role, initialisation).
 
-    The role chooses the parameter's optimizer group, see recipes.optimizer_groups. A parameter that
-    no pattern fits is refused.
+    The role chooses the parameter's optimizer group. A parameter that no pattern fits is
+    refused.
     """
-    dim = MODEL_DIM
     zero = Init("constant", 0.0)
 
     def matrix(std: float, fan_in: int) -> Init:
         return Init("uniform", std * fan_in ** -0.5)
 
-    embed = matrix(3 ** -0.5, dim)
-    into_layer = matrix(INIT_STD, dim)
-    qkv = into_layer
-    out = zero
-    proj = zero
+    embed = matrix(3 ** -0.5, MODEL_DIM)
+    into_layer = matrix(INIT_STD, MODEL_DIM)
     return {
         "embed.weight": ("embed", embed),
-        "*.qkv.weight": ("attn_in", qkv),
-        "*.out.weight": ("attn_out", out),
+        "*.qkv.weight": ("attn_in", into_layer),
+        "*.out.weight": ("attn_out", zero),
         "*.fc.weight": ("mlp_in", into_layer),
-        "*.proj.weight": ("mlp_out", proj),
+        "*.proj.weight": ("mlp_out", zero),
     }
 
 
@@ -169,34 +156,20 @@ def init_weights(model: "GPT", seed: int) -> None:
         _, (kind, number) = parameter_entry(name)
         if kind == "constant" or number == 0:
             p.fill_(number)
-        elif kind == "uniform":
+        else:
             bound = math.sqrt(3) * number
             p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
-        else:
-            p.copy_(torch.empty(p.shape).normal_(0, number, generator=generator))
 
 
 class Linear(nn.Module):
     """y = x W^T; the weight (out, in) is cast where it is used."""
 
-    def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype,
-                 dtype: torch.dtype | None = None):
+    def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
-        dtype = dtype or torch.promote_types(compute_dtype, torch.float32)
-        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=dtype))
-        self.compute_dtype = compute_dtype
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = self.compute_dtype
-        weight = self.weight
-        return F.linear(x.to(dtype), weight.to(dtype))
-
-
-class Embedding(nn.Embedding):
-    """nn.Embedding without its default initialisation (7 s for the tables of record 62)."""
-
-    def reset_parameters(self) -> None:
-        pass
+        return F.linear(x.to(torch.bfloat16), self.weight.to(torch.bfloat16))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -211,33 +184,24 @@ def rotary(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotate(x_BTHD, cos[:T, None], sin[:T, None])
 
 
-def rotary_frequencies() -> Tensor:
-    """(D/2,) radians a position, fp64: geometric from 1 down to 1/base (#2)."""
-    return ROTARY_BASE ** -(torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
-
-
 class Attention(nn.Module):
     """Causal self-attention; adds to the residual stream."""
 
     def __init__(self):
         super().__init__()
-        dim, dtype = MODEL_DIM, torch.bfloat16
-        self.scale = HEAD_DIM ** -0.5
-        self.qkv = Linear(dim, 3 * dim, dtype)
-        self.out = Linear(dim, dim, dtype)
+        self.qkv = Linear(MODEL_DIM, 3 * MODEL_DIM)
+        self.out = Linear(MODEL_DIM, MODEL_DIM)
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor]) -> Tensor:
         h_BTC = norm(x_BTC)
         q_BTHD, k_BTHD, v_BTHD = self.qkv(h_BTC).unflatten(-1, (3, -1, HEAD_DIM)).unbind(2)
 
-        v_BTHD = v_BTHD.type_as(q_BTHD)
-
-        q, k, v = q_BTHD, k_BTHD, v_BTHD
+        q, k = q_BTHD, k_BTHD
         q, k = norm(q), norm(k)  # (#6)
         # (#2)
         q, k = rotary(q, shared["cos"], shared["sin"]), rotary(k, shared["cos"], shared["sin"])
 
-        y_BTHD = attention(q, k, v, self.scale).reshape(q_BTHD.shape)
+        y_BTHD = attention(q, k, v_BTHD)
         y_BTC = self.out(y_BTHD.flatten(-2))
         return x_BTC + y_BTC
 
@@ -247,14 +211,13 @@ class MLP(nn.Module):
 
     def __init__(self):
         super().__init__()
-        dim, dtype = MODEL_DIM, torch.bfloat16
-        self.fc = Linear(dim, MLP_RATIO * dim, dtype)
-        self.proj = Linear(MLP_RATIO * dim, dim, dtype)
+        self.fc = Linear(MODEL_DIM, MLP_RATIO * MODEL_DIM)
+        self.proj = Linear(MLP_RATIO * MODEL_DIM, MODEL_DIM)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         h_BTC = norm(x_BTC)
         h = self.fc(h_BTC)
-        h = relu_squared(h)  # (#5) So et al. 2021
+        h = F.relu(h).square()  # (#5) So et al. 2021
         return x_BTC + self.proj(h)
 
 
@@ -268,8 +231,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor]) -> Tensor:
         x_BTC = self.attn(x_BTC, shared)
-        x_BTC = self.mlp(x_BTC)
-        return x_BTC
+        return self.mlp(x_BTC)
 
 
 class GPT(nn.Module):
@@ -277,22 +239,18 @@ class GPT(nn.Module):
 
     def __init__(self):
         super().__init__()
-        dim, rows = MODEL_DIM, PADDED_VOCAB_SIZE
-        table_dtype, self.stream_dtype = torch.float32, torch.float32
-
-        self.embed = Embedding(rows, dim, dtype=table_dtype)
+        self.embed = nn.Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.float32)
         self.blocks = nn.ModuleList(Block() for _ in range(NUM_LAYERS))
-        self.lm_head = Linear(dim, rows, torch.bfloat16, torch.float32)
+        self.lm_head = Linear(MODEL_DIM, PADDED_VOCAB_SIZE)
         self.lm_head.weight = self.embed.weight
 
-        # Rotary tables of every position.
-        positions = SEQ_LEN
         for name in ("cos", "sin"):
-            self.register_buffer(name, torch.empty(positions, HEAD_DIM // 2), persistent=False)
+            self.register_buffer(name, torch.empty(SEQ_LEN, HEAD_DIM // 2), persistent=False)
 
     def set_rotary(self) -> None:
         """Cos and sin of every position."""
-        freqs = rotary_frequencies()
+        # (D/2,) radians a position, fp64: geometric from 1 down to 1/base (#2).
+        freqs = ROTARY_BASE ** -(torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
         positions = torch.arange(len(self.cos), dtype=torch.float64, device=self.cos.device)
         angle = torch.outer(positions, freqs.to(self.cos.device, non_blocking=True))
         self.cos.copy_(angle.cos())
@@ -307,19 +265,14 @@ class GPT(nn.Module):
         x_BTC, shared = self.embed_tokens(tokens_BT)
         for block in self.blocks:
             x_BTC = block(x_BTC, shared)
-        return self.final_norm(x_BTC)
+        return norm(x_BTC)
 
     def embed_tokens(self, tokens_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The embedding, what all layers share, and the value embeddings by their table."""
-        stream = self.stream_dtype
-        table = self.embed
-        x_BTC = F.embedding(tokens_BT, table.weight).to(stream)
+        """The embedding and what all layers share."""
+        x_BTC = F.embedding(tokens_BT, self.embed.weight)
 
         shared = {"cos": self.cos, "sin": self.sin}
         return x_BTC, shared
-
-    def final_norm(self, x_BTC: Tensor) -> Tensor:
-        return norm(x_BTC)
 
     def head_loss(self, x_BTC: Tensor, targets_BT: Tensor, divisor: float) -> Tensor:
         """Cross-entropy in nats, summed over the B*T tokens, over `divisor`."""
@@ -330,97 +283,61 @@ class GPT(nn.Module):
 
 # --- optimizer ------------------------------------------------------------------------------------
 
-def normalize(G: Tensor, dim: tuple[int, ...], factor: float = 1.0) -> Tensor:
-    """G / (factor * its 2-norm); zeros stay zeros."""
-    return G / (factor * G.norm(dim=dim, keepdim=True)).clamp(min=2.0**-126)
-
-
 def orthogonalize(G: Tensor) -> Tensor:
-    """The result has G's dtype and is the same for G at any scale (unless `eps` > 0,
-    torch.optim.Muon's lower bound on the norm). A zero matrix stays zero, one with NaN spoils
-    itself alone."""
+    """U V^T of G = U S V^T for every matrix of G (..., rows, cols), or nearly that.
+
+    Odd polynomials, one a step, act on the singular values; the short side is iterated. The
+    result has G's dtype and is the same for G at any scale. A zero matrix stays zero; NaNs do
+    not leak into the other matrices of the batch.
+    """
     tall = G.shape[-2] > G.shape[-1]
-    X = (G.mT if tall else G).to(torch.promote_types(G.dtype, torch.float32)).contiguous()
-    polynomials, safety = (NS_COEFFICIENTS, NS_SAFETY)
-    dtype = NS_DTYPE
-    X = normalize(X, (-2, -1), safety).to(dtype).view(-1, *X.shape[-2:])
-    for a, b, c in polynomials:
-        # Wherever it happens, rounding what B is made of leaves the rank of B X alone.
-        A = gram(X)
-        B = polynomial(A, b, c) if c else A.mul_(b)
-        X = torch.baddbmm(X, B.to(X.dtype), X, beta=a)
-    return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
+    X = G.mT if tall else G
+    X = (X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=2.0**-126)).to(torch.bfloat16)
+    for a, b, c in NS_COEFFICIENTS:
+        A = torch.bmm(X, X.mT)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return (X.mT if tall else X).to(G.dtype)
 
 
-def gram(X: Tensor) -> Tensor:
-    return torch.bmm(X, X.mT)
+def momentum_average(grad: Tensor, state: dict) -> Tensor:
+    """The momentum of Muon; with Nesterov's look ahead, as if grad came once more."""
+    buffer = state["momentum_buffer"]
+    buffer.mul_(MUON_MOMENTUM).add_(grad)  # heavy ball: the EMA's buffer over 1 - momentum
+    return grad + buffer * MUON_MOMENTUM
 
 
-def polynomial(A: Tensor, b: float, c: float) -> Tensor:
-    return torch.baddbmm(A, A, A, beta=b, alpha=c)
-
-
-def mix(x: Tensor, y: Tensor, weight: float | Tensor) -> Tensor:
-    return torch.lerp(x, y, weight)
-
-
-def minus(x: Tensor, y: Tensor, factor: float | Tensor) -> Tensor:
-    return torch.sub(x, y, alpha=factor)
-
-
-def stepped(param: Tensor, update: Tensor, lr, scale=1.0) -> Tensor:
-    """param - lr * scale * update, after weight decay: lr * wd of it ("lr"), or lr * (lr * scale) *
-    wd ("lr2", which anneals as the schedule squared: records 43 on). Cautious: decay only entries
-    that the update shrinks as well (update * param >= 0 for True, > 0 for "strict")."""
-    return minus(param, update, lr * scale)
-
-
-def muon_update(param: Tensor, grad: Tensor, momentum_buffer: Tensor, *, lr, momentum,
-                scale: float) -> tuple[Tensor, ...]:
-    """(param, momentum_buffer[, second_moment]) after one step; the options are Muon's."""
-    # heavy ball: the EMA's buffer over 1 - momentum
-    B = minus(grad, momentum_buffer, -momentum)
-    update = minus(grad, B, -momentum)
-    update = orthogonalize(update)
-    new = stepped(param, update, lr, scale)
-    return new, B
-
-
-def adam_update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, *,
-                lr, beta1, beta2) -> tuple[Tensor, ...]:
-    """(param, exp_avg, exp_avg_sq, step) after one step of Adam or AdamW; `step` broadcasts."""
-    step = step + 1
-    exp_avg = mix(grad, exp_avg, beta1)
-    exp_avg_sq = mix(grad.square(), exp_avg_sq, beta2)
+def adam_average(grad: Tensor, state: dict, adam: dict) -> Tensor:
+    """The update of Adam: the mean gradient over the root of its mean square."""
+    beta1, beta2 = adam["betas"]
+    step = state["step"].add_(1)
+    mean = state["exp_avg"].lerp_(grad, 1 - beta1)
+    mean_square = state["exp_avg_sq"].lerp_(grad.square(), 1 - beta2)
     # 1 - beta^t by expm1: the plain form loses 5e-5 of 1 - 0.999 in fp32
     logs = (torch.as_tensor(beta, dtype=torch.float64).log() for beta in (beta1, beta2))
     correct1, correct2 = (-torch.expm1(step * log) for log in logs)
-    update = exp_avg / correct1 / ((exp_avg_sq / correct2).sqrt_() + 1e-08)
-    new = stepped(param, update, lr)
-    return new, exp_avg, exp_avg_sq, step
+    return mean / correct1 / (mean_square / correct2).sqrt_().add_(1e-8)
 
 
-# The optimizer's groups by the role of a parameter; learning rates are times
-# lr_multiplier(step).
+# The optimizer's groups by the role of a parameter; lr is that of the peak.
 GROUPS = {
-    "attn_in": {"rule": "muon", "lr": 0.00036, "split": 3, "scale": 27.712812921102035},
-    "attn_out": {"rule": "muon", "lr": 0.00036, "split": 1, "scale": 27.712812921102035},
-    "mlp_in": {"rule": "muon", "lr": 0.00036, "split": 1, "scale": 55.42562584220407},
-    "mlp_out": {"rule": "muon", "lr": 0.00036, "split": 1, "scale": 55.42562584220407},
+    "attn_in": {"rule": "muon", "lr": 0.00036, "split": 3, "scale": 768 ** 0.5},
+    "attn_out": {"rule": "muon", "lr": 0.00036, "split": 1, "scale": 768 ** 0.5},
+    "mlp_in": {"rule": "muon", "lr": 0.00036, "split": 1, "scale": 3072 ** 0.5},
+    "mlp_out": {"rule": "muon", "lr": 0.00036, "split": 1, "scale": 3072 ** 0.5},
     "embed": {"rule": "adam", "lr": 0.0036, "betas": (0.9, 0.95)},
 }
 
 
 class Optimizer:
-    """Muon and Adam. Gradients are summed over ranks, from within the backward pass that completes
-    them. Each rank updates its share of Muon's matrices and sends them to the others; what Adam
-    trains is updated by all."""
+    """Gradients are summed over ranks. Each rank updates its share of Muon's matrices and sends
+    them to the others (#3); what Adam trains is updated by all."""
 
     def __init__(self, model: nn.Module):
         self.groups = {role: dict(options, params=[]) for role, options in GROUPS.items()}
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         self.reductions = []
-        self.completing = False     # whether this backward pass completes the gradients
+        self.completing = False     # whether this backward pass is the last one of its step
         for name, p in model.named_parameters():
             role, _ = parameter_entry(name)
             self.groups[role]["params"].append(p)
@@ -429,24 +346,22 @@ class Optimizer:
                 dist.broadcast(p.data, 0)
                 p.register_post_accumulate_grad_hook(self.reduce_early)
 
-    def reduce(self, p: Tensor) -> None:
-        self.reductions.append(dist.all_reduce(p.grad, async_op=True))
-
     def reduce_early(self, p: Tensor) -> None:
+        """Called within each backward pass; the last one of a step completes the gradients."""
         if self.completing:
-            self.reduce(p)
+            self.reductions.append(dist.all_reduce(p.grad, async_op=True))
 
     @torch.no_grad()
     def step(self, step: int) -> None:
         """The update of `step`."""
-        groups = self.groups
         if WORLD_SIZE > 1:
             for reduction in self.reductions:
                 reduction.wait()
         self.completing, self.reductions = False, []
 
-        lr, sends = lr_multiplier(step), []
-        for group in groups.values():
+        # What the learning rates are multiplied by at the update of `step` (0-based).
+        lr, sends = min(1.0, max(0, NUM_ITERATIONS - step) / COOLDOWN_STEPS), []
+        for group in self.groups.values():
             for i, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
@@ -464,45 +379,20 @@ class Optimizer:
     def muon_step(self, p: Tensor, muon: dict, lr: float) -> None:
         state, shape = self.state[p], (muon["split"], -1, p.size(-1))
         param, grad = p.view(shape), p.grad.view(shape)
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(grad)
-        new, state["momentum"] = muon_update(param, grad, state["momentum"], lr=lr,
-                                             momentum=MUON_MOMENTUM, scale=muon["scale"])
-        p.copy_(new.view_as(p))
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        update = momentum_average(grad, state)
+        # Of unit norm for every matrix: orthogonal under the spectral norm.
+        update = orthogonalize(update)
+        param.sub_(update, alpha=lr * muon["scale"])
 
     def adam_step(self, p: Tensor, adam: dict, lr: float) -> None:
-        state, wide = self.state[p], torch.promote_types(p.dtype, torch.float32)
-        if "step" not in state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(p, dtype=wide)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=wide)
-        weight = p
-        beta1, beta2 = adam["betas"]
-        new, state["exp_avg"], state["exp_avg_sq"], state["step"] = adam_update(
-            weight, p.grad.to(wide), state["exp_avg"], state["exp_avg_sq"], state["step"], lr=lr,
-            beta1=beta1, beta2=beta2)
-        p.copy_(new)
-
-
-# --- schedules ------------------------------------------------------------------------------------
-
-def batch_tokens() -> int:
-    return BATCH_TOKENS
-
-
-def batch_shape() -> tuple[int, int]:
-    """(rows, tokens a row) of the global batch of `step`, before ranks exist."""
-    return NUM_ROWS, batch_tokens() // NUM_ROWS
-
-
-def lr_multiplier(step: int) -> float:
-    """What the learning rates are multiplied by at the update of `step` (0-based).
-
-    Linear warm-up, hold, then down to final_lr_frac, reached where the schedule ends.
-    """
-    end = SCHEDULED_STEPS
-    left = min(1.0, max(0, end - step) / COOLDOWN_STEPS)
-    return left
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), device=DEVICE)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        update = adam_average(p.grad, state, adam)
+        p.sub_(update, alpha=lr)
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -522,63 +412,51 @@ def evaluate(model: GPT, rows: np.ndarray) -> float:
 
 def train_step(model: GPT, optimizer: Optimizer, rows: np.ndarray, step: int) -> None:
     num_tokens = rows.shape[0] * (rows.shape[1] - 1)
-    divisor = num_tokens  # gradients of the mean loss
-    optimizer.step_count, batches = step, micro_batches(rows)
+    batches = micro_batches(rows)
     for i, (inputs_BT, targets_BT) in enumerate(batches):
         if WORLD_SIZE > 1:
             optimizer.completing = i == len(batches) - 1
-        model(inputs_BT, targets_BT, divisor).backward()
+        model(inputs_BT, targets_BT, num_tokens).backward()
     optimizer.step(step)
 
 
-def build_graphs(model: GPT) -> None:
-    """Forward and backward pass of a micro-batch of `step`, of random tokens."""
-    num_rows, T = batch_shape()
-    rows = np.random.default_rng(0).integers(0, BOS_ID, (num_rows, T + 1))
-    inputs_BT, targets_BT = micro_batches(rows)[0]
-    model(inputs_BT, targets_BT, 1.0).backward()
-
-
 def compile_model(model: GPT) -> None:
-    """Compile blocks and head; build the graphs of each third of the schedule on random tokens,
-    before the clock starts. Nothing is updated, and the gradients are dropped."""
+    """Compile blocks and head; build their graphs on random tokens, before the clock starts."""
     torch._dynamo.config.recompile_limit = 64
     for block in model.blocks:
         block.compile()
     model.head_loss = torch.compile(model.head_loss)
-    build_graphs(model)
+    rows = np.random.default_rng(0).integers(0, BOS_ID, (NUM_ROWS, SEQ_LEN + 1))
+    inputs_BT, targets_BT = micro_batches(rows)[0]
+    model(inputs_BT, targets_BT, 1.0).backward()
     model.zero_grad(set_to_none=True)
     torch.cuda.synchronize()
 
 
-class Log:
-    """A log in the public format, by rank 0: source, environment, step lines."""
-
-    def __init__(self) -> None:
-        self.path = Path("logs") / f"{uuid.uuid4()}.txt"
-        if RANK == 0:
-            self.path.parent.mkdir(exist_ok=True)
-            hardware = torch.cuda.get_device_name() if CUDA else "CPU"
-            rule = "=" * 100
-            self.write(Path(__file__).read_text() + rule)
-            self.write(f"Running Python {sys.version.split()[0]}")
-            self.write(f"Running PyTorch {torch.version.__version__} compiled for CUDA "
-                       f"{torch.version.cuda} on {hardware} with world_size {WORLD_SIZE}")
-            if CUDA:
-                self.write(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
-            self.write(rule)
-
-    def write(self, text: str) -> None:
-        with open(self.path, "a") as file:
+def log(text: str) -> None:
+    """Rank 0 shows a line and adds it to the log."""
+    if RANK == 0:
+        print(text, flush=True)
+        with open(LOG, "a") as file:
             file.write(f"{text}\n")
 
-    def line(self, text: str) -> None:
-        if RANK == 0:
-            print(text, flush=True)
-            self.write(text)
+
+def start_log(files: list[Path], seed: int) -> None:
+    """What a log in the public format begins with: source and environment."""
+    hashes = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    rule, hardware, smi = "=" * 100, f"CPU with {os.cpu_count()} cores", ""
+    hardware = torch.cuda.get_device_name()
+    smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+    LOG.parent.mkdir(exist_ok=True)
+    LOG.write_text(
+        f"{Path(__file__).read_text()}{rule}\nRunning Python {sys.version.split()[0]}\n"
+        f"Running PyTorch {torch.version.__version__} compiled for CUDA {torch.version.cuda} on "
+        f"{hardware} with world_size {WORLD_SIZE}\n"
+        f"Running for track short with seed {seed} on data {digest}\n{smi}{rule}\n")
 
 
-def train(train_files: list[Path], val_files: list[Path], seed: int, log: Log) -> None:
+def train(train_files: list[Path], val_files: list[Path], seed: int) -> None:
     model = GPT()
     init_weights(model, seed)
     model.to(DEVICE)
@@ -586,26 +464,24 @@ def train(train_files: list[Path], val_files: list[Path], seed: int, log: Log) -
     optimizer = Optimizer(model)
     validation = val_rows(val_files)
     batches = train_batches(train_files)
-    if CUDA:
-        compile_model(model)
+    compile_model(model)
     train_s, t0 = 0.0, time.perf_counter()
     for step in range(NUM_ITERATIONS + 1):
         last = step == NUM_ITERATIONS
         if last or step % VAL_EVERY == 0:
-            if CUDA:
-                torch.cuda.synchronize()
+            torch.cuda.synchronize()
             train_s += time.perf_counter() - t0
             val_loss = evaluate(model, validation)
-            log.line(f"step:{step}/{NUM_ITERATIONS} val_loss:{val_loss:.6f} "
-                     f"train_time:{1000 * train_s:.0f}ms "
-                     f"step_avg:{1000 * train_s / max(1, step):.2f}ms")
+            log(f"step:{step}/{NUM_ITERATIONS} val_loss:{val_loss:.6f} "
+                f"train_time:{1000 * train_s:.0f}ms "
+                f"step_avg:{1000 * train_s / max(1, step):.2f}ms")
             t0 = time.perf_counter()
         if last:
             break
         train_step(model, optimizer, next(batches), step)
         elapsed_ms = 1000 * (train_s + time.perf_counter() - t0)
-        log.line(f"step:{step + 1}/{NUM_ITERATIONS} train_time:{elapsed_ms:.0f}ms "
-                 f"step_avg:{elapsed_ms / (step + 1):.2f}ms")
+        log(f"step:{step + 1}/{NUM_ITERATIONS} train_time:{elapsed_ms:.0f}ms "
+            f"step_avg:{elapsed_ms / (step + 1):.2f}ms")
 
 
 def main(arguments: list[str]) -> None:
@@ -617,14 +493,15 @@ def main(arguments: list[str]) -> None:
     if not train_files or not val_files:
         sys.exit(f"{arguments[0]}: expected shards *train*.bin and *val*.bin, found "
                  f"{len(train_files)} and {len(val_files)}")
-    if not CUDA:
+    if not torch.cuda.is_available():
         sys.exit("record 6 at full size needs a GPU with bf16; "
                  "for a CPU: python -m flat 6 --scale pocket")
+    torch.cuda.set_device(DEVICE)
     if WORLD_SIZE > 1:
-        if CUDA:
-            torch.cuda.set_device(DEVICE)
-        dist.init_process_group("nccl" if CUDA else "gloo")
-    train(train_files, val_files, seed, Log())
+        dist.init_process_group("nccl")
+    if RANK == 0:
+        start_log([*train_files, *val_files], seed)
+    train(train_files, val_files, seed)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
 

@@ -1,0 +1,460 @@
+"""Syntax trees that keep comments, blank lines and the layout of statements that do not change.
+
+    tree = parse(text); ...passes change the tree...; show(tree)
+
+A statement carries `above` (comment lines), `beside` (the comment behind its first line or, where
+it is a simple one, its last), `otherwise` (the one behind `else:`), `blank` (an empty line before
+it). A comment at the left margin that is not right above a statement is a statement itself, a Note.
+A pass that changes a node sets its `dirty`; dirty nodes are printed anew, others as they were
+written. Joined strings are never looked into.
+"""
+
+import ast
+import functools
+import io
+import re
+import tokenize
+
+WIDTH = 100
+RULE = re.compile(r"# --- .* -+$")
+
+
+class Note(ast.stmt):
+    """A comment that stands alone."""
+
+    above, beside, blank, text = (), "", True, ""
+
+
+LEAVES = {"ctx", "op", "ops", "id", "attr", "kind", "arg", "name", "level", "module", "asname",
+          "conversion", "is_async", "simple", "type_comment", "type_ignores", "type_params"}
+
+
+@functools.cache
+def fields_of(kind: type) -> tuple[str, ...]:
+    """Fields of a kind of node that hold nodes."""
+    return () if kind is ast.Constant else tuple(n for n in kind._fields if n not in LEAVES)
+
+
+def children(node: ast.AST) -> list[ast.AST]:
+    found = []
+    for name in fields_of(type(node)):
+        value = getattr(node, name)
+        if type(value) is list:
+            found += [item for item in value if item is not None]
+        elif value is not None:
+            found.append(value)
+    return found
+
+
+def walk(node: ast.AST) -> list[ast.AST]:
+    """Nodes in the order of the text, each before its children."""
+    found, left = [], [node]
+    while left:
+        node = left.pop()
+        found.append(node)
+        left += children(node)[::-1]
+    return found
+
+
+def blocks(node: ast.AST) -> list[list[ast.stmt]]:
+    """Lists of statements in `node`, outer ones first."""
+    found = []
+    for body in (getattr(node, "body", None), getattr(node, "orelse", None)):
+        if type(body) is list and body and not isinstance(node, ast.Try):
+            found.append(body)
+            for inner in body:
+                found += blocks(inner)
+    return found
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` as text; other expressions as nothing."""
+    if isinstance(node, ast.Name):
+        return node.id
+    owner = dotted(node.value) if isinstance(node, ast.Attribute) else ""
+    return owner and f"{owner}.{node.attr}"
+
+
+# --- parse ----------------------------------------------------------------------------------------
+
+def parse(text: str) -> ast.Module:
+    tree, lines = ast.parse(text), text.splitlines()
+    comments = {token.start[0]: token for token in tokenize.generate_tokens(
+        io.StringIO(text).readline) if token.type == tokenize.COMMENT}
+    alone = {n for n, token in comments.items() if not token.line[:token.start[1]].strip()}
+    code = [line if n not in comments else line[:comments[n].start[1]].rstrip()
+            for n, line in enumerate(lines, 1)]
+    taken: set[int] = set()
+    for node in walk(tree):
+        if isinstance(node, ast.expr):
+            node.text = segment(code, node)
+            # a table: an entry a line
+            node.rows = isinstance(node, ast.Dict) and code[node.end_lineno - 1].strip() == "}"
+        if not isinstance(node, ast.stmt):
+            continue
+        start = first = first_line(node)
+        while first - 1 in alone and not RULE.match(lines[first - 2]):
+            first -= 1
+        taken |= set(range(first, start))
+        node.above = [lines[n - 1].strip() for n in range(first, start)]
+        node.blank = first > 1 and not lines[first - 2].strip()
+        node.beside, node.gap, node.otherwise = "", "", ""
+        last = head_end(node)
+        if last in comments and last not in alone:
+            node.beside = comments[last].string
+            node.gap = lines[last - 1][len(code[last - 1]):comments[last].start[1]]
+        if getattr(node, "orelse", None):
+            line = node.body[-1].end_lineno + 1
+            while not code[line - 1].lstrip().startswith("el"):
+                line += 1
+            if line in comments and code[line - 1].strip() == "else:":
+                node.otherwise = comments[line].string
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            node.inside = [comments[n].string for n in range(start, last) if n in comments]
+            kept = [*(lines if node.inside else code)[start - 1:last - 1], code[last - 1]]
+            node.lines = [line[min(node.col_offset, len(line) - len(line.lstrip())):]
+                          for line in kept]
+    for line in sorted(alone - taken):
+        if lines[line - 1].startswith("#"):
+            note = Note()
+            note.text, note.lineno = lines[line - 1], line
+            tree.body.insert(sum(s.lineno < line for s in tree.body), note)
+    return tree
+
+
+def segment(lines: list[str], node: ast.expr) -> str:
+    """The text of an expression, on one line."""
+    found = [line.encode() for line in lines[node.lineno - 1:node.end_lineno]]
+    found[-1] = found[-1][:node.end_col_offset]
+    found[0] = found[0][node.col_offset:]
+    return joined([line.decode() for line in found])
+
+
+def joined(lines: list[str]) -> str:
+    text, *rest = lines
+    for line in rest:
+        line = line.strip()
+        glue = "" if text.endswith(("(", "[", "{")) or line.startswith((")", "]", "}")) else " "
+        text += glue + line
+    return re.sub(r"(?<!\(\w),([\])}])", r"\1", text) if rest else text
+
+
+def first_line(node: ast.stmt) -> int:
+    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+
+
+def is_plain(node: ast.stmt) -> bool:
+    """Whether no pass looks for statements in it."""
+    return not hasattr(node, "body") or isinstance(node, ast.Try)
+
+
+def head_end(node: ast.stmt) -> int:
+    """The last line of a plain statement, or of what is before the colon of another one."""
+    if is_plain(node):
+        return node.end_lineno
+    if isinstance(node, ast.FunctionDef):
+        return max([node.lineno] + [part.end_lineno for part in (
+            *node.args.args, *node.args.kwonlyargs, node.returns) if part])
+    for name in ("test", "iter"):
+        if hasattr(node, name):
+            return getattr(node, name).end_lineno
+    return node.lineno
+
+
+# --- show -----------------------------------------------------------------------------------------
+
+OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//",
+             ast.Mod: "%", ast.Pow: "**", ast.MatMult: "@", ast.BitOr: "|", ast.BitAnd: "&",
+             ast.LShift: "<<", ast.RShift: ">>", ast.USub: "-", ast.Not: "not ", ast.Invert: "~",
+             ast.And: " and ", ast.Or: " or ", ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<",
+             ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Is: "is", ast.IsNot: "is not",
+             ast.In: "in", ast.NotIn: "not in"}
+BINDS = {ast.Lambda: 1, ast.IfExp: 1, ast.Or: 2, ast.And: 3, ast.Not: 4, ast.Compare: 5,
+         ast.BitOr: 6, ast.BitAnd: 8, ast.LShift: 9, ast.RShift: 9, ast.Add: 10, ast.Sub: 10,
+         ast.Mult: 11, ast.Div: 11, ast.FloorDiv: 11, ast.Mod: 11, ast.MatMult: 11, ast.USub: 12,
+         ast.Invert: 12, ast.Pow: 13}
+ATOM = 15
+
+
+def binds(node: ast.expr) -> int:
+    return BINDS.get(type(getattr(node, "op", node)), ATOM)
+
+
+def settle(node: ast.AST) -> bool:
+    """Make everything dirty that is new, or has something dirty in it."""
+    node.dirty = getattr(node, "dirty", False) or (
+        isinstance(node, ast.expr) and not hasattr(node, "text"))
+    inside = [child for child in children(node) if settle(child)]
+    node.head_dirty = node.dirty or any(not isinstance(n, ast.stmt) for n in inside)
+    node.dirty = bool(node.dirty or inside)
+    return node.dirty
+
+
+def expression(node: ast.expr, level: int = 0) -> str:
+    """Its text, in parentheses where it binds less than `level`."""
+    if isinstance(node, ast.Tuple) and (level or node.dirty):
+        inside = ", ".join(expression(e, 1) for e in node.elts)
+        inside += "," if len(node.elts) == 1 else ""
+        return f"({inside})" if level or not node.elts or in_parentheses(node) else inside
+    text = structure(node) if node.dirty else node.text
+    return f"({text})" if binds(node) < level else text
+
+
+def in_parentheses(node: ast.Tuple) -> bool:
+    """Whether a tuple was written so."""
+    text = getattr(node, "text", "")
+    try:
+        return text.startswith("(") and bool(ast.parse(text[1:-1], mode="eval"))
+    except SyntaxError:  # (a), (b)
+        return False
+
+
+def structure(node: ast.expr) -> str:
+    match node:
+        case ast.Name():
+            return node.id
+        case ast.Attribute():
+            return f"{expression(node.value, ATOM)}.{node.attr}"
+        case ast.Constant(value=str() as value):
+            return f'"{value}"'
+        case ast.Constant() | ast.JoinedStr():
+            return getattr(node, "text", None) or repr(node.value).replace("e-0", "e-")
+        case ast.Call():
+            parts = [expression(a, 1) for a in node.args]
+            if len(parts) == 1 and isinstance(node.args[0], ast.GeneratorExp) and not node.keywords:
+                parts = [parts[0][1:-1]]
+            parts += [f"{k.arg}={expression(k.value, 1)}" if k.arg
+                      else f"**{expression(k.value, 7)}" for k in node.keywords]
+            return f"{expression(node.func, ATOM)}({', '.join(parts)})"
+        case ast.Subscript():
+            return f"{expression(node.value, ATOM)}[{expression(node.slice)}]"
+        case ast.Slice():
+            parts = [part and expression(part, 1) for part in (node.lower, node.upper, node.step)]
+            return ":".join(part or "" for part in (parts if node.step else parts[:2]))
+        case ast.Starred():
+            return f"*{expression(node.value, 7)}"
+        case ast.BinOp():
+            own, power = binds(node), isinstance(node.op, ast.Pow)
+            left = expression(node.left, own + power)
+            right = expression(node.right, own - power if power else own + 1)
+            return f"{left} {OPERATORS[type(node.op)]} {right}"
+        case ast.UnaryOp():
+            return OPERATORS[type(node.op)] + expression(node.operand, binds(node))
+        case ast.BoolOp():
+            parts = (expression(value, 4) for value in node.values)
+            return OPERATORS[type(node.op)].join(parts)
+        case ast.Compare():
+            rest = (f" {OPERATORS[type(op)]} {expression(right, 6)}"
+                    for op, right in zip(node.ops, node.comparators))
+            return expression(node.left, 6) + "".join(rest)
+        case ast.IfExp():
+            parts = (expression(part, level) for part, level in (
+                (node.body, 2), (node.test, 2), (node.orelse, 1)))
+            return "{} if {} else {}".format(*parts)
+        case ast.Lambda():
+            return f"lambda {', '.join(signature(node.args))}: {expression(node.body, 1)}"
+        case ast.List():
+            return f"[{', '.join(expression(e, 1) for e in node.elts)}]"
+        case ast.Set():
+            return f"{{{', '.join(expression(e, 1) for e in node.elts)}}}"
+        case ast.Dict():
+            pairs = (f"{expression(k, 1)}: {expression(v, 1)}" if k else f"**{expression(v, 7)}"
+                     for k, v in zip(node.keys, node.values))
+            return f"{{{', '.join(pairs)}}}"
+        case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
+            first = (f"{expression(node.key, 1)}: {expression(node.value, 1)}"
+                     if isinstance(node, ast.DictComp) else expression(node.elt, 1))
+            loops = "".join(
+                f" for {expression(loop.target)} in {expression(loop.iter, 2)}"
+                + "".join(f" if {expression(test, 2)}" for test in loop.ifs)
+                for loop in node.generators)
+            opened, closed = {ast.ListComp: "[]", ast.GeneratorExp: "()"}.get(type(node), "{}")
+            return f"{opened}{first}{loops}{closed}"
+        case ast.Yield():
+            return f"yield {expression(node.value)}" if node.value else "yield"
+    raise NotImplementedError(ast.dump(node))
+
+
+def signature(arguments: ast.arguments) -> list[str]:
+    """Parameters with their annotations and defaults."""
+    def shown(a: ast.arg, default: ast.expr | None) -> str:
+        text = f"{a.arg}: {expression(a.annotation)}" if a.annotation else a.arg
+        equals = " = " if a.annotation else "="
+        return f"{text}{equals}{expression(default, 1)}" if default else text
+
+    missing = [None] * (len(arguments.args) - len(arguments.defaults))
+    parts = [shown(*pair) for pair in zip(arguments.args, [*missing, *arguments.defaults])]
+    if arguments.vararg:
+        parts.append(f"*{shown(arguments.vararg, None)}")
+    elif arguments.kwonlyargs:
+        parts.append("*")
+    parts += [shown(*pair) for pair in zip(arguments.kwonlyargs, arguments.kw_defaults)]
+    return [*parts, f"**{shown(arguments.kwarg, None)}"] if arguments.kwarg else parts
+
+
+def simple(node: ast.stmt) -> str:
+    """A dirty simple statement on one line."""
+    match node:
+        case ast.Expr():
+            return expression(node.value)
+        case ast.Assign():
+            return " = ".join(expression(part) for part in (*node.targets, node.value))
+        case ast.AugAssign():
+            operator = OPERATORS[type(node.op)]
+            return f"{expression(node.target)} {operator}= {expression(node.value)}"
+        case ast.AnnAssign():
+            text = f"{expression(node.target)}: {expression(node.annotation)}"
+            return f"{text} = {expression(node.value)}" if node.value else text
+        case ast.Return():
+            return f"return {expression(node.value)}" if node.value else "return"
+        case ast.Raise():
+            return f"raise {expression(node.exc)}"
+        case ast.Import() | ast.ImportFrom() | ast.Pass() | ast.Break() | ast.Continue():
+            return ast.unparse(node)
+    raise NotImplementedError(ast.dump(node))
+
+
+def head(node: ast.stmt) -> str:
+    """The first line of a compound statement."""
+    if hasattr(node, "lines") and not node.head_dirty:
+        return joined(node.lines).removeprefix("el")
+    match node:
+        case ast.If():
+            return f"if {expression(node.test)}:"
+        case ast.While():
+            return f"while {expression(node.test)}:"
+        case ast.For():
+            return f"for {expression(node.target)} in {expression(node.iter, 1)}:"
+        case ast.With():
+            items = (expression(item.context_expr) + (
+                f" as {expression(item.optional_vars)}" if item.optional_vars else "")
+                for item in node.items)
+            return f"with {', '.join(items)}:"
+        case ast.ClassDef():
+            parts = [*node.bases]
+            inside = ", ".join(map(expression, parts))
+            return f"class {node.name}({inside}):" if inside else f"class {node.name}:"
+        case ast.FunctionDef():
+            returns = f" -> {expression(node.returns)}" if node.returns else ""
+            return f"def {node.name}({', '.join(signature(node.args))}){returns}:"
+    raise NotImplementedError(ast.dump(node))
+
+
+def is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(
+        node.value.value, str)
+
+
+def laid_out(node: ast.stmt, text: str, pad: str) -> list[str]:
+    """The lines of a head or a simple statement, given on one line."""
+    written = getattr(node, "lines", []) if not node.dirty else []
+    beside = node.beside and (node.gap if written else "  ") + node.beside
+    pieces = len(written) > 1 and re.search(r'" f?"', text)  # of a string, one a line
+    if written and (pieces or node.inside):
+        return [pad + line for line in written]
+    if len(pad + text + beside) <= WIDTH:
+        return [pad + text + beside]
+    above = []
+    if node.beside and not (len(written) > 1 and len(pad + written[-1] + beside) <= WIDTH):
+        above, beside = [pad + node.beside], ""
+    if len(pad + text) > WIDTH and written and all(len(pad + line) <= WIDTH for line in written):
+        shown = [pad + line for line in written]
+    else:
+        shown = wrapped(pad + text).split("\n")
+    return [*above, *shown[:-1], shown[-1] + beside]
+
+
+def block(body: list[ast.stmt], depth: int, owner: ast.AST) -> list[str]:
+    """The lines of statements."""
+    pad, found, before = "    " * depth, [], None
+    inside = isinstance(owner, ast.ClassDef)
+    for node in body:
+        if len(found) == 1 and not is_docstring(before) and depth:
+            node.blank = False  # a first line alone is no paragraph
+        named = isinstance(node, ast.FunctionDef | ast.ClassDef)
+        if depth == 0:
+            rule = isinstance(node, Note) and RULE.match(node.text)
+            after = isinstance(before, ast.FunctionDef | ast.ClassDef)
+            many = 1 if isinstance(before, Note) else 2 if named or rule or after else node.blank
+        else:
+            many = node.blank or (inside and named)
+        found += [""] * (many if before else 0)
+        found += [pad + line for line in node.above]
+        found += statement(node, depth)
+        before = node
+    return found
+
+
+def statement(node: ast.stmt, depth: int) -> list[str]:
+    pad = "    " * depth
+    if isinstance(node, Note):
+        return [node.text]
+    if is_docstring(node) or isinstance(node, ast.Try):
+        return [f"{pad}{line}".rstrip() for line in node.lines]
+    if isinstance(node, ast.Return) and getattr(node.value, "rows", False) and node.dirty:
+        rows = (f"{pad}    {expression(k)}: {expression(v, 1)},"
+                for k, v in zip(node.value.keys, node.value.values))
+        return [f"{pad}return {{", *rows, f"{pad}}}"]
+    if is_plain(node):
+        return laid_out(node, simple(node) if node.dirty else joined(node.lines), pad)
+    found = [f"{pad}@{expression(d)}" for d in getattr(node, "decorator_list", [])]
+    found += laid_out(node, head(node), pad) + block(node.body, depth + 1, node)
+    if getattr(node, "orelse", None):
+        first = node.orelse[0]
+        if len(node.orelse) == 1 and isinstance(first, ast.If) and not node.otherwise and not (
+                first.above or first.blank):
+            inner = statement(first, depth)
+            return [*found, inner[0].replace("if", "elif", 1), *inner[1:]]
+        beside = node.otherwise and f"  {node.otherwise}"
+        found += [f"{pad}else:{beside}", *block(node.orelse, depth + 1, node)]
+    return found
+
+
+def show(tree: ast.Module) -> str:
+    settle(tree)
+    return "\n".join(block(tree.body, 0, tree)) + "\n"
+
+
+def wrapped(line: str) -> str:
+    """Broken behind commas or before operators, under the bracket that is open there."""
+    done, outer = [], []
+    while len(line) > WIDTH:
+        depth, quote, best = list(outer), "", None
+        for i, char in enumerate(line[:WIDTH + 1]):
+            if quote:
+                quote = "" if char == quote else quote
+            elif char in "\"'":
+                quote = char
+            elif char in "([{":
+                depth.append(i)
+            elif char in ")]}":
+                del depth[-1:]
+            elif char == " " and depth and line[:i].strip():
+                first = line[i - 1] == "," or re.match(r' (for|f?") ?', line[i:])
+                if re.search(r" for [\w, ]*$", line[:i]) or line[i + 1:i + 4] == "in ":
+                    continue
+                if first or re.match(r" (if|else|and|or|\+|-|\*|/|\|) ", line[i:]):
+                    score = (-len(depth), bool(first), i)
+                    if best is None or score >= best[0]:
+                        best = (score, i, depth[-1])
+        indent, opened = len(line) - len(line.lstrip()), depth[len(outer):]
+        double = opened[1:2] == [i + 1 for i in opened[:1]]     # ({
+        if opened and not done and (best is None or (
+                best[2] not in (*outer, opened[0]) and len(opened) > 1 + double)):
+            bracket = opened[0] + double  # there is nothing to break at further out
+            done.append(line[:bracket + 1])
+            line, outer = " " * (indent + 4) + line[bracket + 1:], [indent + 3]
+            continue
+        if best is None:
+            break
+        _, cut, bracket = best
+        if done and cut <= indent:
+            break
+        if bracket > 0.55 * WIDTH:  # little room there: break behind the bracket
+            done.append(line[:bracket + 1])
+            indent += 4 * (len(done) == 1)
+            line, outer = " " * indent + line[bracket + 1:], [indent - 1]
+        else:
+            done.append(line[:cut])
+            line, outer = " " * (bracket + 1) + line[cut + 1:], [bracket]
+    return "\n".join([*done, line])
