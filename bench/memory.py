@@ -3,10 +3,10 @@
     python bench/memory.py                       #6, #12, #38, #62 at full width; minutes on a CPU
     python bench/memory.py --records 6 --eager   without compiling: seconds
 
-The number of tokens that a card computes at once follows from it (micro_steps.KEPT_BYTES). Counted,
-not timed: storages that autograd saves in the layers of a model of 4 layers of width 768, the
-difference between rows of 1,024 and of 512 tokens; parameters and the head are left out. The last
-column is what the whole recipe keeps of one row.
+The number of tokens that a card computes at once follows from it (KEPT_BYTES of trainer/memory.py).
+Counted, not timed: storages that autograd saves in the layers of a model of 4 layers of width 768,
+the difference between rows of 1,024 and of 512 tokens; parameters and the head are left out. The
+last column is what the whole recipe keeps of one row.
 """
 
 import argparse

@@ -41,7 +41,7 @@ COUNTS = ("launches", "products", "copies", "waits")
 HEAD = ("record", "ranks", "GiB", "tokens at once", "peak GiB, step", "peak GiB, validation",
         "graphs", "compile and warm-up s, cold", "warm", "start to first step s, cold", "warm",
         "kernels a step", "products", "copies",
-        "waits", "host ms a step", "kernels of the optimizer", "its host ms")
+        "waits", "host ms a step", "kernels of the optimizer", "its host ms", "its copies, GB")
 
 
 # What a kernel would have to answer, in every process on the null GPU; and no cuDNN, which talks to
@@ -87,16 +87,34 @@ def environment(library: Path, gib: float) -> dict[str, str]:
 # --- one training, in a process of its own --------------------------------------------------------
 
 class Meter:
-    """What the library counted, and the processor time of this process, between two looks."""
+    """What the library counted, the processor time of this process, and the bytes that muon.py's
+    copies read and write, between two looks."""
 
     def __init__(self) -> None:
+        import torch
+
+        import muon
+
         library = ctypes.CDLL(None)
         self._counts = {name: ctypes.c_uint64.in_dll(library, f"null_gpu_{name}")
                         for name in COUNTS}
+        self._copied = 0
+        foreach_copy, stacked = torch._foreach_copy_, muon._stacked
+
+        def metered_copy(to, given, *rest):
+            self._copied += sum(t.nbytes for t in (*to, *given))
+            return foreach_copy(to, given, *rest)
+
+        def metered_stack(tensors):
+            batch = stacked(tensors)
+            self._copied += 2 * batch.nbytes * (batch.data_ptr() != tensors[0].data_ptr())
+            return batch
+
+        torch._foreach_copy_, muon._stacked = metered_copy, metered_stack
 
     def read(self) -> dict[str, float]:
         return {name: count.value for name, count in self._counts.items()} | {
-            "host_ms": 1e3 * time.process_time()}
+            "host_ms": 1e3 * time.process_time(), "copied": self._copied}
 
     @contextlib.contextmanager
     def into(self, rows: list[dict[str, float]]) -> Iterator[None]:
@@ -243,7 +261,8 @@ def cells(row: dict) -> list[str]:
             f"{row['peak_validation'] / 2**30:.1f}", str(row["graphs"]), f"{row['cold_s']:.0f}",
             f"{row['warm_s']:.1f}", f"{row['cold_start_s']:.0f}", f"{row['warm_start_s']:.0f}",
             *(f"{step[name]:,}" for name in COUNTS),
-            f"{step['host_ms']:.1f}", f"{update['launches']:,}", f"{update['host_ms']:.1f}"]
+            f"{step['host_ms']:.1f}", f"{update['launches']:,}", f"{update['host_ms']:.1f}",
+            f"{step['copied'] / 1e9:.2f}"]
 
 
 def main(arguments: list[str] | None = None) -> int:

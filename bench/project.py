@@ -207,23 +207,22 @@ def micro_batch(recipe: Recipe, phase: Phase, seq_len: int, tokens: int, gpu: Gp
 # --- optimizer and communication, by the plan -----------------------------------------------------
 
 @by_value
-def make_plan(recipe: Recipe, ranks: int) -> tuple[muon.Plan, tuple[str, ...]]:
+def make_plan(recipe: Recipe, ranks: int) -> tuple[list[muon.Bucket], tuple[str, ...]]:
     """muon's plan for the ranks of one node, and the rule of each of its groups."""
     groups = recipes.optimizer_groups(recipe, meta_model(recipe).named_parameters())
-    items, rules = [], []
+    slots, rules = [], []
     for number, group in enumerate(groups):
         options = {k: v for k, v in group.items() if k != "params"}
         options = muon.resolve(options, group["rule"], {})
         rules.append(group["rule"])
         for name, p in group["params"]:
-            large = p.numel() >= muon.ROWS_FROM and p.ndim > 1
-            kind = "whole" if group["rule"] == "muon" or (large and ranks == 1) else (
-                "rows" if large else "copy")
-            items.append(muon.Item(
-                len(items), name, tuple(p.shape), number, kind,
-                muon.update_flops(tuple(p.shape), options), p.dtype, options["every"],
+            large = p.numel() >= muon.SHARD_FROM and p.ndim > 1
+            kind = "owned" if group["rule"] == "muon" else "sharded" if large else "replicated"
+            slots.append(muon.Slot(
+                len(slots), name, tuple(p.shape), p.dtype, number, kind,
+                muon.update_flops(tuple(p.shape), options), options["update_interval"],
                 backward_order(name, recipe.model.num_layers)))
-    return muon.make_plan(items, ranks), tuple(rules)
+    return muon.make_plan(slots, ranks), tuple(rules)
 
 
 def backward_order(name: str, num_layers: int) -> float:
@@ -234,31 +233,33 @@ def backward_order(name: str, num_layers: int) -> float:
     return 0.0 if words[0] == "lm_head" else 1.0
 
 
-def updates(plan: muon.Plan, rules: tuple[str, ...], recipe: Recipe, gpu: Gpu) -> list[float]:
+def updates(plan: list[muon.Bucket], rules: tuple[str, ...], recipe: Recipe,
+            gpu: Gpu) -> list[float]:
     """Seconds of each bucket's update on the rank that has most to do in it."""
     share = gpu.symmetric if recipe.record >= 27 else 1.0
     out = []
-    for bucket in plan.buckets:
+    for bucket in plan:
         of_rank = []
-        for runs in bucket.runs:
-            mine = [item for run in runs for item in run.items]
-            flops = sum(i.cost * share for i in mine if rules[i.group] == "muon")
-            size = sum(i.numel for i in mine if rules[i.group] == "adam")
+        for rank in range(bucket.num_segments):
+            mine = [slot for batch in bucket.batches(rank) for slot in batch]
+            flops = sum(s.cost * share for s in mine if rules[s.group] == "muon")
+            size = sum(bucket.segment if bucket.rows else math.prod(s.shape)
+                       for s in mine if rules[s.group] == "adam")
             of_rank.append(flops / gpu.polar_flops + size * gpu.adam_bytes / gpu.memory)
-        out.append(max(of_rank, default=0.0))
+        out.append(max(of_rank))
     return out
 
 
 def communicate(bucket: muon.Bucket, recipe: Recipe, ranks: int, nodes: int,
                 link: Link) -> tuple[float, float, float]:
     """Seconds to reduce a bucket inside the node, across nodes, and to gather it."""
-    size = bucket.num_bytes(ranks)
+    size, shared = bucket.num_bytes, bucket.num_segments > 1
     ring = (ranks - 1) / ranks * size / link.intra
-    twice = bucket.kind == "copy" or recipe.grad_collective == "all_reduce"
+    twice = not shared or recipe.grad_collective == "all_reduce"
     within = link.intra_latency + (2 if twice else 1) * ring if ranks > 1 else 0.0
     across = link.inter_latency + 2 * (nodes - 1) / nodes * size / ranks / link.inter \
         if nodes > 1 else 0.0
-    gather = link.intra_latency + ring if ranks > 1 and bucket.kind != "copy" else 0.0
+    gather = link.intra_latency + ring if shared else 0.0
     return within, across, gather
 
 
@@ -273,23 +274,23 @@ def after_backward(recipe: Recipe, num_gpus: int, backward: float, gpu: Gpu,
     ranks, nodes = min(num_gpus, link.node_size), max(1, num_gpus // link.node_size)
     plan, rules = make_plan(recipe, ranks)
     costs = updates(plan, rules, recipe, gpu)
-    rarest = max(bucket.every for bucket in plan.buckets)
+    rarest = max(bucket.update_interval for bucket in plan)
     update = exposed = 0.0
     for all_due in (True, False):
         chance = 1 / rarest if all_due else 1 - 1 / rarest
-        due = [(b, cost) for b, cost in zip(plan.buckets, costs) if all_due or b.every == 1]
+        due = [(b, cost) for b, cost in zip(plan, costs) if all_due or b.update_interval == 1]
         wire, reduced = 0.0, []
         early = recipe.grad_collective == "all_reduce"
         for bucket, _ in due:
-            filled = max(item.order for item in bucket.items) if recipe.grad_overlap else 1.0
+            filled = max(slot.order for slot in bucket.slots) if recipe.grad_overlap else 1.0
             within, across, _ = communicate(bucket, recipe, ranks, nodes, link)
             wire = max(wire, filled * backward) + within + (
-                across if early or bucket.kind == "copy" else 0.0)
+                across if early or bucket.num_segments == 1 else 0.0)
             reduced.append(wire)
         at, spent = backward, 0.0
         for (bucket, cost), done in zip(due, reduced):
             _, across, gather = communicate(bucket, recipe, ranks, nodes, link)
-            if across and not early and bucket.kind != "copy":
+            if across and not early and bucket.num_segments > 1:
                 done = wire = max(wire, done, backward) + across
             at = max(at, done) + cost
             spent += cost
