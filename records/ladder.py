@@ -45,9 +45,9 @@ ALPHA = 0.05    # a gain counts where chance would give one as large less often 
 
 _RECIPES = """
 import json, sys, recipes; from trainer import options
-print(json.dumps({record: recipes.to_dict(options.parse(
+print(json.dumps([recipes.to_dict(recipes.Recipe()), {record: recipes.to_dict(options.parse(
     ["--record", str(record), "--scale", "pocket", *sys.argv[1:]], has_cuda=False)[1])
-    for record in recipes.RECORDS}))
+    for record in recipes.RECORDS}]))
 """
 # Fields of a recipe that change how a run is measured, not the training.
 WATCHED = ("val_tokens", "val_every", "val_seq_len", "target", "title", "track")
@@ -59,15 +59,20 @@ def known_rungs(options: Sequence[str] = ()) -> dict[int, str]:
                           capture_output=True)
     if done.returncode:
         raise ValueError(f"--options: {done.stderr.strip().splitlines()[-1]}")
-    return {int(record): fingerprint(recipe) for record, recipe in json.loads(done.stdout).items()}
+    defaults, found = json.loads(done.stdout)
+    return {int(record): fingerprint(recipe, defaults) for record, recipe in found.items()}
 
 
-def fingerprint(recipe: dict) -> str:
-    """Digest of the training fields of a recipe. A kept run counts while its rung's is the same."""
-    return recipe_sha256({k: v for k, v in recipe.items() if k not in WATCHED})
+def fingerprint(recipe: dict, defaults: dict) -> str:
+    """Digest of the training fields that are not at their defaults. A kept run counts while its
+    rung's is the same; a new field that older recipes leave alone does not change it."""
+    rest = {k: v for k, v in recipe.items() if k not in WATCHED and v != defaults.get(k)}
+    model = {k: v for k, v in recipe["model"].items() if v != defaults["model"].get(k)}
+    return recipe_sha256({**rest, "model": model})
 
 
-def run_once(record: int, seed: int, options: Sequence[str], threads: int) -> dict:
+def run_once(record: int, seed: int, options: Sequence[str], threads: int,
+             fingerprint: str) -> dict:
     """Train one rung and return the facts of its log; ValueError where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive",
                    "GOMP_SPINCOUNT": "20000"}  # as in tools/env.sh
@@ -88,7 +93,7 @@ def run_once(record: int, seed: int, options: Sequence[str], threads: int) -> di
         "parameters": int(result["parameters"]),
         "train_time_ms": float(result["train_time_ms"]), "threads": threads,
         "curve": [[p.step, p.val_loss] for p in run.points],
-        "options": list(options), "fingerprint": fingerprint(run.recipe),
+        "options": list(options), "fingerprint": fingerprint,
         "data_digest": result["data_digest"], "commit": run.environment.get("git_commit"),
     }
 
@@ -105,7 +110,8 @@ def run_missing(kept: Path, rungs: dict[int, str], records: Sequence[int], seeds
     bar = tqdm(total=len(records) * seeds, initial=len(records) * seeds - len(todo), unit="run",
                dynamic_ncols=True, desc="ladder")
     with bar, ThreadPoolExecutor(jobs) as pool:
-        for result in pool.map(lambda at: run_once(*at, options, threads), todo):
+        for result in pool.map(
+                lambda at: run_once(*at, options, threads, rungs[at[0]]), todo):
             with open(kept, "a") as file:
                 file.write(json.dumps(result) + "\n")
                 file.flush()
@@ -123,9 +129,9 @@ def time_rungs(kept: Path, rungs: dict[int, str], records: Sequence[int], rounds
     few = ["--num_iterations", str(TIMED_STEPS), "--val_every", str(TIMED_STEPS),
            "--val_tokens", "65536"]
     for record in tqdm([*records] * rounds, unit="run", dynamic_ncols=True, desc="times"):
-        run = run_once(record, 0, few, threads)
+        run = run_once(record, 0, few, threads, rungs[record])
         line = {"record": record, "ms_per_token": run["train_time_ms"] / run["tokens"],
-                "threads": threads, "fingerprint": rungs[record], "commit": run["commit"]}
+                "threads": threads, "fingerprint": run["fingerprint"], "commit": run["commit"]}
         with open(kept, "a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -95,7 +95,7 @@ def test_a_ladder_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """Seed by seed, rung by rung; a run that fails costs nothing of what was kept."""
     asked = []
 
-    def run_once(record, seed, options, threads):
+    def run_once(record, seed, options, threads, fingerprint):
         if (record, seed) == (4, 1) and len(asked) < 6:
             raise ValueError("record 4, seed 1: the disk is full")
         asked.append((record, seed))
@@ -114,7 +114,7 @@ def test_a_ladder_goes_on_where_it_stopped(tmp_path, monkeypatch):
 def test_times_come_from_short_runs_in_turns(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def run_once(record, seed, options, threads):
+    def run_once(record, seed, options, threads, fingerprint):
         asked.append(record)
         return made_run(record, seed, 2.0) | {"tokens": 1000, "train_time_ms": record * 100.0
                                               + len(asked)}
@@ -154,11 +154,19 @@ def test_a_changed_recipe_is_run_again(tmp_path, monkeypatch):
     assert losses == {2: 2.0, 3: 1.9, 4: 2.0}
 
 
-def test_a_fingerprint_is_of_what_is_trained():
-    recipe = {"record": 6, "model": {"num_layers": 4}, "matrix_lr": 0.1, "val_tokens": 10,
-              "target": 1.7}
-    same = ladder.fingerprint(recipe | {"val_tokens": 20, "target": None})
-    assert ladder.fingerprint(recipe) == same != ladder.fingerprint(recipe | {"matrix_lr": 0.2})
+def test_a_fingerprint_is_of_what_is_trained_and_differs_from_the_defaults():
+    defaults = {"record": 2, "model": {"num_layers": 12, "yarn": False}, "matrix_lr": 0.05,
+                "val_tokens": 5, "target": None}
+    recipe = defaults | {"record": 6, "model": {"num_layers": 4, "yarn": False}, "matrix_lr": 0.1}
+    digest = ladder.fingerprint(recipe, defaults)
+    assert digest == ladder.fingerprint(recipe | {"val_tokens": 20, "target": 1.7}, defaults)
+    assert digest != ladder.fingerprint(recipe | {"matrix_lr": 0.2}, defaults)
+    yarn = recipe | {"model": {"num_layers": 4, "yarn": True}}
+    assert digest != ladder.fingerprint(yarn, defaults)
+    # a field that came later, and that this recipe leaves at its default
+    later = {**defaults, "gates": 0, "model": {**defaults["model"], "xsa": False}}
+    given = {**recipe, "gates": 0, "model": {**recipe["model"], "xsa": False}}
+    assert digest == ladder.fingerprint(given, later)
 
 
 def test_a_spoilt_line_is_named(tmp_path):
