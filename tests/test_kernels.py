@@ -187,8 +187,11 @@ def test_varlen_attention_on_a_gpu_is_the_oracles(compiled):
         assert keys.cu_seqlens is not None
         got = body(*ours, keys)
         assert relative(got.detach(), expected.detach()) < 1e-2
+        # With a window of one key the gradients of q and k are exactly 0: v's size is the measure.
+        size = expected_grads[2].norm()
         for mine, theirs in zip(torch.autograd.grad(got, ours, grad.to(gpu)), expected_grads):
-            assert relative(mine, theirs) < 2e-2
+            error = (mine.double().cpu() - theirs).norm()
+            assert error < 2e-2 * (theirs.norm() if window > 1 else size)
     assert len(graphs) == compiled
 
 
