@@ -605,8 +605,8 @@ def test_scalars_rest_after_each_change_in_53_alone():
 def test_every_field_is_an_idea_of_some_recipe():
     """A recipe that is dropped may leave fields without a user: they are dropped with it."""
     sizes = {"vocab_size", "mlp_ratio", "bigram_factor", "compute_dtype", "scale", "track",
-             "corpus", "muon_momentum", "embed_momentum", "momentum_start", "muon_steps", "muon_mode",
-             "window_block", "val_tokens", "target"}
+             "corpus", "muon_momentum", "embed_momentum", "momentum_start", "muon_steps",
+             "muon_mode", "window_block", "val_tokens", "target"}
     unused = {field.name for kind, of in ((type(RECORDS[62].model), lambda r: r.model),
                                           (recipes.Recipe, lambda r: r))
               for field in dataclasses.fields(kind)
