@@ -440,6 +440,30 @@ def update_batch(
         param.copy_(weight)
 
 
+def checked_update(
+    param: Tensor, grad: Tensor, state: dict[str, Tensor], present: Tensor | None,
+    gate: Tensor | None, group: dict, agree: Callable | None = None, whole: Callable | None = None,
+) -> Tensor:  # fmt: skip
+    """update_batch where the gradient is finite, `present` (K,) > 0 and `gate` is True; returns
+    where it is finite, (K,). `present` is 0 where no rank has a gradient, NaN where another shard
+    of a table is not finite. `agree` adds up the sums of the ranks that hold rows of one matrix."""
+    # A sum is finite where all its terms are, and costs one pass.
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    sums = grad.unsqueeze(-1).flatten(1).sum(1, dtype=wide)
+    sums = sums if present is None else sums + 0 * present
+    if agree is not None:
+        agree(sums)
+    finite = sums.isfinite()
+    ok = finite if present is None else finite & (present > 0)
+    ok = ok if gate is None else ok & gate
+    if param.device.type == "cpu" and not torch.compiler.is_compiling():  # asking needs no sync
+        if not ok.any():
+            return finite
+        ok = None if ok.all() else ok
+    update_batch(param, grad, state, ok, group, whole)
+    return finite
+
+
 # ------------------------------------------------------------------------------------ the plan
 
 ALIGNMENT = 128  # bytes: every tensor in a bucket starts on a cache line of its own
@@ -895,7 +919,7 @@ class Muon(torch.optim.Optimizer):
         _check_options(self.settings)
         self._given, self._live, self._handles = given, None, []
         compiled = self.settings["compile"]
-        self._apply = torch.compile(update_batch, dynamic=False) if compiled else update_batch
+        self._update_fn = torch.compile(checked_update, dynamic=False) if compiled else checked_update
         super().__init__(params, resolve({}, self.default_rule, given, strict=True))
         self._join_ranks()
         self._build()
@@ -1232,33 +1256,20 @@ class Muon(torch.optim.Optimizer):
             present = None
             if batch.rows is not None:  # some rows of a gradient that DDP has reduced
                 present = 1 + 0 * params[0].grad.sum()
-        # A sum is finite where all its terms are, and costs one pass. `present` is 0 where no rank
-        # has a gradient, NaN where another shard of a table is not finite.
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        sums = grad.unsqueeze(-1).flatten(1).sum(1, dtype=wide)
-        sums = sums if present is None else sums + 0 * present
-        if batch.sharded:
-            dist.all_reduce(sums, group=self._shards(params[0]))
-        ok = sums.isfinite()
-        self.nonfinite.index_copy_(0, index, ~ok)
-        ok = ok if present is None else ok & (present > 0)
-        ok = ok if self.gate is None else ok & self.gate
-        if self.device.type == "cpu" and not self.settings["compile"]:  # a CPU may ask: no sync
-            if ok.all():
-                ok = None
-            elif not ok.any():
-                return
         states = self._states_of(batch, params)
         tensors = {name: [batch.local_state(s[name]) for s in states] for name in batch.spec}
         state = {name: _stacked(group) for name, group in tensors.items()}
         weights = tensors["param"] = [batch.local(p) for p in params]
         param = torch.stack(weights) if len(weights) > 1 else _stacked(weights)
-        apply, whole = self._apply, None
         if batch.sharded:
-            apply, group = update_batch, self.param_groups[batch.group]
+            agree = functools.partial(dist.all_reduce, group=self._shards(params[0]))
+            group, whole = self.param_groups[batch.group], None
             if options.get("view") != "batch":
                 whole = functools.partial(self._on_owners, params[0], group)
-        apply(param, grad, state, ok, options, whole)
+            ok = checked_update(param, grad, state, present, self.gate, options, agree, whole)
+        else:
+            ok = self._update_fn(param, grad, state, present, self.gate, options)
+        self.nonfinite.index_copy_(0, index, ~ok)
         for name, stack in (*state.items(), ("param", param)):
             if stack.data_ptr() != tensors[name][0].data_ptr():
                 torch._foreach_copy_(tensors[name], list(stack.unbind()))

@@ -93,24 +93,22 @@ class Meter:
     def __init__(self) -> None:
         import torch
 
-        import muon
-
         library = ctypes.CDLL(None)
         self._counts = {name: ctypes.c_uint64.in_dll(library, f"null_gpu_{name}")
                         for name in COUNTS}
         self._copied = 0
-        foreach_copy, stacked = torch._foreach_copy_, muon._stacked
+        foreach_copy, stack = torch._foreach_copy_, torch.stack
 
         def metered_copy(to, given, *rest):
             self._copied += sum(t.nbytes for t in (*to, *given))
             return foreach_copy(to, given, *rest)
 
-        def metered_stack(tensors):
-            batch = stacked(tensors)
-            self._copied += 2 * batch.nbytes * (batch.data_ptr() != tensors[0].data_ptr())
+        def metered_stack(tensors, *rest):
+            batch = stack(tensors, *rest)
+            self._copied += 2 * batch.nbytes * batch.is_cuda
             return batch
 
-        torch._foreach_copy_, muon._stacked = metered_copy, metered_stack
+        torch._foreach_copy_, torch.stack = metered_copy, metered_stack
 
     def read(self) -> dict[str, float]:
         return {name: count.value for name, count in self._counts.items()} | {

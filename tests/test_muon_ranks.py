@@ -256,7 +256,7 @@ def order_of_events(rank, _):
 
     muon._reduce_scatter = told("reduce", muon._reduce_scatter)
     muon._all_gather = told("gather", muon._all_gather)
-    optimizer._apply = told("update", optimizer._apply)
+    optimizer._update_fn = told("update", optimizer._update_fn)
     for _ in range(2):  # the second step knows the order of the first
         events.clear()
         x = torch.ones(2, 16)
