@@ -376,7 +376,7 @@ def matrix_view(t: Tensor, group: dict) -> Tensor:
     for rules that take entries one by one."""
     if RULES[group["rule"]].direction is None:
         return t.unsqueeze(-1).flatten(1)
-    if group["view"] == "flatten":
+    if group["view"] == "flatten" and t.ndim > 3:
         t = t.flatten(2)
     while t.ndim < 3:  # vectors and scalars, under the norms that take them
         t = t.unsqueeze(1)

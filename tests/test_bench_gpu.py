@@ -198,21 +198,23 @@ def test_cold_rows_start_with_empty_caches_and_the_warm_one_with_what_cold_left(
     assert environment == dict(os.environ)
 
 
-def test_a_test_module_that_cannot_be_imported_is_a_failure_and_the_others_run(
-        tmp_path, monkeypatch):
+def test_each_file_of_gpu_tests_is_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(train_speed, "ROOT", tmp_path)
-    args = argparse.Namespace(toy=False, limit_s=100)
-    ((_, run_tests),) = gpu.tests(args, tmp_path)
-    (tmp_path / "test_good.py").write_text(
-        "import pytest\n\n@pytest.mark.gpu\ndef test_it():\n    pass\n")
-    (tmp_path / "test_other_version.py").write_text("from torch import no_such_name\n")
-    row = run_tests()
-    assert "1 passed" in row["tests"] and "1 error" in row["tests"]
-    (failure,) = row["failures"]
-    assert failure.startswith("ERROR test_other_version.py")
-    (tmp_path / "conftest.py").write_text("import os\nos._exit(1)\n")  # as after a time limit
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (tmp_path / "tests").mkdir()
+    body = "import pytest\n{}\n@pytest.mark.gpu\ndef test_it():\n    {}\n"
+    for name, first, then in (("breaks", "", "import os; os._exit(1)"),  # as after a time limit
+                              ("good", "", "pass"),
+                              ("other_version", "from torch import no_such_name", "pass")):
+        (tmp_path / "tests" / f"test_{name}.py").write_text(body.format(first, then))
+    (tmp_path / "tests" / "test_of_a_cpu.py").write_text("def test_it():\n    assert False\n")
+    (_, breaks), (_, good), (_, other) = gpu.tests(argparse.Namespace(toy=False, limit_s=100),
+                                                   tmp_path)
     with pytest.raises(RuntimeError, match="status 1"):
-        run_tests()
+        breaks()
+    assert "1 passed" in good()["tests"] and good()["failures"] == []
+    (failure,) = other()["failures"]
+    assert failure.startswith("ERROR tests/test_other_version.py")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
