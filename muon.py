@@ -918,8 +918,9 @@ class Muon(torch.optim.Optimizer):
         self.settings = {key: given.pop(key, value) for key, value in settings.items()}
         _check_options(self.settings)
         self._given, self._live, self._handles = given, None, []
-        compiled = self.settings["compile"]
-        self._update_fn = torch.compile(checked_update, dynamic=False) if compiled else checked_update
+        self._update_fn = checked_update
+        if self.settings["compile"]:
+            self._update_fn = torch.compile(checked_update, dynamic=False)
         super().__init__(params, resolve({}, self.default_rule, given, strict=True))
         self._join_ranks()
         self._build()

@@ -121,7 +121,7 @@ def test_a_run_that_fails_stands_in_the_table_as_failed(tmp_path):
 @pytest.mark.parametrize("part", [*gpu.PARTS])
 def test_a_part_of_which_every_row_failed_has_a_page(part, tmp_path):
     row = {"record": 6, "cache": "cold", "variant": "v", "shapes": "s", "kernel": "k", "shape": "s",
-           "dtype": "d", "failed": "out of memory"}
+           "dtype": "d", "file": "f", "failed": "out of memory"}
     (tmp_path / f"{part}.json").write_text(result([row]))
     page = gpu.page(tmp_path)
     assert "failed: out of memory" in page and "0 of 1 rows" in page
