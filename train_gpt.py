@@ -417,6 +417,8 @@ def train(run: RunOptions, recipe: Recipe, seed: int, data: Data, world: World, 
              "warmup_s": time.perf_counter() - warmup_began}
     screen.line(f"warm-up done in {times['warmup_s']:.1f} s, {times['start_s']:.1f} s from the "
                 "start; everything put back as it was")
+    gc.collect()
+    gc.freeze()  # collections on the clock look at what is new since the warm-up alone
     s.memory = PeakMemory(world.device)
 
     # resume, open the log, train
@@ -464,7 +466,8 @@ def finish(s: TrainState, reporter: Reporter, log_path: Path, run_id: str, ident
         for line in profile.finish(log_path.with_suffix(".trace.json.gz"),
                                    s.recipe.model.padded_vocab_size):
             reporter.say(line)
-    model_path = log_path.with_suffix(".pt") if crash is None and profile is None else None
+    saved = s.run.save_model and crash is None and profile is None
+    model_path = log_path.with_suffix(".pt") if saved else None
     if model_path is not None and s.world.is_rank0:
         try:
             checkpoint.save(model_path, {
@@ -507,6 +510,7 @@ def run_all(run: RunOptions, recipe: Recipe, screen: Screen) -> int:
             outcome = train(run, recipe, seed, data, world, screen, stop_request, started)
             if outcome != "complete":
                 return int(outcome == "failed")
+            gc.unfreeze()
             gc.collect()  # a compiled model is part of a cycle: it would stay beside the next one
             started = time.perf_counter()
     return 0

@@ -196,7 +196,8 @@ def train(record: int, options: Sequence[str], args: argparse.Namespace,
 def short(folder: Path, *options: str) -> list[str]:
     """Options of a run for speed."""
     return ["--scale", "full", "--num_iterations", str(STEPS), "--val_every", str(STEPS),
-            "--val_tokens", "2097152", "--data_dir", str(folder), *options]
+            "--val_tokens", "2097152", "--data_dir", str(folder), "--save_model",
+            "false", *options]
 
 
 def tests(args: argparse.Namespace, folder: Path) -> list[Task]:

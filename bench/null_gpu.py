@@ -79,9 +79,13 @@ def build(folder: Path) -> Path:
 
 
 def environment(library: Path, gib: float) -> dict[str, str]:
+    """Caches go where the library is, and with it: constants that a kernel should have computed are
+    garbage in what is compiled here, so that no GPU may ever get it."""
     folder = str(library.parent)
     return os.environ | {"LD_PRELOAD": str(library), "TRITON_LIBCUDA_PATH": folder,
-                         "PYTHONPATH": folder, "NULL_GPU_GIB": str(gib)}
+                         "PYTHONPATH": folder, "NULL_GPU_GIB": str(gib),
+                         "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+                         "TRITON_CACHE_DIR": f"{folder}/triton"}
 
 
 # --- one training, in a process of its own --------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gpu, train_speed
+from bench import first, gpu, train_speed
 from conftest import ROOT, clean_environment
 from data.shards import read_shard
 
@@ -240,3 +240,24 @@ def test_as_many_steps_as_the_files_give(record, tmp_path):
     steps = gpu.steps_for(record, 2_900_000, tmp_path)
     recipe = gpu.recipes.change(gpu.RECORDS[record], num_iterations=steps)
     assert 0.5 * 2_900_000 < recipe.total_tokens <= 2_900_000
+
+
+def test_first_contact_kills_what_hangs_with_its_stack_and_runs_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(first, "ASK_S", 1)
+    for folder in ("logs", "caches"):
+        (tmp_path / folder).mkdir()
+
+    def case(name: str, text: str, gib: float | None, limit_s: float = 60) -> first.Case:
+        return first.Case(name, [sys.executable, "-c", text], gib, limit_s)
+
+    stay = "import time\ntime.sleep(100)"
+    todo = [case("alone", "print('well')", None), case("hangs", stay, 30, 4),
+            case("too much beside it", "raise SystemExit('no')", 40)]
+    seen = []
+    first.run_all(todo, tmp_path, 60, lambda rows: seen.append([row["name"] for row in rows]))
+    assert seen[-1] == ["hangs", "too much beside it", "alone"]  # one after the other
+    with pytest.raises(ProcessLookupError):
+        os.kill(todo[1].process.pid, 0)
+    text = (tmp_path / "logs" / "hangs.txt").read_text()
+    assert "Fatal Python error: Aborted" in text and 'File "<string>", line 2' in text
+    assert (tmp_path / "logs" / "alone.txt").read_text() == "well\n"

@@ -109,6 +109,12 @@ def test_runs_take_consecutive_seeds_one_log_each(train):
     assert len({tuple(losses(log).values()) for log in logs}) == 2
 
 
+def test_a_model_that_is_not_wanted_is_not_written(train):
+    done, (log,) = train("--save_model", "false")
+    assert not log.with_suffix(".pt").exists()
+    assert "not saved" in done.stdout and "next:" not in done.stdout
+
+
 def test_micro_batches_change_nothing_but_rounding(train, tmp_path):
     whole = train(log_dir=tmp_path / "a")[1][0]
     split = train("--micro_batch_tokens", "96", log_dir=tmp_path / "b")[1][0]

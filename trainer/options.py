@@ -49,6 +49,7 @@ class RunOptions:
     log_dir: str = _option("logs", "folder of the log and the trained model")
     checkpoint_every: int = _option(
         0, "write a checkpoint every that many steps; 0: only when asked to stop")
+    save_model: bool = _option(True, "false: the trained model is not written")
     keep: int = _option(2, "checkpoints of a run to keep, the newest ones")
     resume: str | None = _option(
         None, "auto: go on from the newest checkpoint of this recipe and seed in --log_dir, or "

@@ -369,7 +369,7 @@ def show_end(s, reporter: Reporter, result: dict, log_path: Path, text: str) -> 
                  f"memory {result['peak_memory_mib']} MiB",
         "standing": rank_in_table(recipe.track, 1000 * seconds, s.tokens, loss),
         "log": log_path,
-        "model": result["checkpoint"],
+        "model": result["checkpoint"] or "not saved",
     })
     if text:
         screen.line("\nthe model now writes:\n")
@@ -378,7 +378,7 @@ def show_end(s, reporter: Reporter, result: dict, log_path: Path, text: str) -> 
     kept = any(log_path.parent.glob(f"{log_path.stem}.step*.ckpt"))
     if result["status"] == "preempted" and kept:
         screen.line("\nnext: the same command with --resume auto goes on from here")
-    else:
+    elif result["checkpoint"]:
         python = ".venv/bin/python" if Path(sys.prefix).name == ".venv" else "python"
         screen.line(f"\nnext: {python} -m tools.sample {log_path.with_suffix('')} "
                     "--prompt \"Compute \"")
