@@ -203,10 +203,10 @@ def test_each_file_of_gpu_tests_is_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     (tmp_path / "tests").mkdir()
     body = "import pytest\n{}\n@pytest.mark.gpu\ndef test_it():\n    {}\n"
-    for name, first, then in (("breaks", "", "import os; os._exit(1)"),  # as after a time limit
+    for name, top, then in (("breaks", "", "import os; os._exit(1)"),  # as after a time limit
                               ("good", "", "pass"),
                               ("other_version", "from torch import no_such_name", "pass")):
-        (tmp_path / "tests" / f"test_{name}.py").write_text(body.format(first, then))
+        (tmp_path / "tests" / f"test_{name}.py").write_text(body.format(top, then))
     (tmp_path / "tests" / "test_of_a_cpu.py").write_text("def test_it():\n    assert False\n")
     (_, breaks), (_, good), (_, other) = gpu.tests(argparse.Namespace(toy=False, limit_s=100),
                                                    tmp_path)
