@@ -73,7 +73,7 @@ class GPTConfig:
 
     # values
     value_residual: bool = False    # mixed with the first layer's values (#9)
-    value_embeds: str = "none"      # tables: none, all (#14), mirror (#15), ends (#17)
+    value_embeds: str = "none"      # tables: none, all (#14), mirror (#15), ends (#17), apart (#63)
     value_mix: str = "one"          # (1-l) v + l e (#14), two lambdas (#15), add (#47), gate (#55)
 
     # residual stream
@@ -106,6 +106,7 @@ class GPTConfig:
     init_std: float = 3 ** -0.5     # torch's own for nn.Linear; 0.5 from #19
     qkv_init_std: float | None = None   # none: init_std; 1.0 in #53
     zero_proj: bool = False         # output matrices start at zero (#5)
+    out_init_std: float | None = None   # of attention's alone, all the same; 0.5 from #64
     head_init_std: float = 0.0      # of an untied head; 0.005 from #51
     value_embed_init_std: float = 1.0   # 0 from #53
 
@@ -150,7 +151,7 @@ class GPTConfig:
 CHOICES = {
     "qk_norm": ("none", "after", "before"),
     "windows": ("one", "two"),
-    "value_embeds": ("none", "all", "mirror", "ends"),
+    "value_embeds": ("none", "all", "mirror", "ends", "apart"),
     "value_mix": ("one", "two", "add", "gate"),
     "unet": ("none", "weight", "sigmoid", "single", "gate"),
     "activation": ("gelu", "gelu_tanh", "relu2"),
@@ -193,9 +194,11 @@ def layer_plan(config: GPTConfig) -> list[Layer]:
     gone = int(config.drop_first)
     first = {i: i + gone for i in range(ends - gone)}
     last = {L - ends + i: i for i in range(ends)}
+    own = [*range(max(1, ends - gone)), *last]
     tables = {"none": {}, "all": {i: i for i in range(L)},
               "mirror": {i: min(i, L - 1 - i) for i in range(L)},
-              "ends": first | last}[config.value_embeds]
+              "ends": first | last,
+              "apart": {layer: i for i, layer in enumerate(own)}}[config.value_embeds]
 
     half = L // 2
     mirror = {2 * half - 1 - i: i for i in range(half)}
@@ -248,6 +251,8 @@ def parameter_table(config: GPTConfig) -> dict[str, tuple[str, Init]]:
         into_layer = matrix(c.init_std, dim)
         qkv = into_layer if c.qkv_init_std is None else matrix(c.qkv_init_std, dim)
         out = zero if c.zero_proj else matrix(c.init_std, dim)
+        if c.out_init_std is not None:  # (#64)
+            out = matrix(c.out_init_std, dim)
         proj = zero if c.zero_proj else matrix(c.init_std, c.mlp_ratio * dim)
     return {
         "embed.weight": ("embed", embed),
@@ -427,7 +432,7 @@ def bigram_hash(tokens_BT: Tensor, num_rows: int) -> Tensor:
 # training, makes torch.compile build a graph for each value; alike blocks share one graph.
 
 class Attention(nn.Module):
-    """Causal self-attention; adds to the residual stream."""
+    """Causal self-attention: what it adds to the residual stream."""
 
     def __init__(self, config: GPTConfig, layer: Layer):
         super().__init__()
@@ -494,11 +499,11 @@ class Attention(nn.Module):
         y_BTC = self.out(y_BTHD.flatten(-2))
         if c.attn_damping:  # (#2)
             y_BTC = y_BTC * (2 * c.num_layers) ** -0.5
-        return x_BTC + y_BTC
+        return y_BTC
 
 
 class MLP(nn.Module):
-    """Two matrices with an activation between; adds to the residual stream."""
+    """Two matrices with an activation between: what they add to the residual stream."""
 
     def __init__(self, config: GPTConfig, triton: bool = False):
         super().__init__()
@@ -516,7 +521,7 @@ class MLP(nn.Module):
         if self.triton:  # relu^2 inside the matmuls
             dtype = self.fc.compute_dtype
             weights = self.fc.weight.to(dtype), self.proj.weight.to(dtype)
-            return x_BTC + mlp_relu2(h_BTC.to(dtype).flatten(0, 1), *weights).view_as(x_BTC)
+            return mlp_relu2(h_BTC.to(dtype).flatten(0, 1), *weights).view_as(x_BTC)
         h = self.fc(h_BTC)
         if c.activation == "relu2":  # (#5) So et al. 2021
             h = relu_squared(h)
@@ -524,7 +529,7 @@ class MLP(nn.Module):
             h = F.gelu(h, approximate="tanh")
         else:
             h = F.gelu(h)
-        return x_BTC + self.proj(h)
+        return self.proj(h)
 
 
 class Block(nn.Module):
@@ -564,9 +569,9 @@ class Block(nn.Module):
         if c.bigram:  # (#62)
             x_BTC = x_BTC + self.bigram_lambda * shared["bigram"]
         if self.attn is not None:
-            x_BTC = self.attn(x_BTC, shared, ve_BTHD, keys)
+            x_BTC = x_BTC + self.attn(x_BTC, shared, ve_BTHD, keys)
         if self.mlp is not None:
-            x_BTC = self.mlp(x_BTC)
+            x_BTC = x_BTC + self.mlp(x_BTC)
         return x_BTC
 
     def extra_repr(self) -> str:

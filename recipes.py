@@ -33,6 +33,7 @@ class Recipe:
     extension_steps: int = 0        # at the end, schedules standing still (#37)
     batch_tokens: int = 524_288     # of the largest step, over all ranks; rows: this / seq_len
     batch_stages: tuple[int, ...] = ()  # tokens a step in each third; rows get longer (#46)
+    round_stages: str = "up"        # a third that no whole step begins: up, or nearest (#63)
     data_align: str = "none"        # none; row: rows start at documents (#26); document (#29)
     max_doc_len: int | None = None  # tokens of a document that are used (#29)
     first_batch_repeated: bool = False  # steps 0 and 1 saw the same batch (#4 to #11)
@@ -46,7 +47,7 @@ class Recipe:
     final_lr_frac: float = 0.0      # final lr as a fraction of the peak; 0.1 from #19
     lr_stages: tuple[float, ...] = ()   # factors for the larger batches (#46)
     lr_stage_ends: tuple[float, ...] = (1 / 3, 2 / 3)   # fractions of the schedule; a factor still
-                                    # holds at its end
+                                    # holds at its end; none: where the batch changes (#65)
     cooldown_in_extension: bool = False     # the cooldown ends with the extension, not before (#41)
 
     # matrices of the blocks
@@ -175,7 +176,7 @@ def check(recipe: Recipe) -> None:
          f"a multiple of seq_len {m.seq_len}", r.batch_tokens)
     must(all(0 < b <= r.batch_tokens and b % r.num_rows == 0 for b in r.batch_stages),
          "batch_stages", f"multiples of {r.num_rows} rows, at most batch_tokens", r.batch_stages)
-    must(len(r.lr_stages) in (0, len(r.lr_stage_ends) + 1), "lr_stages",
+    must(not r.lr_stage_ends or len(r.lr_stages) in (0, len(r.lr_stage_ends) + 1), "lr_stages",
          f"none or {len(r.lr_stage_ends) + 1} factors, one more than lr_stage_ends", r.lr_stages)
     must(0 <= r.cooldown_steps <= r.num_iterations, "cooldown_steps",
          f"0 to num_iterations {r.num_iterations}", r.cooldown_steps)
@@ -202,6 +203,7 @@ def check(recipe: Recipe) -> None:
     one_of(r, "muon_mode", "fast", "accurate")
     one_of(r, "momentum_form", "ema", "heavy_ball")
     one_of(r, "cooldown_shape", "linear", "cosine")
+    one_of(r, "round_stages", "up", "nearest")
     one_of(r, "data_align", "none", "row", "document")
     one_of(r, "window_edge", "exact", "block", "flash")
     one_of(r, "grad_collective", "all_reduce", "reduce_scatter")
@@ -477,6 +479,17 @@ _record(62, "Bigram hash embedding", after=53,
                     "scalar": {"betas": (0.9, 0.99)}},
         num_iterations=1600, cooldown_steps=858)
 
+# 2026-01-26. Each of the five layers has a table of its own; three were shared. Thirds that are no
+# whole number of steps begin at the nearest one from here on.
+_record(63, "Five value tables, none shared", after=62,
+        value_embeds="apart", round_stages="nearest",
+        num_iterations=1575, cooldown_steps=0.55 * 1535)
+
+# 2026-01-30
+_record(64, "Values and attention's output start away from zero", after=63,
+        qkv_init_std=None, out_init_std=0.5,
+        num_iterations=1555, cooldown_steps=0.55 * 1515)
+
 RECORDS = dict(sorted(RECORDS.items()))
 
 # --- recipes of our own: a record with another idea -----------------------------------------------
@@ -560,9 +573,25 @@ SCALES = {"full": lambda recipe: recipe, "pocket": pocket}
 
 # --- schedules: what changes from step to step ----------------------------------------------------
 
+def _part_start(part: int, num_parts: int, recipe: Recipe) -> float:
+    """Where `part` of num_parts equal parts of the scheduled steps begins; its first step is the
+    next whole one."""
+    start = part * recipe.scheduled_steps / num_parts
+    if recipe.round_stages == "nearest":  # (#63)
+        return round(start)
+    return start
+
+
 def _part(step: int, num_parts: int, recipe: Recipe) -> int:
     """Index of `step` among num_parts equal parts of the scheduled steps."""
-    return min(step * num_parts // recipe.scheduled_steps, num_parts - 1)
+    return sum(step >= _part_start(part, num_parts, recipe) for part in range(1, num_parts))
+
+
+def _part_progress(step: int, num_parts: int, recipe: Recipe) -> float:
+    """How much of its part is over before `step`, from 0 to below 1."""
+    part = _part(step, num_parts, recipe)
+    start, end = (_part_start(p, num_parts, recipe) for p in (part, part + 1))
+    return (step - start) / (end - start)
 
 
 def batch_tokens(step: int, recipe: Recipe) -> int:
@@ -589,7 +618,10 @@ def lr_multiplier(step: int, recipe: Recipe) -> float:
     left = min(1.0, max(0, end - step) / r.cooldown_steps) if r.cooldown_steps else 1.0
     if r.cooldown_shape == "cosine":
         left = (1 - math.cos(math.pi * left)) / 2
-    stages_over = sum(step / r.scheduled_steps > over for over in r.lr_stage_ends)
+    if r.lr_stage_ends:
+        stages_over = sum(step / r.scheduled_steps > over for over in r.lr_stage_ends)
+    else:  # (#65)
+        stages_over = _part(step, len(r.lr_stages), r)
     full = r.lr_stages[stages_over] if r.lr_stages else 1.0
     return full * left + r.final_lr_frac * (1 - left)
 
@@ -663,14 +695,14 @@ def _target_weights(step: int, recipe: Recipe) -> tuple[float, ...]:
     part = _part(step, 3, recipe)
     weights = [0.5 ** k for k in range(max(1, recipe.num_targets - part))]
     if len(weights) > 1:
-        weights[-1] *= 1 - (step * 3 / recipe.scheduled_steps - part)
+        weights[-1] *= 1 - _part_progress(step, 3, recipe)
     return tuple(weights)
 
 
 def untie_step(recipe: Recipe) -> int:
     """The first step with an embedding of its own: the one after Adam's first update from the step
     on that two thirds fall in, so that no gradient is half collected."""
-    start = 2 * recipe.scheduled_steps // 3
+    start = math.floor(_part_start(2, 3, recipe))
     return (start // recipe.adam_every + 1) * recipe.adam_every
 
 

@@ -162,7 +162,7 @@ def test_paired_heads_are_as_in_record_58():
     doc_BT = torch.zeros(1, 2 * T, dtype=torch.int32)
     x = torch.randn(1, T, H * D)
     with torch.no_grad():
-        found = attn(x, {"cos": cos, "sin": sin}, None, packed_keys(doc_BT, 6, torch.float32)) - x
+        found = attn(x, {"cos": cos, "sin": sin}, None, packed_keys(doc_BT, 6, torch.float32))
         q, k, v = attn.qkv(norm(x)).view(T, 3, H, D).unbind(1)
     y = torch.zeros(T, H, D)
     streams = {(h, t): 2 * t + (h >= 3) for h in range(H) for t in range(T)}
