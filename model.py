@@ -73,20 +73,25 @@ class GPTConfig:
 
     # values
     value_residual: bool = False    # mixed with the first layer's values (#9)
-    value_embeds: str = "none"      # tables: none, all (#14), mirror (#15), ends (#17), apart (#63)
-    value_mix: str = "one"          # (1-l) v + l e (#14), two lambdas (#15), add (#47), gate (#55)
+    value_embeds: str = "none"      # tables: none, all (#14), mirror (#15), ends (#17), apart
+                                    # (#63), later (#70)
+    value_mix: str = "one"          # (1-l) v + l e (#14), two lambdas (#15), add (#47), gate (#55),
+                                    # gate of both (#70)
 
     # residual stream
     norm_eps: float | None = FP32_EPS   # of RMSNorms: 1e-6 (#2 to #4); none: that of the input's
                                     # dtype, 2^-7 for bf16 (#5 to #18, torch before 2025)
     embed_norm: bool = False        # RMSNorm right after the embedding (#8)
     x0_lambdas: bool = False        # x = a x + b x0 at the start of each block (#9)
-    resid_lambda: float = 1.0       # initial a; 1.1 from #45
+    resid_lambda: float = 1.0       # initial a; 1.1 from #45, its root twice a layer from #73
+    sublayer_lambdas: bool = False  # attention and MLP weighed by themselves, x0 between (#73)
+    late_input: bool = False        # attention of the last layers reads a middle one's output (#77)
     unet: str = "none"              # skips: weight (#11), sigmoid (#32), single (#45), gate (#55)
     smear: bool = False             # a token's embedding takes some of the one before (#34)
     backout: bool = False           # subtract a middle layer's output at the end (#40)
     bigram: bool = False            # hashed bigram embedding into every block (#62)
     bigram_factor: int = 5          # its rows, in vocabularies
+    bigram_lambda: float = 0.1      # initial factor; 0.05 from #73
 
     # layers left out
     drop_attention: bool = False    # the layer behind the middle has no attention (#17)
@@ -151,8 +156,8 @@ class GPTConfig:
 CHOICES = {
     "qk_norm": ("none", "after", "before"),
     "windows": ("one", "two"),
-    "value_embeds": ("none", "all", "mirror", "ends", "apart"),
-    "value_mix": ("one", "two", "add", "gate"),
+    "value_embeds": ("none", "all", "mirror", "ends", "apart", "later"),
+    "value_mix": ("one", "two", "add", "gate", "gate_both"),
     "unet": ("none", "weight", "sigmoid", "single", "gate"),
     "activation": ("gelu", "gelu_tanh", "relu2"),
     "softcap_kind": ("tanh", "sigmoid"),
@@ -179,6 +184,7 @@ class Layer(NamedTuple):
     keys: str = "long"                  # the kind of keys that its queries see
     value_table: int | None = None
     skip_from: int | None = None        # the layer whose output comes back here
+    attn_from: int | None = None        # the layer whose output attention reads; none: the stream
 
 
 def layer_plan(config: GPTConfig) -> list[Layer]:
@@ -194,11 +200,12 @@ def layer_plan(config: GPTConfig) -> list[Layer]:
     gone = int(config.drop_first)
     first = {i: i + gone for i in range(ends - gone)}
     last = {L - ends + i: i for i in range(ends)}
-    own = [*range(max(1, ends - gone)), *last]
+    own = range(max(1, ends - gone))
     tables = {"none": {}, "all": {i: i for i in range(L)},
               "mirror": {i: min(i, L - 1 - i) for i in range(L)},
               "ends": first | last,
-              "apart": {layer: i for i, layer in enumerate(own)}}[config.value_embeds]
+              "apart": _numbered({*own, *last}),
+              "later": _numbered({*(i + 1 for i in own), *last})}[config.value_embeds]
 
     half = L // 2
     mirror = {2 * half - 1 - i: i for i in range(half)}
@@ -207,7 +214,13 @@ def layer_plan(config: GPTConfig) -> list[Layer]:
         config.unet, {silent: min(L // 3, silent - 1)})
     if config.drop_attention:
         tables.pop(silent, None)
-    return [Layer(keys[i], tables.get(i), skips.get(i)) for i in range(L)]
+    late = late_layer(config)
+    attn_from = dict.fromkeys(range(late + 1, L), late) if config.late_input else {}
+    return [Layer(keys[i], tables.get(i), skips.get(i), attn_from.get(i)) for i in range(L)]
+
+
+def _numbered(layers: set[int]) -> dict[int, int]:
+    return {layer: i for i, layer in enumerate(sorted(layers))}
 
 
 def dropped_attention(config: GPTConfig) -> int:
@@ -218,6 +231,11 @@ def dropped_attention(config: GPTConfig) -> int:
 def backout_layer(config: GPTConfig) -> int:
     """The layer whose output record #40 subtracts at the end: 8 of 12, 7 of 11."""
     return 2 * config.num_layers // 3
+
+
+def late_layer(config: GPTConfig) -> int:
+    """The layer whose output the attention of those behind it reads (#77): 7 of 11."""
+    return min(backout_layer(config), config.num_layers - 2)
 
 
 # --- parameters: initialisation and role ----------------------------------------------------------
@@ -275,8 +293,13 @@ def parameter_table(config: GPTConfig) -> dict[str, tuple[str, Init]]:
         "*.value_lambda": ("scalar", Init("constant", 0.5)),
         "*.embed_lambda": ("scalar", Init("constant", 0.5)),
         "*.resid_lambda": ("scalar", Init("constant", c.resid_lambda)),
-        "*.x0_lambda": ("x0_lambda", zero),
-        "*.bigram_lambda": ("scalar", Init("constant", 0.1)),
+        "*.attn_resid": ("resid_lambda", Init("constant", c.resid_lambda)),
+        "*.mlp_resid": ("resid_lambda", Init("constant", c.resid_lambda)),
+        "*.attn_post": ("post_lambda", Init("constant", 1.0)),
+        "*.mlp_post": ("post_lambda", Init("constant", 1.0)),
+        "*.x0_lambda": ("post_lambda" if c.sublayer_lambdas else "x0_lambda", zero),
+        "*.bigram_lambda": ("post_lambda" if c.sublayer_lambdas else "scalar",
+                            Init("constant", c.bigram_lambda)),
         "*.skip_lambda": ("scalar", Init("constant", 1.0 if c.unet == "weight" else -1.5)),
         "smear_lambda": ("scalar", zero),
         "backout_lambda": ("scalar", Init("constant", 0.5)),
@@ -451,7 +474,7 @@ class Attention(nn.Module):
             self.value_lambda = scalar()
         if has_table and c.value_mix == "two":
             self.embed_lambda = scalar()
-        if has_table and c.value_mix == "gate":
+        if has_table and c.value_mix in ("gate", "gate_both"):
             self.value_gate = gate_weight(c.num_heads)
         if c.attn_gate:
             self.attn_gate = gate_weight(c.num_heads)
@@ -459,6 +482,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
                 keys: Keys | None) -> Tensor:
+        """`x_BTC`: what attention reads, the stream or an earlier one (#77)."""
         c = self.config
         h_BTC = self.ln(x_BTC) if c.layer_norm else norm(x_BTC, c.norm_eps)
         q_BTHD, k_BTHD, v_BTHD = self.qkv(h_BTC).unflatten(-1, (3, -1, c.head_dim)).unbind(2)
@@ -473,7 +497,12 @@ class Attention(nn.Module):
             elif c.value_mix == "add":  # (#47)
                 v_BTHD = v_BTHD + ve_BTHD
             else:  # (#55) a gate for each head, 1 at the start
-                v_BTHD = v_BTHD + 2 * gate(self.value_gate, h_BTC).unsqueeze(-1) * ve_BTHD
+                seen_BTC = h_BTC
+                if c.value_mix == "gate_both":  # (#70) half of its input from the value embedding
+                    half = GATE_DIM // 2
+                    ve_BTC = ve_BTHD.flatten(-2).type_as(h_BTC)
+                    seen_BTC = torch.cat([h_BTC[..., :half], ve_BTC[..., :half]], dim=-1)
+                v_BTHD = v_BTHD + 2 * gate(self.value_gate, seen_BTC).unsqueeze(-1) * ve_BTHD
         elif self.scales_value:  # (#17)
             v_BTHD = self.value_lambda * v_BTHD
         v_BTHD = v_BTHD.type_as(q_BTHD)
@@ -543,18 +572,26 @@ class Block(nn.Module):
             self.skip_lambda = scalar()
             if c.unet == "gate":
                 self.skip_gate = gate_weight(1)
-        if c.x0_lambdas:
-            self.resid_lambda, self.x0_lambda = scalar(), scalar()
-        if c.bigram:
-            self.bigram_lambda = scalar()
+        attends = not (c.drop_attention and index == dropped_attention(c))  # (#17)
+        if c.sublayer_lambdas:  # (#73)
+            self.mlp_resid, self.mlp_post = scalar(), scalar()
+            if attends:
+                self.attn_resid, self.attn_post = scalar(), scalar()
+                self.x0_lambda, self.bigram_lambda = scalar(), scalar()
+            self.takes_bigram = index > 0   # layer 0 begins with it
+        else:
+            if c.x0_lambdas:
+                self.resid_lambda, self.x0_lambda = scalar(), scalar()
+            if c.bigram:
+                self.bigram_lambda = scalar()
         self.attn = self.mlp = None
-        if not (c.drop_attention and index == dropped_attention(c)):  # (#17)
+        if attends:
             self.attn = Attention(c, layer)
         if not (c.drop_mlp and index == 0):  # (#30)
             self.mlp = MLP(c, triton_mlp)
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
-                keys: Keys | None, skip_BTC: Tensor | None) -> Tensor:
+                keys: Keys | None, skip_BTC: Tensor | None, late_BTC: Tensor | None) -> Tensor:
         c = self.config
         if skip_BTC is not None:  # output of an earlier layer (U-net, #11)
             if c.unet == "weight":  # (#11)
@@ -564,6 +601,8 @@ class Block(nn.Module):
                 x_BTC = x_BTC + opened * skip_BTC
             else:  # (#32); a single skip from #45 on
                 x_BTC = x_BTC + torch.sigmoid(self.skip_lambda) * skip_BTC
+        if c.sublayer_lambdas:  # (#73)
+            return self.weighed(x_BTC, shared, ve_BTHD, keys, late_BTC)
         if c.x0_lambdas:  # the embedding again (#9)
             x_BTC = self.resid_lambda * x_BTC + self.x0_lambda * shared["x0"]
         if c.bigram:  # (#62)
@@ -574,12 +613,27 @@ class Block(nn.Module):
             x_BTC = x_BTC + self.mlp(x_BTC)
         return x_BTC
 
+    def weighed(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
+                keys: Keys | None, late_BTC: Tensor | None) -> Tensor:
+        """Attention and MLP with a factor for the stream and one for what is added (#73); the
+        embeddings enter between them."""
+        c = self.config
+        if self.attn is not None:
+            source_BTC = x_BTC if late_BTC is None else late_BTC    # (#77)
+            y_BTC = self.attn(source_BTC, shared, ve_BTHD, keys)
+            x_BTC = (self.attn_resid * x_BTC + self.attn_post * y_BTC
+                     + self.x0_lambda * shared["x0"])
+            if self.takes_bigram:
+                x_BTC = x_BTC + self.bigram_lambda * shared["bigram"]
+        return self.mlp_resid * x_BTC + self.mlp_post * self.mlp(x_BTC)
+
     def extra_repr(self) -> str:
-        table, source = self.layer.value_table, self.layer.skip_from
+        _, table, source, late = self.layer
         return ", ".join(
             [f"{self.layer.keys} window"] * (self.attn is not None)
             + [f"value table {table}"] * (table is not None)
-            + [f"skip from layer {source}"] * (source is not None))
+            + [f"skip from layer {source}"] * (source is not None)
+            + [f"attends from layer {late}"] * (late is not None))
 
 
 # --- the whole ------------------------------------------------------------------------------------
@@ -700,6 +754,8 @@ class GPT(nn.Module):
             shared["v1"] = v1_BTC.unflatten(-1, (-1, c.head_dim))
         if c.bigram:  # (#62)
             shared["bigram"] = self.bigram(bigram_hash(tokens_BT, c.bigram_rows)).to(stream)
+            if c.sublayer_lambdas:  # (#73) into layer 0 before attention, behind it elsewhere
+                x_BTC = x_BTC + self.blocks[0].bigram_lambda * shared["bigram"]
         values = {int(i): embed(tokens_BT).to(stream).unflatten(-1, (-1, c.head_dim))
                   for i, embed in self.value_embeds.items()}  # (#14)
         return x_BTC, shared, values
@@ -727,7 +783,7 @@ class GPT(nn.Module):
         for i in layers:
             layer, block = self.plan[i], self.blocks[i]
             inputs = (x_BTC, shared, values.get(layer.value_table), keys[layer.keys],
-                      outputs.get(layer.skip_from))
+                      outputs.get(layer.skip_from), outputs.get(layer.attn_from))
             if i < self.recomputed and torch.is_grad_enabled():
                 # keeps its input alone: a third more work, a tenth of the memory
                 x_BTC = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)

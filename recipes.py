@@ -36,6 +36,7 @@ class Recipe:
     round_stages: str = "up"        # a third that no whole step begins: up, or nearest (#63)
     data_align: str = "none"        # none; row: rows start at documents (#26); document (#29)
     max_doc_len: int | None = None  # tokens of a document that are used (#29)
+    max_doc_stages: tuple[int, ...] = ()    # the same in each third (#72)
     first_batch_repeated: bool = False  # steps 0 and 1 saw the same batch (#4 to #11)
     loss_divisor: int | None = None     # of a step's summed loss; none: its tokens, a mean; 8 from
                                         # #22 on. Gradients and adam_eps share its unit.
@@ -158,6 +159,10 @@ def check(recipe: Recipe) -> None:
          "at least 2 (one layer has no attention, or takes another's output)", m.num_layers)
     must(not (m.value_residual and m.qkv_lambda), "qkv_lambda", "false with value_residual",
          m.qkv_lambda)
+    must(not m.sublayer_lambdas or (m.x0_lambdas and m.bigram), "sublayer_lambdas",
+         "false without x0_lambdas and bigram", m.sublayer_lambdas)
+    must(not m.late_input or m.sublayer_lambdas, "late_input", "false without sublayer_lambdas",
+         m.late_input)
     must(m.rotary_base > 1, "rotary_base", "a number above 1", m.rotary_base)
     must(m.norm_eps is None or m.norm_eps >= 0, "norm_eps", "none or 0 or more", m.norm_eps)
     must(m.logit_softcap is None or m.logit_softcap > 0, "logit_softcap", "none or above 0",
@@ -209,6 +214,8 @@ def check(recipe: Recipe) -> None:
     one_of(r, "grad_collective", "all_reduce", "reduce_scatter")
     must(r.max_doc_len is None or r.data_align == "document", "max_doc_len",
          "none unless data_align is document", r.max_doc_len)
+    must(not r.max_doc_stages or r.max_doc_len == max(r.max_doc_stages), "max_doc_len",
+         f"the largest of max_doc_stages {r.max_doc_stages}", r.max_doc_len)
     must(not r.window_range or (len(r.window_range) == 3 and min(r.window_range) >= 1),
          "window_range", "three whole numbers: from, to, in steps of", r.window_range)
     must(m.packed or not (r.window_range or r.window_stages), "packed",
@@ -490,6 +497,27 @@ _record(64, "Values and attention's output start away from zero", after=63,
         qkv_init_std=None, out_init_std=0.5,
         num_iterations=1555, cooldown_steps=0.55 * 1515)
 
+# 2026-02-03. With #65 (value tables in one parameter), #66 (torch 2.10), #67 (soft-cap and
+# cross-entropy in one kernel with the fp8 cast), #68 (bigram hash on the device), #69 (loads in
+# Muon's kernels): systems alone, but for learning rates that change with the batch.
+_record(70, "Value tables tuned: start, gates, layers", after=64,
+        value_embeds="later", value_mix="gate_both", value_embed_init_std=0.01,
+        lr_stage_ends=(), num_iterations=1547, cooldown_steps=1507 - 678)
+
+# 2026-02-10. With #71: ranks exchange only the rows of the bigram table that were read.
+_record(72, "Learning rate ends at 0.15, shorter documents in the first third", after=70,
+        final_lr_frac=0.15, max_doc_stages=(896, 2048, 2048),
+        num_iterations=1530, cooldown_steps=1490 - 670)
+
+# 2026-03-06. With what stayed of #73 (lambdas of half layers, a longer cooldown; its second lane
+# went); #74 to #76 are kernels: Muon of tall matrices, cross-entropy, the head's fp8 gradient.
+_record(77, "Late attention input, lambdas of half layers", after=72,
+        sublayer_lambdas=True, late_input=True, resid_lambda=1.1 ** 0.5, bigram_lambda=0.05,
+        adam_roles=RECORDS[72].adam_roles
+        | {"resid_lambda": {"lr": 0.04, "betas": (0.9, 0.95)},
+           "post_lambda": {"lr": 0.008, "betas": (0.9, 0.95)}},
+        num_iterations=1490, cooldown_steps=870)
+
 RECORDS = dict(sorted(RECORDS.items()))
 
 # --- recipes of our own: a record with another idea -----------------------------------------------
@@ -561,6 +589,7 @@ def pocket(recipe: Recipe) -> Recipe:
         num_iterations=num_iterations, batch_tokens=batch_tokens,
         batch_stages=tuple(b // POCKET_BATCH for b in recipe.batch_stages),
         max_doc_len=recipe.max_doc_len and recipe.max_doc_len // 4,
+        max_doc_stages=tuple(n // 4 for n in recipe.max_doc_stages),
         window_range=tuple(w // 4 for w in recipe.window_range),
         window_block=recipe.window_block // 4,
         val_tokens=TRACKS["pocket"].fixed["val_tokens"],
@@ -603,6 +632,12 @@ def batch_tokens(step: int, recipe: Recipe) -> int:
 def batch_shape(step: int, recipe: Recipe) -> tuple[int, int]:
     """(rows, tokens a row) of the global batch of `step`, before ranks exist."""
     return recipe.num_rows, batch_tokens(step, recipe) // recipe.num_rows
+
+
+def max_doc_len(step: int, recipe: Recipe) -> int | None:
+    if not recipe.max_doc_stages:
+        return recipe.max_doc_len
+    return recipe.max_doc_stages[_part(step, len(recipe.max_doc_stages), recipe)]
 
 
 def lr_multiplier(step: int, recipe: Recipe) -> float:
@@ -750,7 +785,7 @@ def _scalars_frozen(step: int, recipe: Recipe) -> bool:
 MATRICES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
 GATES = ("attn_gate", "value_gate", "skip_gate", "smear_gate")
 EMBEDS = ("embed", "value_embed", "bigram")
-SCALARS = ("x0_lambda", "scalar")
+SCALARS = ("x0_lambda", "scalar", "resid_lambda", "post_lambda")
 ROLES = (*MATRICES, *GATES, "embed", "head", "value_embed", "bigram", *SCALARS)
 
 # Where other_rule is "norms": norm and scale of the update by role; others are spectral. In units

@@ -103,7 +103,10 @@ def train_batches(files: list[Path]) -> Iterator[np.ndarray]:
                 for _ in range(num_rows):
                     parts, length = [], 0
                     while length <= T and doc < len(starts):
-                        parts.append(tokens[starts[doc]:ends[doc]])
+                        if r.max_doc_stages:  # (#72)
+                            parts.append(tokens[starts[doc]:ends[doc]][:max_doc_len(step)])
+                        else:
+                            parts.append(tokens[starts[doc]:ends[doc]])
                         length, doc = length + len(parts[-1]), doc + 1
                     if length <= T:
                         break
@@ -255,7 +258,8 @@ class GPT:
             x_BTC = block(
                 x_BTC, shared, values.get(layer.value_table) if c.value_embeds != "none" else None,
                 keys[layer.keys] if c.packed else None,
-                outputs.get(layer.skip_from) if c.unet != "none" else None)
+                outputs.get(layer.skip_from) if c.unet != "none" else None,
+                outputs.get(layer.attn_from) if c.late_input else None)
             if c.unet != "none" or c.backout:
                 outputs[i] = x_BTC
         return self.final_norm(x_BTC, outputs)
