@@ -70,6 +70,7 @@ class GPTConfig:
     key_offset: bool = False        # keys of long layers half from the token before (#49)
     paired_heads: bool = False      # two heads share one stream in some short layers (#58)
     qkv_lambda: bool = False        # learned factors of QKV and output weights (#47)
+    qk_apart: bool = False          # Q and K in one matrix, V in another, for Muon (#80)
 
     # values
     value_residual: bool = False    # mixed with the first layer's values (#9)
@@ -279,6 +280,8 @@ def parameter_table(config: GPTConfig) -> dict[str, tuple[str, Init]]:
         "value_embeds.*.weight": ("value_embed", Init("normal", c.value_embed_init_std)),
         "bigram.weight": ("bigram", zero),
         "*.qkv.weight": ("attn_in", qkv),
+        "*.qk.weight": ("attn_qk", qkv),
+        "*.v.weight": ("attn_v", qkv),
         "*.out.weight": ("attn_out", out),
         "*.fc.weight": ("mlp_in", into_layer),
         "*.proj.weight": ("mlp_out", proj),
@@ -289,6 +292,7 @@ def parameter_table(config: GPTConfig) -> dict[str, tuple[str, Init]]:
         "*.skip_gate": ("skip_gate", zero),
         "smear_gate": ("smear_gate", zero),
         "*.qkv.factor": ("scalar", Init("constant", 0.5)),
+        "*.v.factor": ("scalar", Init("constant", 0.5)),
         "*.out.factor": ("scalar", Init("constant", 1.0)),
         "*.value_lambda": ("scalar", Init("constant", 0.5)),
         "*.embed_lambda": ("scalar", Init("constant", 0.5)),
@@ -469,7 +473,11 @@ class Attention(nn.Module):
         has_table = layer.value_table is not None
         if c.layer_norm:
             self.ln = nn.LayerNorm(dim)
-        self.qkv = Linear(dim, 3 * dim, dtype, bias=c.biases, factor=c.qkv_lambda)
+        if c.qk_apart:  # (#80)
+            self.qk = Linear(dim, 2 * dim, dtype, bias=c.biases)
+            self.v = Linear(dim, dim, dtype, bias=c.biases, factor=c.qkv_lambda)
+        else:
+            self.qkv = Linear(dim, 3 * dim, dtype, bias=c.biases, factor=c.qkv_lambda)
         if c.value_residual or (has_table and c.value_mix in ("one", "two")) or self.scales_value:
             self.value_lambda = scalar()
         if has_table and c.value_mix == "two":
@@ -485,7 +493,11 @@ class Attention(nn.Module):
         """`x_BTC`: what attention reads, the stream or an earlier one (#77)."""
         c = self.config
         h_BTC = self.ln(x_BTC) if c.layer_norm else norm(x_BTC, c.norm_eps)
-        q_BTHD, k_BTHD, v_BTHD = self.qkv(h_BTC).unflatten(-1, (3, -1, c.head_dim)).unbind(2)
+        if c.qk_apart:  # (#80)
+            q_BTHD, k_BTHD = self.qk(h_BTC).unflatten(-1, (2, -1, c.head_dim)).unbind(2)
+            v_BTHD = self.v(h_BTC).unflatten(-1, (-1, c.head_dim))
+        else:
+            q_BTHD, k_BTHD, v_BTHD = self.qkv(h_BTC).unflatten(-1, (3, -1, c.head_dim)).unbind(2)
 
         if c.value_residual:  # (#9) Zhou et al. 2024
             v_BTHD = (1 - self.value_lambda) * v_BTHD + self.value_lambda * shared["v1"]

@@ -66,6 +66,7 @@ class Recipe:
     muon_multipliers: dict[str, float] = field(default_factory=dict)    # role -> factor
     split_qkv: bool = True          # Q, K and V orthogonalised each by itself (#4)
     normuon: dict[str, str] = field(default_factory=dict)   # role -> row or col (#41)
+    normuon_beta2: float = 0.95     # of its mean square; 0.9 from #78
     matrix_weight_decay: float = 0.0
     muon_mode: str = "fast"         # fast: bf16, what the records used; accurate
 
@@ -161,6 +162,10 @@ def check(recipe: Recipe) -> None:
          m.qkv_lambda)
     must(not m.sublayer_lambdas or (m.x0_lambdas and m.bigram), "sublayer_lambdas",
          "false without x0_lambdas and bigram", m.sublayer_lambdas)
+    must(not (m.value_residual and m.qk_apart), "qk_apart", "false with value_residual",
+         m.qk_apart)
+    must(not m.qk_apart or m.num_heads % 2 == 0, "num_heads",
+         "an even number (Muon takes heads in pairs)", m.num_heads)
     must(not m.late_input or m.sublayer_lambdas, "late_input", "false without sublayer_lambdas",
          m.late_input)
     must(m.rotary_base > 1, "rotary_base", "a number above 1", m.rotary_base)
@@ -191,7 +196,7 @@ def check(recipe: Recipe) -> None:
         must(value > 0 and math.isfinite(value), name, "a finite number above 0", value)
     for name in ("adam_weight_decay", "matrix_weight_decay", "final_lr_frac"):
         must(getattr(r, name) >= 0, name, "0 or more", getattr(r, name))
-    for name in ("muon_momentum", "embed_momentum"):
+    for name in ("muon_momentum", "embed_momentum", "normuon_beta2"):
         must(0 <= getattr(r, name) < 1, name, "0 to below 1", getattr(r, name))
     must(len(r.adam_betas) == 2 and all(0 <= b < 1 for b in r.adam_betas), "adam_betas",
          "two numbers from 0 to below 1, as 0.9,0.95", r.adam_betas)
@@ -518,6 +523,15 @@ _record(77, "Late attention input, lambdas of half layers", after=72,
            "post_lambda": {"lr": 0.008, "betas": (0.9, 0.95)}},
         num_iterations=1490, cooldown_steps=870)
 
+# 2026-04-08. With #78: a faster mean square. Heads 2p and 2p+1 of Q, or of K, are one matrix of
+# 256 x 768 to Muon: wide, so that NorMuon looks at columns. #79 is a kernel: cross-entropy forward
+# and backward in one pass.
+_record(80, "Muon on pairs of heads of Q and K", after=77,
+        qk_apart=True, normuon_beta2=0.9,
+        normuon={"attn_qk": "col", "attn_v": "row", "attn_out": "row", "mlp_in": "row",
+                 "mlp_out": "col"},
+        num_iterations=1480, cooldown_steps=864)
+
 RECORDS = dict(sorted(RECORDS.items()))
 
 # --- recipes of our own: a record with another idea -----------------------------------------------
@@ -782,7 +796,7 @@ def _scalars_frozen(step: int, recipe: Recipe) -> bool:
 
 # Roles of parameters (model.parameter_table) in the order of their groups. Gates are treated as
 # matrices unless adam_roles names them.
-MATRICES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
+MATRICES = ("attn_in", "attn_qk", "attn_v", "attn_out", "mlp_in", "mlp_out")
 GATES = ("attn_gate", "value_gate", "skip_gate", "smear_gate")
 EMBEDS = ("embed", "value_embed", "bigram")
 SCALARS = ("x0_lambda", "scalar", "resid_lambda", "post_lambda")
@@ -828,12 +842,14 @@ def _settings(role: str, recipe: Recipe) -> dict:
     decay = "lr2" if r.cautious else "lr"
     if _is_muon(role, r):
         norm, scale = NORMS.get(role, ("spectral", r.muon_scale))
+        # Q, K and V each by itself (#4); Q and K in pairs of heads (#80)
+        split = {"attn_in": 3 if r.split_qkv else None, "attn_qk": r.model.num_heads}.get(role)
         return {"rule": "muon", "norm": norm, "view": "matrix" if norm == "spectral" else None,
                 "weight_decay": r.matrix_weight_decay, "decay": decay, "cautious": r.cautious,
                 "method": r.muon_method, "ns_steps": r.muon_steps, "mode": r.muon_mode,
                 "scale": scale, "multiplier": r.muon_multipliers.get(role, 1.0),
                 "momentum_form": r.momentum_form, "second_moment": r.normuon.get(role),
-                "split": 3 if role == "attn_in" and r.split_qkv else None}
+                "beta2": r.normuon_beta2, "split": split}
     special = {k: v for k, v in r.adam_roles.get(role, {}).items() if k != "lr"}
     return {"rule": "adam", "betas": r.adam_betas, "eps": r.adam_eps,
             "update_interval": r.adam_every, "decay": decay,
