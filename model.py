@@ -33,6 +33,9 @@ from kernels.norm import rms_norm as norm
 from kernels.relu2 import mlp_relu2, relu_squared
 
 GATE_DIM = 12  # first channels of the stream, which gates look at (#28)
+SIGN_ROWS = 8192    # of the table of signs (#83)
+MIXER_DIM = 64      # hidden units of Mixer (#81)
+MIXER_SCALE = 0.1   # factor of its output
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class GPTConfig:
     key_offset: bool = False        # keys of long layers half from the token before (#49)
     paired_heads: bool = False      # two heads share one stream in some short layers (#58)
     qkv_lambda: bool = False        # learned factors of QKV and output weights (#47)
+    xsa: bool = False               # attention's output without its own value's direction (#82)
     qk_apart: bool = False          # Q and K in one matrix, V in another, for Muon (#80)
 
     # values
@@ -87,11 +91,14 @@ class GPTConfig:
     resid_lambda: float = 1.0       # initial a; 1.1 from #45, its root twice a layer from #73
     sublayer_lambdas: bool = False  # attention and MLP weighed by themselves, x0 between (#73)
     late_input: bool = False        # attention of the last layers reads a middle one's output (#77)
+    mudd: bool = False              # a small MLP weighs earlier outputs for each token (#81)
     unet: str = "none"              # skips: weight (#11), sigmoid (#32), single (#45), gate (#55)
     smear: bool = False             # a token's embedding takes some of the one before (#34)
     backout: bool = False           # subtract a middle layer's output at the end (#40)
     bigram: bool = False            # hashed bigram embedding into every block (#62)
-    bigram_factor: int = 5          # its rows, in vocabularies
+    bigram_factor: float = 5        # its rows, in vocabularies
+    bigram_frac: float = 1.0        # its width, in those of the stream, whose first channels take it
+    bigram_signs: bool = False      # times a fixed row of signs, by another hash (#83)
     bigram_lambda: float = 0.1      # initial factor; 0.05 from #73
 
     # layers left out
@@ -140,7 +147,11 @@ class GPTConfig:
 
     @property
     def bigram_rows(self) -> int:
-        return self.bigram_factor * self.padded_vocab_size
+        return int(self.bigram_factor * self.padded_vocab_size)
+
+    @property
+    def bigram_dim(self) -> int:
+        return round(self.bigram_frac * self.model_dim)
 
     @property
     def softcap(self) -> Softcap:
@@ -186,6 +197,7 @@ class Layer(NamedTuple):
     value_table: int | None = None
     skip_from: int | None = None        # the layer whose output comes back here
     attn_from: int | None = None        # the layer whose output attention reads; none: the stream
+    xsa: bool = False                   # attention excludes its own value's direction
 
 
 def layer_plan(config: GPTConfig) -> list[Layer]:
@@ -212,12 +224,14 @@ def layer_plan(config: GPTConfig) -> list[Layer]:
     mirror = {2 * half - 1 - i: i for i in range(half)}
     silent = dropped_attention(config)
     skips = {"none": {}, "weight": mirror, "sigmoid": mirror}.get(
-        config.unet, {silent: min(L // 3, silent - 1)})
+        config.unet, {silent: skip_layer(config)})
     if config.drop_attention:
         tables.pop(silent, None)
     late = late_layer(config)
     attn_from = dict.fromkeys(range(late + 1, L), late) if config.late_input else {}
-    return [Layer(keys[i], tables.get(i), skips.get(i), attn_from.get(i)) for i in range(L)]
+    xsa = {i for i in range(L) if i not in paired and i != silent} if config.xsa else set()
+    return [Layer(keys[i], tables.get(i), skips.get(i), attn_from.get(i), i in xsa)
+            for i in range(L)]
 
 
 def _numbered(layers: set[int]) -> dict[int, int]:
@@ -239,13 +253,19 @@ def late_layer(config: GPTConfig) -> int:
     return min(backout_layer(config), config.num_layers - 2)
 
 
+def skip_layer(config: GPTConfig) -> int:
+    """The layer whose output comes back in the layer without attention: 4 of 12, 3 of 11."""
+    return min(config.num_layers // 3, dropped_attention(config) - 1)
+
+
 # --- parameters: initialisation and role ----------------------------------------------------------
 
 class Init(NamedTuple):
-    """How a parameter starts: uniform or normal with a standard deviation, or a constant."""
+    """How a parameter starts: uniform or normal with a standard deviation, or constant, with one
+    number or one each."""
 
     kind: str
-    number: float
+    number: float | tuple[float, ...]
 
 
 def parameter_table(config: GPTConfig) -> dict[str, tuple[str, Init]]:
@@ -273,6 +293,9 @@ def parameter_table(config: GPTConfig) -> dict[str, tuple[str, Init]]:
         if c.out_init_std is not None:  # (#64)
             out = matrix(c.out_init_std, dim)
         proj = zero if c.zero_proj else matrix(c.init_std, c.mlp_ratio * dim)
+    # coefficients of Block.mixed and GPT.final_norm, in their order
+    last_layer = (0, 0, 0, 0, 0, 0, 2, 2, c.resid_lambda, 1, 0, c.bigram_lambda, c.resid_lambda, 1)
+    end = (0, -0.5, 0, 0, 0)
     return {
         "embed.weight": ("embed", embed),
         "position.weight": ("embed", embed),
@@ -285,6 +308,10 @@ def parameter_table(config: GPTConfig) -> dict[str, tuple[str, Init]]:
         "*.out.weight": ("attn_out", out),
         "*.fc.weight": ("mlp_in", into_layer),
         "*.proj.weight": ("mlp_out", proj),
+        "*mudd.w1.weight": ("mudd", matrix(3 ** -0.5, dim)),
+        "*mudd.w2.weight": ("mudd", zero),
+        "blocks.*.mudd.start": ("mudd_start", mixer_start(last_layer)),
+        "mudd.start": ("mudd_start", mixer_start(end)),
         "*.bias": ("scalar", zero),
         "*ln.weight": ("scalar", Init("constant", 1.0)),
         "*.attn_gate": ("attn_gate", zero),
@@ -304,10 +331,15 @@ def parameter_table(config: GPTConfig) -> dict[str, tuple[str, Init]]:
         "*.x0_lambda": ("post_lambda" if c.sublayer_lambdas else "x0_lambda", zero),
         "*.bigram_lambda": ("post_lambda" if c.sublayer_lambdas else "scalar",
                             Init("constant", c.bigram_lambda)),
+        "*.xsa": ("post_lambda", zero),
         "*.skip_lambda": ("scalar", Init("constant", 1.0 if c.unet == "weight" else -1.5)),
         "smear_lambda": ("scalar", zero),
         "backout_lambda": ("scalar", Init("constant", 0.5)),
     }
+
+
+def mixer_start(coefficients: tuple[float, ...]) -> Init:
+    return Init("constant", tuple(x / MIXER_SCALE for x in coefficients))
 
 
 def parameter_entry(name: str, config: GPTConfig) -> tuple[str, Init]:
@@ -326,7 +358,7 @@ def init_weights(model: "GPT", seed: int) -> None:
     for name, p in model.named_parameters():
         _, (kind, number) = parameter_entry(name, model.config)
         if kind == "constant" or number == 0:
-            p.fill_(number)
+            p.copy_(torch.tensor(number, dtype=torch.float64))
         elif kind == "uniform":
             bound = math.sqrt(3) * number
             p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
@@ -380,6 +412,29 @@ def gate(weight: Tensor, x_BTC: Tensor) -> Tensor:
     """(B, T, gates) between 0 and 1, from the first channels of the stream (#28)."""
     x = x_BTC[..., :GATE_DIM]
     return torch.sigmoid(F.linear(x, weight.to(x.dtype)))
+
+
+class Mixer(nn.Module):
+    """Coefficients for each token from a small MLP on the stream x, a (B, T, 1) each:
+    scale (W2 GELU(W1 x) + start), which begin as constants, because W2 is 0 at first (#81).
+    After multiway dynamic dense connections, MUDDFormer (Xiao et al. 2025)."""
+
+    def __init__(self, dim: int, num_coefficients: int, dtype: torch.dtype):
+        super().__init__()
+        self.w1 = Linear(dim, MIXER_DIM, dtype)
+        self.w2 = Linear(MIXER_DIM, num_coefficients, dtype)
+        self.start = nn.Parameter(torch.empty(num_coefficients))   # fp32, and so are coefficients
+
+    def forward(self, x_BTC: Tensor) -> tuple[Tensor, ...]:
+        found = MIXER_SCALE * (self.w2(F.gelu(self.w1(x_BTC))) + self.start)
+        return found.unsqueeze(-2).unbind(-1)
+
+
+class Extras(NamedTuple):
+    """What a layer is given for each token, where it is given any."""
+
+    value_BTC: Tensor | None = None     # added to the values (#81)
+    ve_gate_BTH: Tensor | None = None   # of the value embedding, in place of its own gate (#81)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -438,6 +493,14 @@ def shift_still_half(k_BTHD: Tensor) -> Tensor:
     return torch.cat([t1, s1, t2, s2], dim=-1)
 
 
+def exclude_own_value(y_BTHD: Tensor, v_BTHD: Tensor, xsa_H: Tensor) -> Tensor:
+    """y - tanh(xsa) of y's part along v, each head's value of the same token (#82): the stream
+    holds that already."""
+    along = (y_BTHD * v_BTHD).sum(-1, keepdim=True)
+    along = along / v_BTHD.square().sum(-1, keepdim=True).clamp(min=1e-8)
+    return y_BTHD - torch.tanh(xsa_H).unsqueeze(-1).type_as(y_BTHD) * along * v_BTHD
+
+
 def smear(e_BTC: Tensor, weight: Tensor, strength: Tensor) -> Tensor:
     """e_t + l sigmoid(W e_t) e_{t-1} (#34). Documents are not kept apart here."""
     now, before = e_BTC[:, 1:], e_BTC[:, :-1]
@@ -454,6 +517,13 @@ def bigram_hash(tokens_BT: Tensor, num_rows: int) -> Tensor:
     return F.pad(torch.bitwise_xor(now, before) % last, (1, 0), value=last)
 
 
+def sign_hash(tokens_BT: Tensor) -> Tensor:
+    """(B, T) row of the table of signs for (token before, token) (#83): of two pairs that share a
+    row of the bigram table each reads it with other signs. Row 0 at position 0."""
+    tokens = tokens_BT.long()
+    return F.pad(torch.bitwise_xor(tokens[:, 1:], tokens[:, :-1]) % SIGN_ROWS, (1, 0))
+
+
 # --- a layer --------------------------------------------------------------------------------------
 # Blocks take tensors or None, never ints: an int that differs from layer to layer, or changes while
 # training, makes torch.compile build a graph for each value; alike blocks share one graph.
@@ -461,7 +531,7 @@ def bigram_hash(tokens_BT: Tensor, num_rows: int) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention: what it adds to the residual stream."""
 
-    def __init__(self, config: GPTConfig, layer: Layer):
+    def __init__(self, config: GPTConfig, layer: Layer, last: bool = False):
         super().__init__()
         c = self.config = config
         dim, dtype = c.model_dim, DTYPES[c.compute_dtype]
@@ -482,14 +552,15 @@ class Attention(nn.Module):
             self.value_lambda = scalar()
         if has_table and c.value_mix == "two":
             self.embed_lambda = scalar()
-        if has_table and c.value_mix in ("gate", "gate_both"):
+        if has_table and c.value_mix in ("gate", "gate_both") and not (c.mudd and last):
             self.value_gate = gate_weight(c.num_heads)
         if c.attn_gate:
             self.attn_gate = gate_weight(c.num_heads)
+        self.xsa = nn.Parameter(torch.empty(c.num_heads)) if layer.xsa else None
         self.out = Linear(dim, dim, dtype, bias=c.biases, factor=c.qkv_lambda)
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
-                keys: Keys | None) -> Tensor:
+                keys: Keys | None, extras: Extras = Extras()) -> Tensor:
         """`x_BTC`: what attention reads, the stream or an earlier one (#77)."""
         c = self.config
         h_BTC = self.ln(x_BTC) if c.layer_norm else norm(x_BTC, c.norm_eps)
@@ -508,6 +579,8 @@ class Attention(nn.Module):
                 v_BTHD = self.value_lambda * v_BTHD + self.embed_lambda * ve_BTHD
             elif c.value_mix == "add":  # (#47)
                 v_BTHD = v_BTHD + ve_BTHD
+            elif c.mudd and extras.ve_gate_BTH is not None:  # (#81)
+                v_BTHD = v_BTHD + extras.ve_gate_BTH.unsqueeze(-1) * ve_BTHD
             else:  # (#55) a gate for each head, 1 at the start
                 seen_BTC = h_BTC
                 if c.value_mix == "gate_both":  # (#70) half of its input from the value embedding
@@ -517,6 +590,8 @@ class Attention(nn.Module):
                 v_BTHD = v_BTHD + 2 * gate(self.value_gate, seen_BTC).unsqueeze(-1) * ve_BTHD
         elif self.scales_value:  # (#17)
             v_BTHD = self.value_lambda * v_BTHD
+        if c.mudd and extras.value_BTC is not None:  # (#81)
+            v_BTHD = v_BTHD + extras.value_BTC.unflatten(-1, (-1, c.head_dim))
         v_BTHD = v_BTHD.type_as(q_BTHD)
 
         q, k, v = q_BTHD, k_BTHD, v_BTHD
@@ -535,6 +610,8 @@ class Attention(nn.Module):
             k = shift_still_half(k)
 
         y_BTHD = attention(q, k, v, self.scale, keys).reshape(q_BTHD.shape)
+        if c.xsa and self.xsa is not None:  # (#82)
+            y_BTHD = exclude_own_value(y_BTHD, v_BTHD, self.xsa)
         if c.attn_gate:  # (#28) each head's output times sigmoid(W h)
             y_BTHD = y_BTHD * gate(self.attn_gate, h_BTC).unsqueeze(-1)
         y_BTC = self.out(y_BTHD.flatten(-2))
@@ -585,7 +662,10 @@ class Block(nn.Module):
             if c.unet == "gate":
                 self.skip_gate = gate_weight(1)
         attends = not (c.drop_attention and index == dropped_attention(c))  # (#17)
-        if c.sublayer_lambdas:  # (#73)
+        self.mudd = None
+        if c.mudd and index == c.num_layers - 1:  # (#81)
+            self.mudd = Mixer(c.model_dim, 14, DTYPES[c.compute_dtype])
+        elif c.sublayer_lambdas:  # (#73)
             self.mlp_resid, self.mlp_post = scalar(), scalar()
             if attends:
                 self.attn_resid, self.attn_post = scalar(), scalar()
@@ -598,7 +678,7 @@ class Block(nn.Module):
                 self.bigram_lambda = scalar()
         self.attn = self.mlp = None
         if attends:
-            self.attn = Attention(c, layer)
+            self.attn = Attention(c, layer, index == c.num_layers - 1)
         if not (c.drop_mlp and index == 0):  # (#30)
             self.mlp = MLP(c, triton_mlp)
 
@@ -613,6 +693,8 @@ class Block(nn.Module):
                 x_BTC = x_BTC + opened * skip_BTC
             else:  # (#32); a single skip from #45 on
                 x_BTC = x_BTC + torch.sigmoid(self.skip_lambda) * skip_BTC
+        if c.mudd and self.mudd is not None:  # (#81)
+            return self.mixed(x_BTC, shared, ve_BTHD, keys, late_BTC)
         if c.sublayer_lambdas:  # (#73)
             return self.weighed(x_BTC, shared, ve_BTHD, keys, late_BTC)
         if c.x0_lambdas:  # the embedding again (#9)
@@ -639,8 +721,24 @@ class Block(nn.Module):
                 x_BTC = x_BTC + self.bigram_lambda * shared["bigram"]
         return self.mlp_resid * x_BTC + self.mlp_post * self.mlp(x_BTC)
 
+    def mixed(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor,
+              keys: Keys | None, late_BTC: Tensor) -> Tensor:
+        """The last layer: every factor is a coefficient of the token, and what entered layer 0 and
+        a middle layer's output come back, in the stream and in the values (#81)."""
+        (v_first, v_late, v_x, first, late, more, gate_a, gate_b, resid, post, again, bigram,
+         mlp_resid, mlp_post) = self.mudd(x_BTC)
+        first_BTC, half = shared["first"], self.config.num_heads // 2
+        extras = Extras(
+            value_BTC=v_first * first_BTC + v_late * late_BTC + v_x * x_BTC,
+            ve_gate_BTH=torch.cat([gate_a.expand(-1, -1, half), gate_b.expand(-1, -1, half)], -1))
+        y_BTC = self.attn(late_BTC, shared, ve_BTHD, keys, extras)
+        x = (1 + more) * x_BTC + first * first_BTC + late * late_BTC
+        x = resid * x + post * y_BTC + again * first_BTC + bigram * shared["bigram"]
+        x_BTC = x.type_as(x_BTC)
+        return (mlp_resid * x_BTC + mlp_post * self.mlp(x_BTC)).type_as(x_BTC)
+
     def extra_repr(self) -> str:
-        _, table, source, late = self.layer
+        table, source, late = self.layer[1:4]
         return ", ".join(
             [f"{self.layer.keys} window"] * (self.attn is not None)
             + [f"value table {table}"] * (table is not None)
@@ -673,6 +771,8 @@ class GPT(nn.Module):
             Block(c, i, layer, "relu2" in kernels) for i, layer in enumerate(self.plan))
         if c.layer_norm:
             self.ln = nn.LayerNorm(dim)
+        if c.mudd:
+            self.mudd = Mixer(dim, 5, dtype)
         if c.backout:
             self.backout_lambda = scalar()
         # fp8 matmuls (#19) are for training; validation takes compute_dtype
@@ -681,7 +781,11 @@ class GPT(nn.Module):
         if c.tied_head:
             self.lm_head.weight = self.embed.weight
         if c.bigram:
-            self.bigram = Embedding(c.bigram_rows, dim, dtype=table_dtype)
+            self.bigram = Embedding(c.bigram_rows, c.bigram_dim, dtype=table_dtype)
+        if c.bigram_signs:  # (#83) of one seed for all runs: part of the architecture
+            signs = torch.randint(2, (SIGN_ROWS, c.bigram_dim), device="cpu",
+                                  generator=torch.Generator().manual_seed(0))
+            self.register_buffer("signs", (2 * signs - 1).to(table_dtype), persistent=False)
 
         # Rotary tables of every position.
         # Two positions a token where heads share a stream (#58).
@@ -742,7 +846,7 @@ class GPT(nn.Module):
         outputs: dict[int, Tensor] = {}
         for layers in self.segments:
             x_BTC = self.run_layers(layers, x_BTC, shared, values, keys, outputs)
-        return self.final_norm(x_BTC, outputs)
+        return self.final_norm(x_BTC, shared, values, outputs)
 
     def embed_tokens(self, tokens_BT: Tensor) -> tuple[Tensor, dict[str, Tensor], dict]:
         """The embedding and what all layers share. The value embeddings by their table (#14)."""
@@ -765,9 +869,18 @@ class GPT(nn.Module):
             v1_BTC = F.linear(norm(x_BTC, c.norm_eps).to(weight.dtype), weight)
             shared["v1"] = v1_BTC.unflatten(-1, (-1, c.head_dim))
         if c.bigram:  # (#62)
-            shared["bigram"] = self.bigram(bigram_hash(tokens_BT, c.bigram_rows)).to(stream)
+            pairs_BTC = self.bigram(bigram_hash(tokens_BT, c.bigram_rows)).to(stream)
+            if c.bigram_signs:  # (#83)
+                pairs_BTC = pairs_BTC * F.embedding(sign_hash(tokens_BT), self.signs).to(stream)
+            if c.bigram_frac < 1:  # (#83)
+                pairs_BTC = F.pad(pairs_BTC, (0, c.model_dim - c.bigram_dim))
+            shared["bigram"] = pairs_BTC
             if c.sublayer_lambdas:  # (#73) into layer 0 before attention, behind it elsewhere
-                x_BTC = x_BTC + self.blocks[0].bigram_lambda * shared["bigram"]
+                x_BTC = x_BTC + self.blocks[0].bigram_lambda * pairs_BTC
+            if c.bigram_frac < 1:  # (#83) there in place, so that later layers' x0 has it too
+                shared["x0"] = x_BTC
+        if c.mudd:  # (#81)
+            shared["first"] = x_BTC
         values = {int(i): embed(tokens_BT).to(stream).unflatten(-1, (-1, c.head_dim))
                   for i, embed in self.value_embeds.items()}  # (#14)
         return x_BTC, shared, values
@@ -804,8 +917,14 @@ class GPT(nn.Module):
             outputs[i] = x_BTC
         return x_BTC
 
-    def final_norm(self, x_BTC: Tensor, outputs: dict[int, Tensor]) -> Tensor:
+    def final_norm(self, x_BTC: Tensor, shared: dict[str, Tensor], values: dict[int, Tensor],
+                   outputs: dict[int, Tensor]) -> Tensor:
         c = self.config
+        if c.mudd:  # (#81) for each token; at the start that is the backout alone
+            sources = (shared["first"], outputs[late_layer(c)], outputs[c.num_layers - 2],
+                       values[0].flatten(-2), outputs[skip_layer(c)])
+            mixed = sum(n * source for n, source in zip(self.mudd(x_BTC), sources))
+            x_BTC = (x_BTC + mixed).type_as(x_BTC)
         if c.backout:  # (#40) take back what the middle layers needed and the head does not
             x_BTC = x_BTC - self.backout_lambda * outputs[backout_layer(c)]
         return self.ln(x_BTC) if c.layer_norm else norm(x_BTC, c.norm_eps)

@@ -142,8 +142,10 @@ def check(recipe: Recipe) -> None:
     def one_of(where, name: str, *choices: str) -> None:
         must(getattr(where, name) in choices, name, " or ".join(choices), getattr(where, name))
 
-    for name in ("num_layers", "num_heads", "vocab_size", "seq_len", "mlp_ratio", "bigram_factor"):
+    for name in ("num_layers", "num_heads", "vocab_size", "seq_len", "mlp_ratio"):
         must(getattr(m, name) >= 1, name, "a whole number from 1", getattr(m, name))
+    must(m.bigram_factor >= 1, "bigram_factor", "a number from 1", m.bigram_factor)
+    must(0 < m.bigram_frac <= 1, "bigram_frac", "a number above 0, up to 1", m.bigram_frac)
     must(m.head_dim >= 2 and m.head_dim % 2 == 0, "head_dim",
          "an even number from 2 (rotary turns pairs)", m.head_dim)
     must(not m.rotary_half or m.head_dim % 4 == 0, "head_dim", "a multiple of 4 (half of the pairs "
@@ -166,6 +168,10 @@ def check(recipe: Recipe) -> None:
          m.qk_apart)
     must(not m.qk_apart or m.num_heads % 2 == 0, "num_heads",
          "an even number (Muon takes heads in pairs)", m.num_heads)
+    must(not m.mudd or (m.late_input and m.num_heads % 2 == 0), "mudd",
+         "false without late_input, or with an odd num_heads", m.mudd)
+    must(not m.mudd or m.num_layers > 2, "num_layers", "at least 3 (mudd mixes three outputs)",
+         m.num_layers)
     must(not m.late_input or m.sublayer_lambdas, "late_input", "false without sublayer_lambdas",
          m.late_input)
     must(m.rotary_base > 1, "rotary_base", "a number above 1", m.rotary_base)
@@ -532,6 +538,23 @@ _record(80, "Muon on pairs of heads of Q and K", after=77,
                  "mlp_out": "col"},
         num_iterations=1480, cooldown_steps=864)
 
+# 2026-04-22. In the last layer's place of x0, bigram and resid lambdas and of its value gate, and in
+# the backout's.
+_record(81, "Coefficients for each token mix earlier layers (MUDD), short extension", after=80,
+        mudd=True, backout=False,
+        adam_roles=RECORDS[80].adam_roles
+        | {"mudd": {"lr": 0.002, "betas": (0.9, 0.99), "weight_decay": 0.005},
+           "mudd_start": {"lr": 0.002, "betas": (0.9, 0.99)}},
+        num_iterations=1415, extension_steps=10, cooldown_steps=1405 - 562)
+
+# 2026-04-29
+_record(82, "Attention without its own value (XSA)", after=81,
+        xsa=True, num_iterations=1385, cooldown_steps=825)
+
+# 2026-05-20. A quarter as wide and three times as many rows: 145M numbers, 193M before.
+_record(83, "Bigram rows with signs by a second hash", after=82,
+        bigram_signs=True, bigram_frac=0.25, bigram_factor=15)
+
 RECORDS = dict(sorted(RECORDS.items()))
 
 # --- recipes of our own: a record with another idea -----------------------------------------------
@@ -797,9 +820,9 @@ def _scalars_frozen(step: int, recipe: Recipe) -> bool:
 # Roles of parameters (model.parameter_table) in the order of their groups. Gates are treated as
 # matrices unless adam_roles names them.
 MATRICES = ("attn_in", "attn_qk", "attn_v", "attn_out", "mlp_in", "mlp_out")
-GATES = ("attn_gate", "value_gate", "skip_gate", "smear_gate")
+GATES = ("attn_gate", "value_gate", "skip_gate", "smear_gate", "mudd")
 EMBEDS = ("embed", "value_embed", "bigram")
-SCALARS = ("x0_lambda", "scalar", "resid_lambda", "post_lambda")
+SCALARS = ("x0_lambda", "scalar", "resid_lambda", "post_lambda", "mudd_start")
 ROLES = (*MATRICES, *GATES, "embed", "head", "value_embed", "bigram", *SCALARS)
 
 # Where other_rule is "norms": norm and scale of the update by role; others are spectral. In units

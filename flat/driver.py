@@ -260,9 +260,9 @@ class GPT:
                 keys[layer.keys] if c.packed else None,
                 outputs.get(layer.skip_from) if c.unet != "none" else None,
                 outputs.get(layer.attn_from) if c.late_input else None)
-            if c.unet != "none" or c.backout:
+            if c.unet != "none" or c.backout or c.mudd:
                 outputs[i] = x_BTC
-        return self.final_norm(x_BTC, outputs)
+        return self.final_norm(x_BTC, shared, values, outputs)
 
     def head_loss(self, x_BTC: Tensor, targets_BT: Tensor, divisor: float) -> Tensor:
         """Cross-entropy in nats, summed over the B*T tokens, over `divisor`."""
