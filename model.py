@@ -73,6 +73,8 @@ class GPTConfig:
     key_offset: bool = False        # keys of long layers half from the token before (#49)
     paired_heads: bool = False      # two heads share one stream in some short layers (#58)
     qkv_lambda: bool = False        # learned factors of QKV and output weights (#47)
+    dc_window: int | None = None    # the last layer's heads mixed for each token, over so many keys
+                                    # (dynamic composition, #85)
     xsa: bool = False               # attention's output without its own value's direction (#82)
     qk_apart: bool = False          # Q and K in one matrix, V in another, for Muon (#80)
 
@@ -92,7 +94,9 @@ class GPTConfig:
     sublayer_lambdas: bool = False  # attention and MLP weighed by themselves, x0 between (#73)
     late_input: bool = False        # attention of the last layers reads a middle one's output (#77)
     mudd: bool = False              # a small MLP weighs earlier outputs for each token (#81)
-    unet: str = "none"              # skips: weight (#11), sigmoid (#32), single (#45), gate (#55)
+    token_gates: bool = False       # x0, bigram, XSA, attention, skip weighed by tokens too (#85)
+    unet: str = "none"              # skips: weight (#11), sigmoid (#32), single (#45), gate (#55),
+                                    # token (#85)
     smear: bool = False             # a token's embedding takes some of the one before (#34)
     backout: bool = False           # subtract a middle layer's output at the end (#40)
     bigram: bool = False            # hashed bigram embedding into every block (#62)
@@ -170,7 +174,7 @@ CHOICES = {
     "windows": ("one", "two"),
     "value_embeds": ("none", "all", "mirror", "ends", "apart", "later"),
     "value_mix": ("one", "two", "add", "gate", "gate_both"),
-    "unet": ("none", "weight", "sigmoid", "single", "gate"),
+    "unet": ("none", "weight", "sigmoid", "single", "gate", "token"),
     "activation": ("gelu", "gelu_tanh", "relu2"),
     "softcap_kind": ("tanh", "sigmoid"),
     **dict.fromkeys(("compute_dtype", "stream_dtype", "embed_dtype", "head_dtype"), tuple(DTYPES)),
@@ -198,6 +202,7 @@ class Layer(NamedTuple):
     skip_from: int | None = None        # the layer whose output comes back here
     attn_from: int | None = None        # the layer whose output attention reads; none: the stream
     xsa: bool = False                   # attention excludes its own value's direction
+    gated: bool = False                 # its heads have a gate
 
 
 def layer_plan(config: GPTConfig) -> list[Layer]:
@@ -229,9 +234,34 @@ def layer_plan(config: GPTConfig) -> list[Layer]:
         tables.pop(silent, None)
     late = late_layer(config)
     attn_from = dict.fromkeys(range(late + 1, L), late) if config.late_input else {}
-    xsa = {i for i in range(L) if i not in paired and i != silent} if config.xsa else set()
-    return [Layer(keys[i], tables.get(i), skips.get(i), attn_from.get(i), i in xsa)
+    attends = {i for i in range(L) if not (config.drop_attention and i == silent)}
+    xsa = attends - paired if config.xsa else set()
+    gated = attends if config.attn_gate else set()
+    if config.token_gates:  # (#85)
+        xsa, gated = xsa - attn_from.keys(), gated & long
+    return [Layer(keys[i], tables.get(i), skips.get(i), attn_from.get(i), i in xsa, i in gated)
             for i in range(L)]
+
+
+def gates_layer(config: GPTConfig) -> int:
+    """The layer whose input decides the token gates from there on (#85): 4 of 11."""
+    return min(config.num_layers // 3 + 1, dropped_attention(config))
+
+
+def gate_plan(config: GPTConfig, layers: range) -> list[tuple[int, str, int, float]]:
+    """(layer, field of Extras, how many, their start) of the token gates of `layers` (#85)."""
+    H, found = config.num_heads, []
+    for i, layer in enumerate(layer_plan(config)):
+        last = i == config.num_layers - 1
+        if i in layers:
+            found += [(i, "xsa_BTH", H, 0.0)] * layer.xsa
+            found += [(i, "attn_gate_BTH", H, 0.25)] * layer.gated
+            if not last and i != dropped_attention(config):
+                found += [(i, "x0_BT1", 1, 0.0), (i, "bigram_BT1", 1, config.bigram_lambda)]
+            found += [(i, "skip_BT1", 1, 0.5)] * (layer.skip_from is not None)
+            if last and config.dc_window is not None:
+                found += [(i, "dc_in_BTH", H, 1.0), (i, "dc_out_BTH", H, 0.0)]
+    return found
 
 
 def _numbered(layers: set[int]) -> dict[int, int]:
@@ -308,6 +338,12 @@ def parameter_table(config: GPTConfig) -> dict[str, tuple[str, Init]]:
         "*.out.weight": ("attn_out", out),
         "*.fc.weight": ("mlp_in", into_layer),
         "*.proj.weight": ("mlp_out", proj),
+        "gates_*.w1.weight": ("token_gate", matrix(3 ** -0.5, dim)),
+        "gates_*.w2.weight": ("token_gate", zero),
+        "gates_early.start": ("token_gate_start", gates_start(c, range(gates_layer(c)))),
+        "gates_late.start": ("token_gate_start",
+                             gates_start(c, range(gates_layer(c), c.num_layers))),
+        "gates_*.scale": ("token_gate_start", Init("constant", MIXER_SCALE)),
         "*mudd.w1.weight": ("mudd", matrix(3 ** -0.5, dim)),
         "*mudd.w2.weight": ("mudd", zero),
         "blocks.*.mudd.start": ("mudd_start", mixer_start(last_layer)),
@@ -340,6 +376,11 @@ def parameter_table(config: GPTConfig) -> dict[str, tuple[str, Init]]:
 
 def mixer_start(coefficients: tuple[float, ...]) -> Init:
     return Init("constant", tuple(x / MIXER_SCALE for x in coefficients))
+
+
+def gates_start(config: GPTConfig, layers: range) -> Init:
+    return mixer_start(tuple(start for _, _, count, start in gate_plan(config, layers)
+                             for _ in range(count)))
 
 
 def parameter_entry(name: str, config: GPTConfig) -> tuple[str, Init]:
@@ -415,19 +456,22 @@ def gate(weight: Tensor, x_BTC: Tensor) -> Tensor:
 
 
 class Mixer(nn.Module):
-    """Coefficients for each token from a small MLP on the stream x, a (B, T, 1) each:
+    """Coefficients for each token from a small MLP on the stream x, (B, T, coefficients):
     scale (W2 GELU(W1 x) + start), which begin as constants, because W2 is 0 at first (#81).
     After multiway dynamic dense connections, MUDDFormer (Xiao et al. 2025)."""
 
-    def __init__(self, dim: int, num_coefficients: int, dtype: torch.dtype):
+    def __init__(self, dim: int, num_coefficients: int, dtype: torch.dtype,
+                 learned_scale: bool = False):
         super().__init__()
         self.w1 = Linear(dim, MIXER_DIM, dtype)
         self.w2 = Linear(MIXER_DIM, num_coefficients, dtype)
         self.start = nn.Parameter(torch.empty(num_coefficients))   # fp32, and so are coefficients
 
-    def forward(self, x_BTC: Tensor) -> tuple[Tensor, ...]:
-        found = MIXER_SCALE * (self.w2(F.gelu(self.w1(x_BTC))) + self.start)
-        return found.unsqueeze(-2).unbind(-1)
+        self.scale = scalar() if learned_scale else None
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        scale = MIXER_SCALE if self.scale is None else self.scale
+        return scale * (self.w2(F.gelu(self.w1(x_BTC))) + self.start)
 
 
 class Extras(NamedTuple):
@@ -435,6 +479,22 @@ class Extras(NamedTuple):
 
     value_BTC: Tensor | None = None     # added to the values (#81)
     ve_gate_BTH: Tensor | None = None   # of the value embedding, in place of its own gate (#81)
+    xsa_BTH: Tensor | None = None       # in place of learned numbers (#85): of the own value
+    attn_gate_BTH: Tensor | None = None
+    x0_BT1: Tensor | None = None
+    bigram_BT1: Tensor | None = None
+    skip_BT1: Tensor | None = None
+    dc_in_BTH: Tensor | None = None     # dynamic composition: of the heads whose weights are mixed
+    dc_out_BTH: Tensor | None = None    # and of those that take the mixture
+
+
+def by_layer(gates_BTN: Tensor, plan: list[tuple[int, str, int, float]]) -> dict[int, Extras]:
+    """Token gates as each layer takes them (#85)."""
+    parts = gates_BTN.split([count for _, _, count, _ in plan], -1)
+    found: dict[int, dict[str, Tensor]] = {}
+    for (layer, name, _, _), part_BTN in zip(plan, parts):
+        found.setdefault(layer, {})[name] = part_BTN
+    return {layer: Extras(**given) for layer, given in found.items()}
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -493,9 +553,37 @@ def shift_still_half(k_BTHD: Tensor) -> Tensor:
     return torch.cat([t1, s1, t2, s2], dim=-1)
 
 
+def composed_heads(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, extras: Extras, scale: float,
+                   doc_BT: Tensor, window: int) -> Tensor:
+    """What dynamic composition (Xiao et al. 2024; #85) adds to attention's output.
+
+    Each token mixes the attention weights of its heads, over its last `window` keys, self included,
+    and weighs for each head what that mixture takes of the head's values. Queries go in blocks of
+    `window`, which see their own keys and those of the block before.
+    """
+    T, W = q_BTHD.size(1), window
+    short = -T % W
+    q_BnqHD = F.pad(q_BTHD, (0, 0, 0, 0, 0, short)).unflatten(1, (-1, W))
+    k_BnHDk, v_BnHDk = (F.pad(x, (0, 0, 0, 0, W, short)).unfold(1, 2 * W, W)
+                        for x in (k_BTHD, v_BTHD))
+    doc_Bnq1 = F.pad(doc_BT, (0, short), value=-1).unflatten(1, (-1, W, 1))
+    doc_Bnk = F.pad(doc_BT, (W, short), value=-1).unfold(1, 2 * W, W)
+    back = torch.arange(W, 2 * W, device=doc_BT.device)[:, None] - torch.arange(
+        2 * W, device=doc_BT.device)
+    seen_Bnqk = (back >= 0) & (back < W) & (doc_Bnq1 == doc_Bnk.unsqueeze(2))
+
+    scores_BnHqk = scale * torch.einsum("bnqhd,bnhdk->bnhqk", q_BnqHD, k_BnHDk)
+    scores_BnHqk = scores_BnHqk.masked_fill(~seen_Bnqk.unsqueeze(2), -torch.inf)
+    heads_BTH = norm(extras.dc_in_BTH, 1e-6).type_as(q_BTHD)
+    heads_BnqH = F.pad(heads_BTH, (0, 0, 0, short)).unflatten(1, (-1, W))
+    mixed_Bnqk = torch.einsum("bnhqk,bnqh->bnqk", scores_BnHqk.softmax(-1), heads_BnqH)
+    y_BnqHD = torch.einsum("bnqk,bnhdk->bnqhd", mixed_Bnqk, v_BnHDk)
+    return extras.dc_out_BTH.unsqueeze(-1) * y_BnqHD.flatten(1, 2)[:, :T]
+
+
 def exclude_own_value(y_BTHD: Tensor, v_BTHD: Tensor, xsa_H: Tensor) -> Tensor:
     """y - tanh(xsa) of y's part along v, each head's value of the same token (#82): the stream
-    holds that already."""
+    holds that already. `xsa_H`: or one of each token, xsa_BTH (#85)."""
     along = (y_BTHD * v_BTHD).sum(-1, keepdim=True)
     along = along / v_BTHD.square().sum(-1, keepdim=True).clamp(min=1e-8)
     return y_BTHD - torch.tanh(xsa_H).unsqueeze(-1).type_as(y_BTHD) * along * v_BTHD
@@ -554,9 +642,11 @@ class Attention(nn.Module):
             self.embed_lambda = scalar()
         if has_table and c.value_mix in ("gate", "gate_both") and not (c.mudd and last):
             self.value_gate = gate_weight(c.num_heads)
-        if c.attn_gate:
+        if layer.gated and not c.token_gates:
             self.attn_gate = gate_weight(c.num_heads)
-        self.xsa = nn.Parameter(torch.empty(c.num_heads)) if layer.xsa else None
+        self.xsa = None
+        if layer.xsa and not c.token_gates:
+            self.xsa = nn.Parameter(torch.empty(c.num_heads))
         self.out = Linear(dim, dim, dtype, bias=c.biases, factor=c.qkv_lambda)
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
@@ -610,10 +700,19 @@ class Attention(nn.Module):
             k = shift_still_half(k)
 
         y_BTHD = attention(q, k, v, self.scale, keys).reshape(q_BTHD.shape)
-        if c.xsa and self.xsa is not None:  # (#82)
-            y_BTHD = exclude_own_value(y_BTHD, v_BTHD, self.xsa)
-        if c.attn_gate:  # (#28) each head's output times sigmoid(W h)
-            y_BTHD = y_BTHD * gate(self.attn_gate, h_BTC).unsqueeze(-1)
+        if c.dc_window is not None and extras.dc_in_BTH is not None:  # (#85)
+            y_BTHD = y_BTHD + composed_heads(q, k, v, extras, self.scale, shared["docs"],
+                                             c.dc_window)
+        if c.token_gates:  # (#85) as below, with a number of each token; no sigmoid
+            if extras.xsa_BTH is not None:
+                y_BTHD = exclude_own_value(y_BTHD, v_BTHD, extras.xsa_BTH)
+            if extras.attn_gate_BTH is not None:
+                y_BTHD = extras.attn_gate_BTH.unsqueeze(-1) * y_BTHD
+        else:
+            if c.xsa and self.xsa is not None:  # (#82)
+                y_BTHD = exclude_own_value(y_BTHD, v_BTHD, self.xsa)
+            if c.attn_gate:  # (#28) each head's output times sigmoid(W h)
+                y_BTHD = y_BTHD * gate(self.attn_gate, h_BTC).unsqueeze(-1)
         y_BTC = self.out(y_BTHD.flatten(-2))
         if c.attn_damping:  # (#2)
             y_BTC = y_BTC * (2 * c.num_layers) ** -0.5
@@ -669,7 +768,8 @@ class Block(nn.Module):
             self.mlp_resid, self.mlp_post = scalar(), scalar()
             if attends:
                 self.attn_resid, self.attn_post = scalar(), scalar()
-                self.x0_lambda, self.bigram_lambda = scalar(), scalar()
+                if not c.token_gates:
+                    self.x0_lambda, self.bigram_lambda = scalar(), scalar()
             self.takes_bigram = index > 0   # layer 0 begins with it
         else:
             if c.x0_lambdas:
@@ -683,20 +783,24 @@ class Block(nn.Module):
             self.mlp = MLP(c, triton_mlp)
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
-                keys: Keys | None, skip_BTC: Tensor | None, late_BTC: Tensor | None) -> Tensor:
+                keys: Keys | None, skip_BTC: Tensor | None, late_BTC: Tensor | None,
+                extras: Extras = Extras()) -> Tensor:
         c = self.config
         if skip_BTC is not None:  # output of an earlier layer (U-net, #11)
             if c.unet == "weight":  # (#11)
                 x_BTC = x_BTC + self.skip_lambda * skip_BTC
+            elif c.unet == "token":  # (#85)
+                opened = torch.sigmoid(self.skip_lambda) * extras.skip_BT1
+                x_BTC = (x_BTC + opened * skip_BTC).type_as(x_BTC)
             elif c.unet == "gate":  # (#55)
                 opened = 2 * torch.sigmoid(self.skip_lambda) * gate(self.skip_gate, shared["x0"])
                 x_BTC = x_BTC + opened * skip_BTC
             else:  # (#32); a single skip from #45 on
                 x_BTC = x_BTC + torch.sigmoid(self.skip_lambda) * skip_BTC
         if c.mudd and self.mudd is not None:  # (#81)
-            return self.mixed(x_BTC, shared, ve_BTHD, keys, late_BTC)
+            return self.mixed(x_BTC, shared, ve_BTHD, keys, late_BTC, extras)
         if c.sublayer_lambdas:  # (#73)
-            return self.weighed(x_BTC, shared, ve_BTHD, keys, late_BTC)
+            return self.weighed(x_BTC, shared, ve_BTHD, keys, late_BTC, extras)
         if c.x0_lambdas:  # the embedding again (#9)
             x_BTC = self.resid_lambda * x_BTC + self.x0_lambda * shared["x0"]
         if c.bigram:  # (#62)
@@ -708,27 +812,31 @@ class Block(nn.Module):
         return x_BTC
 
     def weighed(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
-                keys: Keys | None, late_BTC: Tensor | None) -> Tensor:
+                keys: Keys | None, late_BTC: Tensor | None, extras: Extras) -> Tensor:
         """Attention and MLP with a factor for the stream and one for what is added (#73); the
         embeddings enter between them."""
         c = self.config
         if self.attn is not None:
             source_BTC = x_BTC if late_BTC is None else late_BTC    # (#77)
-            y_BTC = self.attn(source_BTC, shared, ve_BTHD, keys)
-            x_BTC = (self.attn_resid * x_BTC + self.attn_post * y_BTC
-                     + self.x0_lambda * shared["x0"])
+            y_BTC = self.attn(source_BTC, shared, ve_BTHD, keys, extras)
+            if c.token_gates:  # (#85)
+                again, bigram = extras.x0_BT1, extras.bigram_BT1
+            else:
+                again, bigram = self.x0_lambda, self.bigram_lambda
+            x = self.attn_resid * x_BTC + self.attn_post * y_BTC + again * shared["x0"]
             if self.takes_bigram:
-                x_BTC = x_BTC + self.bigram_lambda * shared["bigram"]
+                x = x + bigram * shared["bigram"]
+            x_BTC = x.type_as(x_BTC)
         return self.mlp_resid * x_BTC + self.mlp_post * self.mlp(x_BTC)
 
     def mixed(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor,
-              keys: Keys | None, late_BTC: Tensor) -> Tensor:
+              keys: Keys | None, late_BTC: Tensor, extras: Extras) -> Tensor:
         """The last layer: every factor is a coefficient of the token, and what entered layer 0 and
         a middle layer's output come back, in the stream and in the values (#81)."""
         (v_first, v_late, v_x, first, late, more, gate_a, gate_b, resid, post, again, bigram,
-         mlp_resid, mlp_post) = self.mudd(x_BTC)
+         mlp_resid, mlp_post) = self.mudd(x_BTC).split(1, -1)
         first_BTC, half = shared["first"], self.config.num_heads // 2
-        extras = Extras(
+        extras = extras._replace(
             value_BTC=v_first * first_BTC + v_late * late_BTC + v_x * x_BTC,
             ve_gate_BTH=torch.cat([gate_a.expand(-1, -1, half), gate_b.expand(-1, -1, half)], -1))
         y_BTC = self.attn(late_BTC, shared, ve_BTHD, keys, extras)
@@ -773,6 +881,12 @@ class GPT(nn.Module):
             self.ln = nn.LayerNorm(dim)
         if c.mudd:
             self.mudd = Mixer(dim, 5, dtype)
+        if c.token_gates:  # (#85)
+            self.plan_early = gate_plan(c, range(gates_layer(c)))
+            self.plan_late = gate_plan(c, range(gates_layer(c), c.num_layers))
+            self.gates_early, self.gates_late = (
+                Mixer(dim, sum(row[2] for row in plan), dtype, learned_scale=True)
+                for plan in (self.plan_early, self.plan_late))
         if c.backout:
             self.backout_lambda = scalar()
         # fp8 matmuls (#19) are for training; validation takes compute_dtype
@@ -840,12 +954,14 @@ class GPT(nn.Module):
 
     def hidden(self, tokens_BT: Tensor, docs_B2: Tensor | None = None) -> Tensor:
         """(B, T) tokens -> (B, T, C), normed, ready for the head. `docs_B2`: see packed_keys."""
+        c = self.config
         x_BTC, shared, values = self.embed_tokens(tokens_BT)
         x_BTC = x_BTC.view_as(x_BTC)  # as shared["x0"] itself layer 0 would be a graph of its own
         keys = self.attention_keys(tokens_BT, docs_B2)
+        extras = by_layer(shared["gates"], self.plan_early) if c.token_gates else {}
         outputs: dict[int, Tensor] = {}
         for layers in self.segments:
-            x_BTC = self.run_layers(layers, x_BTC, shared, values, keys, outputs)
+            x_BTC = self.run_layers(layers, x_BTC, shared, values, keys, extras, outputs)
         return self.final_norm(x_BTC, shared, values, outputs)
 
     def embed_tokens(self, tokens_BT: Tensor) -> tuple[Tensor, dict[str, Tensor], dict]:
@@ -876,11 +992,18 @@ class GPT(nn.Module):
                 pairs_BTC = F.pad(pairs_BTC, (0, c.model_dim - c.bigram_dim))
             shared["bigram"] = pairs_BTC
             if c.sublayer_lambdas:  # (#73) into layer 0 before attention, behind it elsewhere
-                x_BTC = x_BTC + self.blocks[0].bigram_lambda * pairs_BTC
+                if c.token_gates:  # (#85) of x0, for layers 0 to 3
+                    shared["gates"] = self.gates_early(x_BTC)
+                    factor = by_layer(shared["gates"], self.plan_early)[0].bigram_BT1
+                else:
+                    factor = self.blocks[0].bigram_lambda
+                x_BTC = (x_BTC + factor * pairs_BTC).type_as(x_BTC)
             if c.bigram_frac < 1:  # (#83) there in place, so that later layers' x0 has it too
                 shared["x0"] = x_BTC
         if c.mudd:  # (#81)
             shared["first"] = x_BTC
+        if c.dc_window is not None:  # (#85)
+            shared["docs"] = document_ids(tokens_BT, c.bos_id)
         values = {int(i): embed(tokens_BT).to(stream).unflatten(-1, (-1, c.head_dim))
                   for i, embed in self.value_embeds.items()}  # (#14)
         return x_BTC, shared, values
@@ -903,12 +1026,17 @@ class GPT(nn.Module):
 
     def run_layers(self, layers: range, x_BTC: Tensor, shared: dict[str, Tensor],
                    values: dict[int, Tensor], keys: dict[str, Keys | None],
-                   outputs: dict[int, Tensor]) -> Tensor:
-        """Consecutive layers; each one's output is added to `outputs` for the skips behind it."""
+                   extras: dict[int, Extras], outputs: dict[int, Tensor]) -> Tensor:
+        """Consecutive layers; each one's output is added to `outputs` for the skips behind it, and
+        on the way the token gates of the later layers to `extras`."""
+        c = self.config
         for i in layers:
+            if c.token_gates and i == gates_layer(c):  # (#85)
+                extras |= by_layer(self.gates_late(x_BTC), self.plan_late)
             layer, block = self.plan[i], self.blocks[i]
             inputs = (x_BTC, shared, values.get(layer.value_table), keys[layer.keys],
-                      outputs.get(layer.skip_from), outputs.get(layer.attn_from))
+                      outputs.get(layer.skip_from), outputs.get(layer.attn_from),
+                      extras.get(i, Extras()))
             if i < self.recomputed and torch.is_grad_enabled():
                 # keeps its input alone: a third more work, a tenth of the memory
                 x_BTC = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -923,7 +1051,7 @@ class GPT(nn.Module):
         if c.mudd:  # (#81) for each token; at the start that is the backout alone
             sources = (shared["first"], outputs[late_layer(c)], outputs[c.num_layers - 2],
                        values[0].flatten(-2), outputs[skip_layer(c)])
-            mixed = sum(n * source for n, source in zip(self.mudd(x_BTC), sources))
+            mixed = sum(n * source for n, source in zip(self.mudd(x_BTC).split(1, -1), sources))
             x_BTC = (x_BTC + mixed).type_as(x_BTC)
         if c.backout:  # (#40) take back what the middle layers needed and the head does not
             x_BTC = x_BTC - self.backout_lambda * outputs[backout_layer(c)]

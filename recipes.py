@@ -172,6 +172,12 @@ def check(recipe: Recipe) -> None:
          "false without late_input, or with an odd num_heads", m.mudd)
     must(not m.mudd or m.num_layers > 2, "num_layers", "at least 3 (mudd mixes three outputs)",
          m.num_layers)
+    must(not m.token_gates or (m.mudd and m.packed and m.unet == "token"), "token_gates",
+         "false without mudd, packed and unet token", m.token_gates)
+    must(m.token_gates or (m.dc_window is None and m.unet != "token"), "token_gates",
+         "true with dc_window or unet token", m.token_gates)
+    must(m.dc_window is None or m.dc_window >= 1, "dc_window", "none or a whole number from 1",
+         m.dc_window)
     must(not m.late_input or m.sublayer_lambdas, "late_input", "false without sublayer_lambdas",
          m.late_input)
     must(m.rotary_base > 1, "rotary_base", "a number above 1", m.rotary_base)
@@ -555,6 +561,16 @@ _record(82, "Attention without its own value (XSA)", after=81,
 _record(83, "Bigram rows with signs by a second hash", after=82,
         bigram_signs=True, bigram_frac=0.25, bigram_factor=15)
 
+# 2026-05-27. With #84: the MLP's first matrix forward in fp8 (bf16 here), for five more steps.
+# Attention gates stay in the long layers, XSA in those before the late input. #86 (XSA's algebra)
+# and #87 (ReLU^2 stores its output alone) are kernels.
+_record(85, "Gates from tokens, dynamic composition of heads, wide bigrams", after=83,
+        token_gates=True, unet="token", dc_window=112, bigram_frac=1.0, bigram_factor=7.5,
+        adam_roles=RECORDS[83].adam_roles
+        | {"token_gate": {"lr": 0.0008, "betas": (0.9, 0.99), "weight_decay": 0.005},
+           "token_gate_start": {"lr": 0.0008, "betas": (0.9, 0.99)}},
+        num_iterations=1300, extension_steps=15, cooldown_steps=1285 - 514)
+
 RECORDS = dict(sorted(RECORDS.items()))
 
 # --- recipes of our own: a record with another idea -----------------------------------------------
@@ -629,6 +645,7 @@ def pocket(recipe: Recipe) -> Recipe:
         max_doc_stages=tuple(n // 4 for n in recipe.max_doc_stages),
         window_range=tuple(w // 4 for w in recipe.window_range),
         window_block=recipe.window_block // 4,
+        dc_window=recipe.model.dc_window and recipe.model.dc_window // 4,
         val_tokens=TRACKS["pocket"].fixed["val_tokens"],
         val_seq_len=1024 if packed else None,
         val_every=math.ceil(num_iterations / 5))
@@ -820,9 +837,10 @@ def _scalars_frozen(step: int, recipe: Recipe) -> bool:
 # Roles of parameters (model.parameter_table) in the order of their groups. Gates are treated as
 # matrices unless adam_roles names them.
 MATRICES = ("attn_in", "attn_qk", "attn_v", "attn_out", "mlp_in", "mlp_out")
-GATES = ("attn_gate", "value_gate", "skip_gate", "smear_gate", "mudd")
+GATES = ("attn_gate", "value_gate", "skip_gate", "smear_gate", "mudd", "token_gate")
 EMBEDS = ("embed", "value_embed", "bigram")
-SCALARS = ("x0_lambda", "scalar", "resid_lambda", "post_lambda", "mudd_start")
+SCALARS = ("x0_lambda", "scalar", "resid_lambda", "post_lambda", "mudd_start",
+           "token_gate_start")
 ROLES = (*MATRICES, *GATES, "embed", "head", "value_embed", "bigram", *SCALARS)
 
 # Where other_rule is "norms": norm and scale of the update by role; others are spectral. In units

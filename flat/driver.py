@@ -252,14 +252,20 @@ class GPT:
         x_BTC, shared, values = self.embed_tokens(tokens_BT)
         if c.packed:
             keys = self.attention_keys(tokens_BT)
+        if c.token_gates:
+            extras = by_layer(shared["gates"], self.plan_early)
         outputs: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
             layer = self.plan[i]
+            if c.token_gates:  # (#85)
+                if i == gates_layer(c):
+                    extras |= by_layer(self.gates_late(x_BTC), self.plan_late)
             x_BTC = block(
                 x_BTC, shared, values.get(layer.value_table) if c.value_embeds != "none" else None,
                 keys[layer.keys] if c.packed else None,
                 outputs.get(layer.skip_from) if c.unet != "none" else None,
-                outputs.get(layer.attn_from) if c.late_input else None)
+                outputs.get(layer.attn_from) if c.late_input else None,
+                extras.get(i, Extras()) if c.token_gates else Extras())
             if c.unet != "none" or c.backout or c.mudd:
                 outputs[i] = x_BTC
         return self.final_norm(x_BTC, shared, values, outputs)
