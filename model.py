@@ -202,7 +202,7 @@ class Layer(NamedTuple):
     skip_from: int | None = None        # the layer whose output comes back here
     attn_from: int | None = None        # the layer whose output attention reads; none: the stream
     xsa: bool = False                   # attention excludes its own value's direction
-    gated: bool = False                 # its heads have a gate
+    gated: bool = True                  # its heads have a gate, where any have
 
 
 def layer_plan(config: GPTConfig) -> list[Layer]:
@@ -236,9 +236,9 @@ def layer_plan(config: GPTConfig) -> list[Layer]:
     attn_from = dict.fromkeys(range(late + 1, L), late) if config.late_input else {}
     attends = {i for i in range(L) if not (config.drop_attention and i == silent)}
     xsa = attends - paired if config.xsa else set()
-    gated = attends if config.attn_gate else set()
+    gated = set(range(L))
     if config.token_gates:  # (#85)
-        xsa, gated = xsa - attn_from.keys(), gated & long
+        xsa, gated = xsa - attn_from.keys(), long
     return [Layer(keys[i], tables.get(i), skips.get(i), attn_from.get(i), i in xsa, i in gated)
             for i in range(L)]
 
@@ -255,7 +255,7 @@ def gate_plan(config: GPTConfig, layers: range) -> list[tuple[int, str, int, flo
         last = i == config.num_layers - 1
         if i in layers:
             found += [(i, "xsa_BTH", H, 0.0)] * layer.xsa
-            found += [(i, "attn_gate_BTH", H, 0.25)] * layer.gated
+            found += [(i, "attn_gate_BTH", H, 0.25)] * (config.attn_gate and layer.gated)
             if not last and i != dropped_attention(config):
                 found += [(i, "x0_BT1", 1, 0.0), (i, "bigram_BT1", 1, config.bigram_lambda)]
             found += [(i, "skip_BT1", 1, 0.5)] * (layer.skip_from is not None)
@@ -574,7 +574,7 @@ def composed_heads(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, extras: Extra
 
     scores_BnHqk = scale * torch.einsum("bnqhd,bnhdk->bnhqk", q_BnqHD, k_BnHDk)
     scores_BnHqk = scores_BnHqk.masked_fill(~seen_Bnqk.unsqueeze(2), -torch.inf)
-    heads_BTH = norm(extras.dc_in_BTH, 1e-6).type_as(q_BTHD)
+    heads_BTH = F.rms_norm(extras.dc_in_BTH, extras.dc_in_BTH.shape[-1:], eps=1e-6).type_as(q_BTHD)
     heads_BnqH = F.pad(heads_BTH, (0, 0, 0, short)).unflatten(1, (-1, W))
     mixed_Bnqk = torch.einsum("bnhqk,bnqh->bnqk", scores_BnHqk.softmax(-1), heads_BnqH)
     y_BnqHD = torch.einsum("bnqk,bnhdk->bnqhd", mixed_Bnqk, v_BnHDk)
@@ -642,7 +642,7 @@ class Attention(nn.Module):
             self.embed_lambda = scalar()
         if has_table and c.value_mix in ("gate", "gate_both") and not (c.mudd and last):
             self.value_gate = gate_weight(c.num_heads)
-        if layer.gated and not c.token_gates:
+        if c.attn_gate and layer.gated and not c.token_gates:
             self.attn_gate = gate_weight(c.num_heads)
         self.xsa = None
         if layer.xsa and not c.token_gates:
@@ -671,12 +671,12 @@ class Attention(nn.Module):
                 v_BTHD = v_BTHD + ve_BTHD
             elif c.mudd and extras.ve_gate_BTH is not None:  # (#81)
                 v_BTHD = v_BTHD + extras.ve_gate_BTH.unsqueeze(-1) * ve_BTHD
-            else:  # (#55) a gate for each head, 1 at the start
-                seen_BTC = h_BTC
-                if c.value_mix == "gate_both":  # (#70) half of its input from the value embedding
-                    half = GATE_DIM // 2
-                    ve_BTC = ve_BTHD.flatten(-2).type_as(h_BTC)
-                    seen_BTC = torch.cat([h_BTC[..., :half], ve_BTC[..., :half]], dim=-1)
+            elif c.value_mix == "gate":  # (#55) a gate for each head, 1 at the start
+                v_BTHD = v_BTHD + 2 * gate(self.value_gate, h_BTC).unsqueeze(-1) * ve_BTHD
+            else:  # (#70) that sees the value embedding as well
+                half = GATE_DIM // 2
+                ve_BTC = ve_BTHD.flatten(-2).type_as(h_BTC)
+                seen_BTC = torch.cat([h_BTC[..., :half], ve_BTC[..., :half]], dim=-1)
                 v_BTHD = v_BTHD + 2 * gate(self.value_gate, seen_BTC).unsqueeze(-1) * ve_BTHD
         elif self.scales_value:  # (#17)
             v_BTHD = self.value_lambda * v_BTHD
