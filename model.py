@@ -189,6 +189,7 @@ class Phase(NamedTuple):
     short_window: int | None = None     # and a short one
     yarn_windows: tuple[int, ...] = ()  # the windows so far, for the rotary frequencies
     target_weights: tuple[float, ...] = (1.0,)  # of the next token, the one after it, ...
+    prefix_weight: float = 0.0          # of the longest token that the next one begins with (#88)
     tied: bool = False                  # the embedding is the head's table for now (#51)
 
 
@@ -907,6 +908,8 @@ class GPT(nn.Module):
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(positions, c.head_dim // 2), persistent=False)
         self.register_buffer("target_weights", torch.ones(1), persistent=False)
+        # (#88) the longest token that each token begins with, or -1; see recipes.build_model
+        self.register_buffer("prefixes", None, persistent=False)
         self.phase: Phase | None = None
         self.set_phase(Phase())
 
@@ -924,10 +927,11 @@ class GPT(nn.Module):
             self.set_rotary(phase.yarn_windows)
         self.phase = phase
         self.tied = phase.tied
-        if len(phase.target_weights) != len(self.target_weights):
-            self.target_weights = torch.ones(len(phase.target_weights), device=self.cos.device)
-        for ahead, weight in enumerate(phase.target_weights):
-            self.target_weights[ahead].fill_(weight)
+        weights = phase.target_weights + (phase.prefix_weight,) * (phase.prefix_weight > 0)
+        if len(weights) != len(self.target_weights):
+            self.target_weights = torch.ones(len(weights), device=self.cos.device)
+        for target, weight in enumerate(weights):
+            self.target_weights[target].fill_(weight)
 
     def set_rotary(self, windows: tuple[int, ...]) -> None:
         """Cos and sin of every position. Both q and k carry the root of YaRN's temperature (#31),
@@ -1065,7 +1069,9 @@ class GPT(nn.Module):
         """Cross-entropy in nats, summed over the B*T tokens: fp32 scalar. With several targets
         (multi-token prediction, #53) each has its weight; they do not reach into the next row."""
         c, head = self.config, self.lm_head
-        targets_NK = targets_ahead(targets_BT, len(self.target_weights))
+        targets_NK = targets_ahead(targets_BT, len(self.phase.target_weights))
+        if self.phase.prefix_weight > 0:  # (#88) of the same logits
+            targets_NK = torch.cat([targets_NK, self.prefixes[targets_BT].view(-1, 1)], dim=1)
         fp8_factors = c.fp8_factors if c.head == "fp8" and self.training else None  # (#19)
         return head_loss(x_BTC.flatten(0, 1), head.weight, targets_NK, self.target_weights,
                          c.softcap, head.compute_dtype, fp8_factors, self.loss_bodies)

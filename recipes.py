@@ -12,6 +12,9 @@ import dataclasses
 import math
 from dataclasses import dataclass, field, fields, replace
 
+import torch
+
+from data.prefixes import token_prefixes
 from model import CHOICES, GPT, GPTConfig, Phase, flops_per_token, init_weights, parameter_entry
 from records.rules import FINEWEB_VAL_TOKENS, TRACKS
 
@@ -101,6 +104,8 @@ class Recipe:
 
     # targets
     num_targets: int = 1            # tokens ahead in the first third, one less in each next (#53)
+    prefix_weight: float = 0.0      # of the longest token that the next one begins with: in the
+                                    # first third, falling to 0 in the second (#88)
     tie_first: bool = False         # the head's table is the embedding until the last third (#51)
 
     # validation
@@ -248,6 +253,7 @@ def check(recipe: Recipe) -> None:
          f"that of the embedding, {m.embed_dtype}, whose table it shares", m.head_dtype)
     must(1 <= r.muon_steps <= 20, "muon_steps", "1 to 20", r.muon_steps)
     must(1 <= r.num_targets <= 3, "num_targets", "1 to 3", r.num_targets)
+    must(r.prefix_weight >= 0, "prefix_weight", "0 or more", r.prefix_weight)
     must(r.val_tokens >= r.val_row and r.val_tokens % r.val_row == 0, "val_tokens",
          f"a multiple of a validation row's {r.val_row}", r.val_tokens)
     must(r.val_every >= 1, "val_every", "a whole number from 1", r.val_every)
@@ -571,6 +577,13 @@ _record(85, "Gates from tokens, dynamic composition of heads, wide bigrams", aft
            "token_gate_start": {"lr": 0.0008, "betas": (0.9, 0.99)}},
         num_iterations=1300, extension_steps=15, cooldown_steps=1285 - 514)
 
+# 2026-07-13
+_record(88, "Prefix loss", after=85,
+        prefix_weight=0.25, num_iterations=1285, cooldown_steps=762)
+
+# 2026-07-17. The MLP's second matrix forward in fp8 (bf16 here).
+_record(89, "fp8 in the MLP's second matrix", after=88)
+
 RECORDS = dict(sorted(RECORDS.items()))
 
 # --- recipes of our own: a record with another idea -----------------------------------------------
@@ -640,6 +653,7 @@ def pocket(recipe: Recipe) -> Recipe:
         matrix_lr=recipe.matrix_lr * (width_ratio ** 0.5 if unit_rms else 1.0),
         adam_roles=recipe.adam_roles | sparse_eps,
         num_iterations=num_iterations, batch_tokens=batch_tokens,
+        prefix_weight=0.0,  # no byte begins with another
         batch_stages=tuple(b // POCKET_BATCH for b in recipe.batch_stages),
         max_doc_len=recipe.max_doc_len and recipe.max_doc_len // 4,
         max_doc_stages=tuple(n // 4 for n in recipe.max_doc_stages),
@@ -788,6 +802,12 @@ def _target_weights(step: int, recipe: Recipe) -> tuple[float, ...]:
     return tuple(weights)
 
 
+def _prefix_weight(step: int, recipe: Recipe) -> float:
+    """(#88) Of the prefix of the next token: constant in the first third, to 0 in the second."""
+    part = 2 if step >= recipe.scheduled_steps else _part(step, 3, recipe)
+    return recipe.prefix_weight * (1, 1 - _part_progress(step, 3, recipe), 0)[part]
+
+
 def untie_step(recipe: Recipe) -> int:
     """The first step with an embedding of its own: the one after Adam's first update from the step
     on that two thirds fall in, so that no gradient is half collected."""
@@ -795,24 +815,25 @@ def untie_step(recipe: Recipe) -> int:
     return (start // recipe.adam_every + 1) * recipe.adam_every
 
 
-def _phase(step: int, recipe: Recipe, last: bool, weights: tuple[float, ...]) -> Phase:
+def _phase(step: int, recipe: Recipe, last: bool, weights: tuple[float, ...],
+           prefix_weight: float) -> Phase:
     found = windows(step, recipe, last=last)
     short, long = (window_in_keys(w, recipe) for w in found) if found else (None, None)
     return Phase(
         window=long, short_window=short,
         yarn_windows=_yarn_windows(step, recipe, last), target_weights=weights,
-        tied=recipe.tie_first and step < untie_step(recipe))
+        prefix_weight=prefix_weight, tied=recipe.tie_first and step < untie_step(recipe))
 
 
 def phase(step: int, recipe: Recipe) -> Phase:
     """The model's phase in the training step `step`."""
-    return _phase(step, recipe, False, _target_weights(step, recipe))
+    return _phase(step, recipe, False, _target_weights(step, recipe), _prefix_weight(step, recipe))
 
 
 def eval_phase(step: int, recipe: Recipe) -> Phase:
     """The phase of the validation before `step`: one target, and at the end the windows that some
     records keep for the last validation."""
-    return _phase(step, recipe, step == recipe.num_iterations, (1.0,))
+    return _phase(step, recipe, step == recipe.num_iterations, (1.0,), 0.0)
 
 
 def phase_steps(recipe: Recipe) -> list[int]:
@@ -821,7 +842,8 @@ def phase_steps(recipe: Recipe) -> list[int]:
     kinds = {}
     for step in range(recipe.num_iterations):
         s = phase(step, recipe)
-        kind = (batch_shape(step, recipe), s.window, s.short_window, len(s.target_weights), s.tied)
+        kind = (batch_shape(step, recipe), s.window, s.short_window, len(s.target_weights),
+                s.prefix_weight > 0, s.tied)
         kinds.setdefault(kind, step)
     return list(kinds.values())
 
@@ -915,6 +937,8 @@ def build_model(recipe: Recipe, seed: int, kernels: frozenset[str] = frozenset()
     """The recipe's model before step 0, on the CPU. `kernels`: what runs in Triton, see GPT."""
     model = GPT(recipe.model, kernels)
     init_weights(model, seed)  # on the CPU, so that every device starts from the same numbers
+    if recipe.prefix_weight:
+        model.prefixes = torch.from_numpy(token_prefixes(recipe.model.vocab_size))
     model.set_phase(phase(0, recipe))
     return model
 
