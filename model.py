@@ -214,28 +214,27 @@ def layer_plan(config: GPTConfig) -> list[Layer]:
         long = set(range(L))
     paired = {p * L // 11 for p in (0, 2, 5, 9)} - long if config.paired_heads else set()
     keys = ["paired" if i in paired else "long" if i in long else "short" for i in range(L)]
+    silent = dropped_attention(config)
+    attends = {i for i in range(L) if not (config.drop_attention and i == silent)}
 
     ends = max(1, (L + 1) // 4)  # tables of the sparse layout: first and last layers
     gone = int(config.drop_first)
     first = {i: i + gone for i in range(ends - gone)}
     last = {L - ends + i: i for i in range(ends)}
-    own = range(max(1, ends - gone))
+    early = range(max(1, ends - gone))
     tables = {"none": {}, "all": {i: i for i in range(L)},
               "mirror": {i: min(i, L - 1 - i) for i in range(L)},
               "ends": first | last,
-              "apart": _numbered({*own, *last}),
-              "later": _numbered({*(i + 1 for i in own), *last})}[config.value_embeds]
+              "apart": _numbered(attends & {*early, *last}),
+              "later": _numbered(attends & {*(i + 1 for i in early), *last})}[config.value_embeds]
 
     half = L // 2
     mirror = {2 * half - 1 - i: i for i in range(half)}
-    silent = dropped_attention(config)
     skips = {"none": {}, "weight": mirror, "sigmoid": mirror}.get(
         config.unet, {silent: skip_layer(config)})
-    if config.drop_attention:
-        tables.pop(silent, None)
+    tables = {i: table for i, table in tables.items() if i in attends}
     late = late_layer(config)
     attn_from = dict.fromkeys(range(late + 1, L), late) if config.late_input else {}
-    attends = {i for i in range(L) if not (config.drop_attention and i == silent)}
     xsa = attends - paired if config.xsa else set()
     gated = set(range(L))
     if config.token_gates:  # (#85)
@@ -908,7 +907,7 @@ class GPT(nn.Module):
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(positions, c.head_dim // 2), persistent=False)
         self.register_buffer("target_weights", torch.ones(1), persistent=False)
-        # (#88) the longest token that each token begins with, or -1; see recipes.build_model
+        # (#88) the longest token that each token begins with, or -1; from the trainer
         self.register_buffer("prefixes", None, persistent=False)
         self.phase: Phase | None = None
         self.set_phase(Phase())

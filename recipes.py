@@ -12,9 +12,6 @@ import dataclasses
 import math
 from dataclasses import dataclass, field, fields, replace
 
-import torch
-
-from data.prefixes import token_prefixes
 from model import CHOICES, GPT, GPTConfig, Phase, flops_per_token, init_weights, parameter_entry
 from records.rules import FINEWEB_VAL_TOKENS, TRACKS
 
@@ -937,8 +934,6 @@ def build_model(recipe: Recipe, seed: int, kernels: frozenset[str] = frozenset()
     """The recipe's model before step 0, on the CPU. `kernels`: what runs in Triton, see GPT."""
     model = GPT(recipe.model, kernels)
     init_weights(model, seed)  # on the CPU, so that every device starts from the same numbers
-    if recipe.prefix_weight:
-        model.prefixes = torch.from_numpy(token_prefixes(recipe.model.vocab_size))
     model.set_phase(phase(0, recipe))
     return model
 

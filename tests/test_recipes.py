@@ -38,10 +38,13 @@ import torch
 import recipes
 from conftest import FACTS
 from kernels.loss import softcapped
-from model import GPT, backout_layer, init_weights, num_parameters, parameter_entry
+from model import GPT, GPTConfig, backout_layer, init_weights, num_parameters, parameter_entry
 from recipes import RECORDS, pocket
 
-LADDER = [*range(1, 25), 26, 27, 29, 31, 38, 41, 43, 46, 53, 62]
+# The facts' #84 is #83 with fp8 in a matrix and five more steps: no rung, but with all its numbers.
+LADDER = [*range(1, 25), 26, 27, 29, 31, 38, 41, 43, 46, 53, 62, 84]
+NEWEST = [63, 64, 70, 72, 77, 80, 81, 82, 83, 85, 88, 89]     # held to facts below
+HELD = RECORDS | {84: recipes.edit(RECORDS[83], num_iterations=1390, cooldown_steps=828)}
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +56,12 @@ def facts() -> dict:
 def meta_models() -> dict:
     """Every full-size model, without memory for its weights."""
     with torch.device("meta"):
-        return {record: GPT(recipe.model) for record, recipe in RECORDS.items()}
+        return {record: GPT(recipe.model) for record, recipe in HELD.items()}
 
 
 def test_the_whole_ladder_is_there():
-    assert list(RECORDS) == LADDER
-    assert all(RECORDS[record].record == record and RECORDS[record].title for record in LADDER)
+    assert list(RECORDS) == LADDER[:-1] + NEWEST
+    assert all(recipe.record == record and recipe.title for record, recipe in RECORDS.items())
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -76,6 +79,10 @@ EXTRA_PARAMETERS = {
     38: 42 - 71, 41: 43 - 63, 43: 43 - 63, 46: 39 - 63,
     53: -6,                     # a vector of 40
     62: -(2 * 3072 * 768 + 6),  # a padding layer in the MLP bank, and padding of scalars
+    # Padding: 4 blocks of Q and K, 4 matrices of V and O, an MLP; 9 more coefficients of the second
+    # mixer. Of layer 10 a value gate and 6 lambdas, of layer 6 4 lambdas, XSA of 5 layers without;
+    # a vector of 24 scalars.
+    84: -(4 * 256 * 768 + 4 * 768 * 768 + 2 * 3072 * 768 + 9 * 65 + 72 + 6 + 4 + 5 * 6 + 2),
 }
 
 
@@ -87,7 +94,7 @@ def test_parameter_count(record, facts, meta_models):
 
 @pytest.mark.parametrize("record", LADDER)
 def test_shape_of_the_model(record, facts):
-    arch, config = facts[str(record)]["arch"], RECORDS[record].model
+    arch, config = facts[str(record)]["arch"], HELD[record].model
     layers = arch["n_layer"] - (config.drop_first and arch["n_layer"] == 12)
     assert (config.num_layers, config.num_heads, config.head_dim) == (
         layers, arch["n_head"], arch["head_dim"])
@@ -96,7 +103,7 @@ def test_shape_of_the_model(record, facts):
     assert named[config.activation] == arch["activation"]
     assert config.embed_norm == arch["embed_norm"]
     assert config.tied_head == (arch["tied_head"] is True)
-    assert RECORDS[record].tie_first == isinstance(arch["tied_head"], str)
+    assert HELD[record].tie_first == isinstance(arch["tied_head"], str)
     assert config.stream_dtype == (
         "bf16" if record >= 10 else "fp32")
     assert config.embed_dtype == ("bf16" if record >= 10 else "fp32")
@@ -109,7 +116,7 @@ def test_shape_of_the_model(record, facts):
 @pytest.mark.parametrize("record", [r for r in LADDER if r > 1])
 def test_attention_of_each_layer(record, facts, meta_models):
     arch = facts[str(record)]["arch"]
-    said, config, model = arch["attention"], RECORDS[record].model, meta_models[record]
+    said, config, model = arch["attention"], HELD[record].model, meta_models[record]
     first = 12 - config.num_layers if arch["n_layer"] == 12 else 0  # #38 to #46: layer 0 not run
     assert [i + first for i, block in enumerate(model.blocks) if block.attn is None] == [
         i for i in said["no_attn_layers"] if i >= first]
@@ -129,12 +136,17 @@ def test_attention_of_each_layer(record, facts, meta_models):
     offset = [i for i, b in enumerate(model.blocks) if b.attn is not None and b.attn.shifts_keys]
     assert offset == (said["key_offset"]["layers"] if said["key_offset"] else [])
     assert config.attn_gate == bool(said["gate"])
+    attends = [i for i, b in enumerate(model.blocks) if b.attn is not None]
+    assert [i for i in attends if model.blocks[i].attn.xsa is not None] == (
+        said.get("xsa") or {"layers": []})["layers"]
+    late = [(i, b.layer.attn_from) for i, b in enumerate(model.blocks) if b.layer.attn_from]
+    assert late == ([(8, 7), (9, 7), (10, 7)] if "late_input" in said else [])
 
 
 @pytest.mark.parametrize("record", [r for r in LADDER if r > 1])
 def test_what_crosses_layers(record, facts, meta_models):
     arch, model = facts[str(record)]["arch"], meta_models[record]
-    first = arch["n_layer"] - RECORDS[record].model.num_layers
+    first = arch["n_layer"] - HELD[record].model.num_layers
     pairs = [(b.layer.skip_from, i) for i, b in enumerate(model.blocks)
              if b.layer.skip_from is not None]
     assert sorted(pairs) == sorted((a - first, b - first)
@@ -142,11 +154,12 @@ def test_what_crosses_layers(record, facts, meta_models):
     tables = arch["value_embeds"] and arch["value_embeds"]["layer_to_table"][first:]
     # The layer without attention cannot use a table; in the mirrored layouts none is dropped.
     assert [b.layer.value_table for b in model.blocks] == (tables or [None] * len(model.blocks))
-    assert (RECORDS[record].model.value_residual) == bool(arch["value_residual"])
-    if arch["backout"]:
+    assert (HELD[record].model.value_residual) == bool(arch["value_residual"])
+    if arch["backout"] and not model.config.mudd:
         assert backout_layer(model.config) == arch["backout"]["layer"] - first
     if arch["bigram"]:
         assert model.bigram.num_embeddings == arch["bigram"]["rows"]
+        assert model.bigram.embedding_dim == arch["bigram"].get("dim", 768)
 
 
 SOFTCAPS = {"30*tanh(z/30)": lambda z: 30 * math.tanh(z / 30),
@@ -160,7 +173,7 @@ SOFTCAPS = {"30*tanh(z/30)": lambda z: 30 * math.tanh(z / 30),
 def test_softcap(record, facts):
     said = facts[str(record)]["arch"]["softcap"]
     z = torch.linspace(-40, 40, 9)
-    softcap = RECORDS[record].model.softcap
+    softcap = HELD[record].model.softcap
     if softcap.kind == "none":
         assert said is None
         return
@@ -173,10 +186,10 @@ def test_the_unit_of_gradients_is_the_records(record, facts):
     """A mean over tokens until #21; then a sum over each of 8 ranks' tokens, averaged over them.
     Adam's eps counts in that unit, and moments grow with the batch from #46 on."""
     summed = record >= 22
-    assert RECORDS[record].loss_divisor == (8 if summed else None)
+    assert HELD[record].loss_divisor == (8 if summed else None)
     if record in (22, 38, 62):
         assert "SUM" in facts[str(record)]["arch"]["logits"]
-    assert pocket(RECORDS[record]).loss_divisor == RECORDS[record].loss_divisor
+    assert pocket(HELD[record]).loss_divisor == HELD[record].loss_divisor
 
 
 @pytest.mark.parametrize("record, record_eps, record_unit", [
@@ -188,7 +201,7 @@ def test_adam_eps_against_the_gradient_of_a_row_seen_once(record, record_eps, re
 
     gradient = 5.9e-4 / record_unit
     theirs = gradient / (gradient + record_eps)     # the first update, in units of the rate
-    for recipe in (RECORDS[record], pocket(RECORDS[record])):
+    for recipe in (HELD[record], pocket(HELD[record])):
         with torch.device("meta"):
             model = GPT(recipe.model)
         groups = {group["name"]: group
@@ -204,7 +217,7 @@ def test_adam_eps_against_the_gradient_of_a_row_seen_once(record, record_eps, re
 
 @pytest.mark.parametrize("record", [r for r in LADDER if r >= 19])
 def test_fp8_factors(record, facts):
-    said, config = facts[str(record)]["arch"]["fp8"], RECORDS[record].model
+    said, config = facts[str(record)]["arch"]["fp8"], HELD[record].model
     # Theirs multiply the gradient of each rank's mean loss until #21, of the summed loss after.
     mean_over = {19: 65_536, 20: 65_536, 21: 49_152}.get(record, 1)
     assert config.fp8_factors == pytest.approx(
@@ -215,7 +228,7 @@ def test_fp8_factors(record, facts):
 def test_initial_standard_deviations(record, facts, meta_models):
     said = facts[str(record)]["init"]
     names = {"embed.weight": "embed", "position.weight": "pos_embed", "lm_head.weight": "head",
-             "qkv.weight": "qkv", "out.weight": "attn_out", "fc.weight": "mlp_in",
+             "qkv.weight": "qkv", "qk.weight": "qkv", ".v.weight": "qkv", "out.weight": "attn_out", "fc.weight": "mlp_in",
              "proj.weight": "mlp_out", "bigram.weight": "bigram", "attn_gate": "attn_gate",
              "value_gate": "ve_gate", "smear_gate": "smear_gate", "skip_gate": "skip_gate"}
     seen = set()
@@ -242,19 +255,23 @@ SCALARS = {"value_lamb": ["value_lambda"], "value_lambdas": ["value_lambda", "em
            "x0_lambdas": ["resid_lambda", "x0_lambda"], "skip": ["skip_lambda"],
            "smear_lambda": ["smear_lambda"], "backout_lambda": ["backout_lambda"],
            "resid_lambda": ["resid_lambda"], "x0_lambda": ["x0_lambda"],
-           "sa_lambdas": ["qkv.factor", "out.factor"], "bigram_lambda": ["bigram_lambda"]}
+           "sa_lambdas": ["v.factor", "out.factor"], "bigram_lambda": ["bigram_lambda"],
+           "resid": ["attn_resid", "mlp_resid"], "post": ["attn_post", "mlp_post"], "xsa": [".xsa"]}
 
 
 @pytest.mark.parametrize("record", LADDER)
 def test_initial_scalars(record, facts, meta_models):
-    names = [name for name, p in meta_models[record].named_parameters() if p.ndim == 0]
+    names = [name for name, p in meta_models[record].named_parameters()
+             if p.ndim == 0 or name.endswith(".xsa")]
     checked = set()
     for key, value in (facts[str(record)]["init"]["scalars"] or {}).items():
-        for ending, number in zip(SCALARS[key], value if isinstance(value, list) else [value]):
+        for ending, number in zip(
+                SCALARS[key], value if isinstance(value, list) else [value] * len(SCALARS[key])):
             of_kind = [n for n in names if n.endswith(ending)]
             assert of_kind, ending
             config = meta_models[record].config
-            assert all(parameter_entry(n, config)[1] == ("constant", number) for n in of_kind)
+            assert all(parameter_entry(n, config)[1] == (
+                "constant", pytest.approx(number, rel=1e-6)) for n in of_kind)
             checked.update(of_kind)
     assert checked == set(names)
 
@@ -278,17 +295,19 @@ def test_a_parameter_without_a_rule_is_refused():
 
 # --- the optimizer --------------------------------------------------------------------------------
 
-def said_group(name: str, p, said: list[dict]) -> dict:
+def said_group(name: str, config: GPTConfig, said: list[dict]) -> dict:
     """The group of the facts that a parameter of ours belongs to."""
-    role, _ = parameter_entry(name, RECORDS[62].model)
+    role, _ = parameter_entry(name, config)
     words = {
         "embed": ("embedding after split", "embedding", "wte", "tied embedding", "all"),
         "head": ("head",), "value_embed": ("value embedding",), "bigram": ("bigram",),
         "attn_gate": ("attention gate",), "value_gate": ("ve gates",),
         "smear_gate": ("smear gate",), "skip_gate": ("skip gate",),
         "x0_lambda": ("x0 lambdas", "scalars"), "scalar": ("other scalars", "scalars", "LayerNorm"),
-    }.get(role, ("attention bank" if role.startswith("attn") else "MLP bank", "QKVO", "matrices",
-                 "all"))
+        "resid_lambda": ("residual lambdas",), "post_lambda": ("post, x0",),
+        "mudd": ("MUDD w1",), "mudd_start": ("MUDD bias",),
+    }.get(role, ("attention bank" if role.startswith("attn") else "MLP bank", "QKVO", "QK, VO",
+                 "matrices", "all"))
     for word in words:
         for group in said:
             if word in group["params"]:
@@ -298,14 +317,14 @@ def said_group(name: str, p, said: list[dict]) -> dict:
 
 @pytest.mark.parametrize("record", LADDER)
 def test_optimizer_group_of_every_parameter(record, facts, meta_models):
-    optim, recipe = facts[str(record)]["optim"], RECORDS[record]
+    optim, recipe = facts[str(record)]["optim"], HELD[record]
     groups = recipes.optimizer_groups(recipe, meta_models[record].named_parameters())
     named = [name for group in groups for name, _ in group["params"]]
     assert sorted(named) == sorted(name for name, _ in meta_models[record].named_parameters())
     first_lr = recipes.lr_multiplier(0, recipe)
     for group in groups:
         for name, p in group["params"]:
-            said = said_group(name, p, optim["groups"])
+            said = said_group(name, recipe.model, optim["groups"])
             assert group["lr"] / first_lr == pytest.approx(said["lr"]), name
             assert group["weight_decay"] == said["wd"], name
             if "Muon" in said["opt"]:
@@ -322,30 +341,37 @@ def test_optimizer_group_of_every_parameter(record, facts, meta_models):
 MUON_SCALES = {3: (1, 1, 1), **dict.fromkeys((4, 5, 6, 7), (768 ** 0.5, 3072 ** 0.5, 3072 ** 0.5)),
                **dict.fromkeys([*range(8, 25), 26], (1, 2, 1)),
                **dict.fromkeys((27, 29, 31, 38, 41), (1, 1, 1)),
-               43: (1, 2, 1), 46: (1, 2, 1), 53: (2, 2, 4), 62: (1, 2, 4)}
+               43: (1, 2, 1), 46: (1, 2, 1), 53: (2, 2, 4), 62: (1, 2, 4), 84: (1, 2, 4)}
 
 
 @pytest.mark.parametrize("record", [r for r in LADDER if r > 2])
 def test_muon_settings(record, facts, meta_models):
     from muon import SCALES
 
-    said, recipe = facts[str(record)]["optim"]["muon"], RECORDS[record]
+    said, recipe = facts[str(record)]["optim"]["muon"], HELD[record]
     groups = {g["name"]: g for g in recipes.optimizer_groups(
         recipe, meta_models[record].named_parameters())}
-    shapes = {"attn_in": (768, 768), "attn_out": (768, 768), "mlp_in": (3072, 768),
-              "mlp_out": (768, 3072)}
     square, mlp_in, mlp_out = MUON_SCALES[record]
-    for role, expected in zip(shapes, (square, square, mlp_in, mlp_out)):
+    shapes = {"attn_out": (768, 768), "mlp_in": (3072, 768), "mlp_out": (768, 3072)}
+    shapes |= ({"attn_qk": (256, 768), "attn_v": (768, 768)} if record == 84 else
+               {"attn_in": (768, 768)})
+    for role, expected in zip(shapes, (square, mlp_in, mlp_out, square, square)):
         got = SCALES[groups[role]["scale"]](*shapes[role]) * groups[role]["multiplier"]
         assert got == pytest.approx(expected), role
     told = said["scale_table"].values()
     assert all(any(value == pytest.approx(x, rel=1e-4) for x in (1, square, mlp_in, mlp_out))
                for value in told)
     kind = said["orthogonalizer"]["kind"]
-    assert (groups["attn_in"]["method"] == "polar_express") == (kind == "Polar Express")
-    assert groups["attn_in"]["ns_steps"] == said["orthogonalizer"]["steps"] == 5
-    # #3 orthogonalises the fused QKV as one matrix.
-    assert groups["attn_in"]["split"] == (None if record == 3 else 3)
+    assert (groups["mlp_in"]["method"] == "polar_express") == (kind == "Polar Express")
+    assert groups["mlp_in"]["ns_steps"] == said["orthogonalizer"]["steps"] == 5
+    if record == 84:    # pairs of heads; wide matrices, whose columns NorMuon looks at
+        assert groups["attn_qk"]["split"] == 6 and "per pair of heads (256x768)" in said["qkv_split"]
+        assert [groups[role]["second_moment"] for role in shapes] == [
+            "row", "row", "col", "col", "row"]
+    else:  # #3 orthogonalises the fused QKV as one matrix
+        assert groups["attn_in"]["split"] == (None if record == 3 else 3)
+    if said["second_moment"] is not None:
+        assert groups["mlp_in"]["beta2"] == said["second_moment"].get("beta2", 0.95)
     assert all((g["second_moment"] is not None) == (said["second_moment"] is not None)
                for g in groups.values() if g["rule"] == "muon")
     form = {"EMA": "ema", "heavy-ball": "heavy_ball"}[said["momentum_form"].partition(":")[0]]
@@ -369,11 +395,11 @@ def test_normuon_averages_over_the_dimension_of_the_stored_matrix(record, facts)
     last = "dim -1" in said["second_moment"]["axis"]
     assert last != ("dim -2" in said["second_moment"]["axis"])
     ours = {"mlp_in": "3072x768", "mlp_out": "768x3072"}
-    for role in RECORDS[record].normuon:
+    for role in HELD[record].normuon:
         (stored,) = {word for key in said["scale_table"] if role in key for word in key.split()
                      if "3072" in word} or {ours.get(role)}
         row = last == (stored == ours.get(role))
-        assert RECORDS[record].normuon[role] == ("row" if row else "col"), role
+        assert HELD[record].normuon[role] == ("row" if row else "col"), role
 
 
 def test_normuon_of_53_evens_out_the_hidden_neurons_of_the_second_mlp_matrix():
@@ -389,14 +415,14 @@ def test_normuon_of_53_evens_out_the_hidden_neurons_of_the_second_mlp_matrix():
 
 
 @pytest.mark.parametrize("rule", ["adam", "muon"])
-@pytest.mark.parametrize("record", LADDER)
+@pytest.mark.parametrize("record", RECORDS)
 def test_every_record_trains_its_matrices_by_either_rule(record, rule):
     """Under adam matrices, and gates without a rate of their own, take matrix_lr, and Adam's
     options; under muon what the record says or the defaults."""
     import train_gpt
     from data.loader import Batch
 
-    recipe = recipes.edit(pocket(RECORDS[record]), matrix_rule=rule, num_layers=4, num_heads=2,
+    recipe = recipes.edit(pocket(HELD[record]), matrix_rule=rule, num_layers=4, num_heads=2,
                           head_dim=8, max_seq_len=1024)
     model = recipes.build_model(recipe, seed=0)
     optimizer = train_gpt.build_optimizer(model, recipe)
@@ -416,12 +442,12 @@ def test_every_record_trains_its_matrices_by_either_rule(record, rule):
 
 
 def test_only_record_1_clips_and_the_rest_reduce_as_they_did(facts):
-    for record in LADDER:
-        recipe, said = RECORDS[record], facts[str(record)]
+    for record in LADDER[:-1]:
+        recipe, said = HELD[record], facts[str(record)]
         assert recipe.grad_clip == said["optim"]["grad_clip"]
         scattered = "reduce_scatter" in json.dumps(said["systems"]) and record >= 24
         assert (recipe.grad_collective == "reduce_scatter") == scattered
-    assert [r for r in LADDER if not RECORDS[r].grad_overlap] == [19, 20, 21, 22]
+    assert [r for r in RECORDS if not RECORDS[r].grad_overlap] == [19, 20, 21, 22]
 
 
 # --- schedules ------------------------------------------------------------------------------------
@@ -430,10 +456,10 @@ def test_only_record_1_clips_and_the_rest_reduce_as_they_did(facts):
 def test_lr_multiplier_at_the_probed_steps(record, facts):
     probes = facts[str(record)]["schedule"]["lr"]["probes"]
     for step, expected in probes.items():
-        if record in (38, 43) and int(step) >= RECORDS[record].scheduled_steps:
+        if record in (38, 43) and int(step) >= HELD[record].scheduled_steps:
             assert expected == 0.10018  # progress was cut off at 0.9999 there
             expected = 0.1
-        got = recipes.lr_multiplier(int(step), RECORDS[record])
+        got = recipes.lr_multiplier(int(step), HELD[record])
         assert got == pytest.approx(expected, abs=2e-6), step
 
 
@@ -441,7 +467,7 @@ def test_lr_multiplier_at_the_probed_steps(record, facts):
                                             (62, (521, 1041))])
 def test_the_learning_rate_rises_past_its_bounds_not_at_them(record, starts, facts):
     """x > 1/3 in #53 and #62, x > 0.33 in #46, x = step / scheduled steps."""
-    said, recipe = facts[str(record)]["schedule"]["lr"], RECORDS[record]
+    said, recipe = facts[str(record)]["schedule"]["lr"], HELD[record]
     assert said["stage_mult"] == list(recipe.lr_stages)
     bounds = ("0.33", "0.66") if record == 46 else ("1/3", "2/3")
     assert all(f"(x>{bound})" in said["shape"] for bound in bounds)
@@ -464,9 +490,9 @@ def test_momentum_at_the_probed_steps(record, facts):
     if not probes:
         steps = said["warmup"]["steps"] if said["warmup"] else 0
         start = said["warmup"]["from"] if said["warmup"] else said["value"]
-        probes = {0: start, steps: said["value"], RECORDS[record].num_iterations - 1: said["value"]}
+        probes = {0: start, steps: said["value"], HELD[record].num_iterations - 1: said["value"]}
     for step, expected in probes.items():
-        assert recipes.momentum(int(step), RECORDS[record]) == pytest.approx(expected, abs=1e-6)
+        assert recipes.momentum(int(step), HELD[record]) == pytest.approx(expected, abs=1e-6)
 
 
 def changes(value_at, steps: range) -> list[list]:
@@ -480,7 +506,7 @@ def changes(value_at, steps: range) -> list[list]:
 
 @pytest.mark.parametrize("record", [r for r in LADDER if r >= 12])
 def test_windows_at_every_step(record, facts):
-    said, recipe = facts[str(record)]["schedule"]["window"], RECORDS[record]
+    said, recipe = facts[str(record)]["schedule"]["window"], HELD[record]
     unit = 1 if said["unit"] == "tokens" else 128
     both = said["unit"].endswith("(short,long)")
 
@@ -511,13 +537,13 @@ def test_windows_at_every_step(record, facts):
     (3 * 128, 29, 3 * 128 + 1),     # flash attention: so many before the query, and itself
 ])
 def test_keys_seen_through_a_window(window, record, keys):
-    assert recipes.window_in_keys(window, RECORDS[record]) == keys
+    assert recipes.window_in_keys(window, HELD[record]) == keys
 
 
 @pytest.mark.parametrize("record", [15, 16, 24])
 def test_a_window_of_blocks_is_the_mean_of_what_queries_saw(record):
     """Both masks counted: keys of the last n blocks, and (#15) fewer than `window` tokens back."""
-    for recipe in (RECORDS[record], pocket(RECORDS[record])):
+    for recipe in (HELD[record], pocket(HELD[record])):
         block = recipe.window_block
         for window in {recipes.windows(step, recipe)[0] for step in range(recipe.num_iterations)}:
             n = -(-window // block)
@@ -529,7 +555,7 @@ def test_a_window_of_blocks_is_the_mean_of_what_queries_saw(record):
 
 @pytest.mark.parametrize("record", LADDER)
 def test_batches_and_data(record, facts):
-    said, recipe = facts[str(record)], RECORDS[record]
+    said, recipe = facts[str(record)], HELD[record]
     schedule = said["schedule"]
     assert recipe.num_iterations == schedule["steps"]
     assert recipe.extension_steps == schedule["steps_extension"]
@@ -541,7 +567,7 @@ def test_batches_and_data(record, facts):
     rows, seq_len = recipes.batch_shape(recipe.num_iterations - 1, recipe)
     assert seq_len == (longest[-1] if isinstance(longest, list) else longest)
     assert rows == (8 if record >= 12 else 512)
-    assert recipe.max_doc_len == said["data"]["max_doc_len"]
+    assert (list(recipe.max_doc_stages) or recipe.max_doc_len) == said["data"]["max_doc_len"]
     assert recipe.first_batch_repeated == said["data"]["first_batch_repeated"]
     align = "none" if record < 26 else "row" if record < 29 else "document"
     assert recipe.data_align == align
@@ -580,9 +606,9 @@ def test_targets_fade_in_thirds():
     assert recipes.eval_phase(0, recipe).target_weights == (1.0,)
 
 
-@pytest.mark.parametrize("record, last_tied", [(53, 1253), (62, 1041)])
+@pytest.mark.parametrize("record, last_tied", [(53, 1253), (62, 1041), (84, 921)])
 def test_the_embedding_leaves_the_head_after_the_update_at_two_thirds(record, last_tied, facts):
-    recipe = RECORDS[record]
+    recipe = HELD[record]
     assert f"until step {last_tied}" in facts[str(record)]["arch"]["tied_head"]
     assert changes(lambda step: recipes.phase(step, recipe).tied, range(recipe.num_iterations)) == [
         [0, True], [last_tied + 1, False]]
@@ -606,7 +632,7 @@ def test_every_field_is_an_idea_of_some_recipe():
     """A recipe that is dropped may leave fields without a user: they are dropped with it."""
     sizes = {"vocab_size", "mlp_ratio", "bigram_factor", "compute_dtype", "scale", "track",
              "corpus", "muon_momentum", "embed_momentum", "momentum_start", "muon_steps",
-             "muon_mode", "window_block", "val_tokens", "target"}
+             "muon_mode", "window_block", "val_tokens", "target"} - {"bigram_factor"}
     unused = {field.name for kind, of in ((type(RECORDS[62].model), lambda r: r.model),
                                           (recipes.Recipe, lambda r: r))
               for field in dataclasses.fields(kind)
@@ -617,12 +643,12 @@ def test_every_field_is_an_idea_of_some_recipe():
 
 # --- pocket scale ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("record", LADDER)
+@pytest.mark.parametrize("record", RECORDS)
 def test_pocket_keeps_the_ideas_and_the_tokens(record):
-    full, small = RECORDS[record], pocket(RECORDS[record])
+    full, small = HELD[record], pocket(HELD[record])
     assert abs(small.total_tokens - recipes.POCKET_TOKENS) < small.batch_tokens
     sizes = {"num_layers", "num_heads", "head_dim", "vocab_size", "seq_len", "max_seq_len",
-             "attn_scale", "compute_dtype", "stream_dtype", "embed_dtype", "head",
+             "attn_scale", "dc_window", "compute_dtype", "stream_dtype", "embed_dtype", "head",
              "head_dtype"}
     for name in recipes.MODEL_FIELDS - sizes:
         assert getattr(small.model, name) == getattr(full.model, name), name
@@ -634,11 +660,15 @@ def test_pocket_keeps_the_ideas_and_the_tokens(record):
     assert all(recipes.batch_shape(step, small)[0] >= 4 for step in range(small.num_iterations))
 
 
-@pytest.mark.parametrize("record", LADDER)
+@pytest.mark.parametrize("record", RECORDS)
 @pytest.mark.parametrize("num_layers", [2, 3, 4])
 def test_any_depth_works_for_every_record(record, num_layers):
     """A forward and a backward pass, and every parameter gets a gradient."""
-    recipe = recipes.edit(pocket(RECORDS[record]), num_layers=num_layers, num_heads=2, head_dim=8)
+    if RECORDS[record].model.mudd and num_layers == 2:
+        with pytest.raises(ValueError, match="--num_layers: expected at least 3"):
+            recipes.edit(pocket(RECORDS[record]), num_layers=num_layers)
+        return
+    recipe = recipes.edit(pocket(HELD[record]), num_layers=num_layers, num_heads=2, head_dim=8)
     model = recipes.build_model(recipe, seed=0)
     last = recipes.phase(recipe.num_iterations - 1, recipe)
     model.set_phase(last)
@@ -650,9 +680,9 @@ def test_any_depth_works_for_every_record(record, num_layers):
     assert not without
 
 
-@pytest.mark.parametrize("record", [41, 62])
+@pytest.mark.parametrize("record", [41, 62, 89])
 def test_a_shorter_run_keeps_its_stages(record):
-    recipe = recipes.change(pocket(RECORDS[record]), num_iterations=60)
+    recipe = recipes.change(pocket(HELD[record]), num_iterations=60)
     kinds = {recipes.phase(step, recipe).window for step in range(60)}
     assert len(kinds) >= 3 and recipe.extension_steps >= 1
     steps = recipes.phase_steps(recipe)
