@@ -8,12 +8,12 @@ Deliberate differences of the recipes, with their sizes:
     #1      rows come in order, shuffled there
     #2      no normalisation of each gradient: removed eight days later as useless
     #2-#4   validation in bf16 products, fp32 there: +5e-5 nats (pocket #4 after 60 steps)
-    #3-#62  no 1e-7 (1e-6 from #38) beside the Frobenius norm of what Muon orthogonalises: at most
+    #3-#89  no 1e-7 (1e-6 from #38) beside the Frobenius norm of what Muon orthogonalises: at most
             4e-5 of an update (smallest norm of a gradient in 40 steps: 2.5e-3 in pocket #8; 0.14
             in #38)
     #5-#18  at pocket scale norms have the eps of fp32, which all its inputs are; of bf16's 2^-7 a
             random full-size model's loss knows 2e-3
-    #10-#62 tables in bf16 are updated through an fp32 copy; there without, an update rounded to
+    #10-#89 tables in bf16 are updated through an fp32 copy; there without, an update rounded to
             2^-9 of the number that it changes. Adam's averages are fp32, bf16 there until #61:
             2^-9 of each
     #10-#17 scalars are fp32, bf16 there: 2^-9 of each
@@ -21,11 +21,20 @@ Deliberate differences of the recipes, with their sizes:
     #15-#27 each query sees the mean number of keys, up to 64 more or fewer there (window_in_keys)
     #17, #19-#23 tables keep 50,304 rows, 50,257 there: 47 rows that no token reads
     #19, #21-#24, #38, #41 a window grows one step earlier: 4 steps of 1,395 in #19, 1 in the others
-    #38-#62 softcap and cross-entropy of fp32 numbers, bf16 there in training until #53: 2^-9 of a
+    #38-#89 softcap and cross-entropy of fp32 numbers, bf16 there in training until #53: 2^-9 of a
             logit
     #38, #43 the extension's learning rate is 0.1, 0.10018 there: 0.2% for 40 steps
     #41     NorMuon looks at Q, K, V and O each by itself, together there: 6% of their update
             (pocket, after 40 steps)
+    #63, #64 learning rates still rise past a third, with the batch from #70 on; the change is
+            known to lie between #62 and #84: one step
+    #70-#89 the cooldown begins at a whole step, rounded down as in #84's log: less than a step
+    #81-#89 coefficients of tokens are fp32 until they are multiplied; there perhaps bf16: 2^-9
+    #83-#89 the fixed signs are drawn from another seed
+    #84-#89 the MLP in bf16, its forward products in fp8 there: 0.8 mn, five steps for the first
+    #85-#89 the last layer's shortcut coefficient is of what enters layer 0, as in #81; whether
+            that became x0 when the two parted is not known: its start is 0
+    #88     at pocket scale without its idea: no byte begins with another token
 """
 
 import dataclasses
@@ -639,6 +648,154 @@ def test_every_field_is_an_idea_of_some_recipe():
               if len({str(getattr(of(recipe), field.name))
                       for recipe in recipes.RECIPES.values()}) == 1}
     assert unused == sizes
+
+
+# --- the newest: numbers of their merged programs -------------------------------------------------
+
+# record: (steps, of them extension, tokens in M, first step of the cooldown, final factor)
+MERGED = {63: (1575, 40, 418.1, 690.75, 0.1), 64: (1555, 40, 412.9, 681.75, 0.1),
+          70: (1547, 40, 410.8, 678, 0.1), 72: (1530, 40, 406.3, 670, 0.15),
+          77: (1490, 40, 395.8, 580, 0.15), 80: (1480, 40, 393.2, 576, 0.15),
+          81: (1415, 10, 372.2, 562, 0.15), 82: (1385, 10, 364.4, 550, 0.15),
+          83: (1385, 10, 364.4, 550, 0.15), 85: (1300, 15, 342.8, 514, 0.15),
+          88: (1285, 15, 338.8, 508, 0.15), 89: (1285, 15, 338.8, 508, 0.15)}
+
+
+@pytest.mark.parametrize("record", NEWEST)
+def test_steps_and_tokens_of_the_newest(record):
+    steps, extension, tokens, cooldown, final = MERGED[record]
+    recipe = RECORDS[record]
+    assert (recipe.num_iterations, recipe.extension_steps) == (steps, extension)
+    assert round(recipe.total_tokens / 1e6, 1) == tokens
+    assert recipe.scheduled_steps - recipe.cooldown_steps == pytest.approx(cooldown)
+    assert recipes.lr_multiplier(steps - 1, recipe) == recipe.final_lr_frac == final
+    assert changes(lambda step: recipes.max_doc_len(step, recipe), range(steps)) == (
+        [[0, 2048]] if record < 72 else [[0, 896], [round(recipe.scheduled_steps / 3), 2048]])
+
+
+def test_schedule_of_89():
+    """Thirds of 1,270 steps begin at 423 and 847, the nearest ones to 423.3 and 846.7."""
+    recipe = RECORDS[89]
+    steps = range(recipe.num_iterations)
+    assert changes(lambda step: recipes.batch_tokens(step, recipe), steps) == [
+        [0, 131_072], [423, 262_144], [847, 393_216]]
+    assert changes(lambda step: recipes.windows(step, recipe)[1] // 128, steps) == [
+        [0, 3], [423, 7], [847, 11], [1270, 13]]
+    assert changes(lambda step: recipes.phase(step, recipe).tied, steps) == [[0, True],
+                                                                            [848, False]]
+    prefix = [recipes.phase(step, recipe).prefix_weight for step in steps]
+    assert prefix[:424] == [0.25] * 424 and not any(prefix[847:])
+    assert prefix[423:847] == pytest.approx([0.25 * (1 - i / 424) for i in range(424)])
+    ahead = [recipes.phase(step, recipe).target_weights for step in (0, 422, 423, 846, 847)]
+    assert ahead[0] == (1, 0.5, 0.25) and ahead[2] == (1, 0.5) and ahead[4] == (1,)
+    assert ahead[1] == pytest.approx((1, 0.5, 0.25 / 423))
+    assert ahead[3] == pytest.approx((1, 0.5 / 424))
+    assert recipes.eval_phase(0, recipe).prefix_weight == 0
+    assert all(not RECORDS[r].prefix_weight for r in RECORDS if r < 88)
+
+
+def test_learning_rates_of_1375_steps():
+    """Probes of the runs of #83 with 1,375 steps."""
+    recipe = recipes.edit(RECORDS[83], num_iterations=1375, cooldown_steps=1365 - 546)
+    probes = {0: 1.0, 454: 1.0, 455: 1.52, 545: 1.52, 700: 1.26239, 909: 0.91278, 910: 1.02778,
+              1100: 0.66123, 1364: 0.15193, 1365: 0.15, 1374: 0.15}
+    for step, expected in probes.items():
+        assert recipes.lr_multiplier(step, recipe) == pytest.approx(expected, abs=6e-6), step
+    assert round(recipe.total_tokens / 1e6, 1) == 361.8
+    assert recipes.untie_step(recipe) == 912     # after the update of step 911
+
+
+LAYERS = {  # record: layers with a value table, with XSA, with attention gates
+    63: ([0, 1, 8, 9, 10], [], [0, 1, 2, 3, 4, 5, 7, 8, 9, 10]),
+    70: ([1, 2, 8, 9, 10], [], [0, 1, 2, 3, 4, 5, 7, 8, 9, 10]),
+    82: ([1, 2, 8, 9, 10], [1, 3, 4, 7, 8, 10], [0, 1, 2, 3, 4, 5, 7, 8, 9, 10]),
+    89: ([1, 2, 8, 9, 10], [1, 3, 4, 7], [3, 10])}
+
+
+@pytest.mark.parametrize("record", LAYERS)
+def test_layers_of_the_newest(record, meta_models):
+    plan = meta_models[record].plan
+    found = [[i for i, layer in enumerate(plan) if holds(layer) and i != 6] for holds in (
+        lambda layer: layer.value_table is not None, lambda layer: layer.xsa,
+        lambda layer: layer.gated)]
+    assert found == list(LAYERS[record])
+    tables = [layer.value_table for layer in plan if layer.value_table is not None]
+    assert tables == [0, 1, 2, 3, 4]
+
+
+def test_starts_of_the_newest(meta_models):
+    def start(record: int, name: str) -> tuple:
+        return parameter_entry(name, RECORDS[record].model)[1]
+
+    half = ("uniform", pytest.approx(0.5 / 768 ** 0.5))
+    for record in NEWEST:
+        assert (start(record, "blocks.0.attn.out.weight") == half) == (record >= 64)
+        assert start(record, "blocks.0.mlp.proj.weight").number == 0
+        if 64 <= record < 80:
+            assert start(record, "blocks.0.attn.qkv.weight") == half
+        assert start(record, "value_embeds.0.weight") == ("normal", 0.01 if record >= 70 else 0)
+        assert start(record, "bigram.weight").number == 0
+    assert start(77, "blocks.0.attn_resid").number ** 2 == pytest.approx(1.1)
+    assert start(77, "blocks.0.bigram_lambda").number == 0.05
+    assert start(77, "backout_lambda").number == 0.5 and not RECORDS[81].model.backout
+    for name in ("mudd", "blocks.10.mudd", "gates_early", "gates_late"):
+        bound = 3 ** 0.5 * start(89, f"{name}.w1.weight").number
+        assert bound == pytest.approx(0.0361, abs=1e-4)
+        assert start(89, f"{name}.w2.weight").number == 0
+    root = 1.1 ** 0.5
+    assert [0.1 * x for x in start(89, "blocks.10.mudd.start").number] == pytest.approx(
+        [0, 0, 0, 0, 0, 0, 2, 2, root, 1, 0, 0.05, root, 1])
+    assert [0.1 * x for x in start(89, "mudd.start").number] == pytest.approx([0, -0.5, 0, 0, 0])
+    assert meta_models[83].bigram.weight.shape == (754_560, 192)
+    assert meta_models[83].signs.shape == (8192, 192)
+    assert meta_models[89].bigram.weight.shape == (377_280, 768)
+    assert set(meta_models[89].signs.unique().tolist()) == {-1, 1}
+
+
+def test_token_gates_of_85(meta_models):
+    """26 numbers from x0 for layers 0 to 3 and 41 from layer 4's input, raw, at these starts."""
+    model = meta_models[85]
+    plans = model.plan_early, model.plan_late
+    assert [sum(count for _, _, count, _ in plan) for plan in plans] == [26, 41]
+    assert [{layer for layer, *_ in plan} for plan in plans] == [{0, 1, 2, 3}, {4, 5, 6, 7, 8, 9, 10}]
+    starts = {"xsa_BTH": 0, "attn_gate_BTH": 0.25, "x0_BT1": 0, "bigram_BT1": 0.05,
+              "skip_BT1": 0.5, "dc_in_BTH": 1, "dc_out_BTH": 0}
+    for plan, name in zip(plans, ("gates_early", "gates_late")):
+        expected = [starts[field] for _, field, count, _ in plan for _ in range(count)]
+        stored = parameter_entry(f"{name}.start", model.config)[1].number
+        assert [0.1 * x for x in stored] == pytest.approx(expected)
+        assert parameter_entry(f"{name}.scale", model.config)[1].number == 0.1
+    names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    assert not names & {"attn_gate", "xsa", "x0_lambda", "bigram_lambda", "skip_gate"}
+    assert model.config.dc_window == 112 and pocket(RECORDS[85]).model.dc_window == 28
+
+
+# role: (rate, betas, decay) from #62 to #89, with the record that brought it
+GROUPS = {"embed": (62, 0.008, (0.5, 0.95), 0.75), "head": (62, 0.008, (0.5, 0.95), 0.75),
+          "value_embed": (62, 0.6, (0.75, 0.95), 0.025), "bigram": (62, 0.6, (0.75, 0.95), 0.025),
+          "scalar": (62, 0.04, (0.9, 0.99), 0), "resid_lambda": (77, 0.04, (0.9, 0.95), 0),
+          "post_lambda": (77, 0.008, (0.9, 0.95), 0), "value_gate": (62, 0.008, (0.9, 0.99), 0.005),
+          "smear_gate": (62, 8e-5, (0.9, 0.99), 0), "mudd": (81, 0.002, (0.9, 0.99), 0.005),
+          "mudd_start": (81, 0.002, (0.9, 0.99), 0), "token_gate": (85, 8e-4, (0.9, 0.99), 0.005),
+          "token_gate_start": (85, 8e-4, (0.9, 0.99), 0)}
+
+
+@pytest.mark.parametrize("record", NEWEST)
+def test_groups_of_the_newest(record, meta_models):
+    groups = {g["name"]: g for g in recipes.optimizer_groups(
+        RECORDS[record], meta_models[record].named_parameters())}
+    for role, (first, lr, betas, decay) in GROUPS.items():
+        assert (role in groups) == (record >= first), role
+        if role in groups:
+            found = groups[role]
+            assert (found["lr"], found["betas"], found["eps"], found["update_interval"]) == (
+                pytest.approx(lr), betas, 1e-10, 2), role
+            assert found["weight_decay"] == pytest.approx(decay), role
+    for group in groups.values():
+        if group["rule"] == "muon":
+            assert (group["lr"], group["weight_decay"]) == (0.023, 1.2)
+            assert group["beta2"] == (0.9 if record >= 80 else 0.95)
+    assert ("attn_qk" in groups) == (record >= 80) == ("attn_in" not in groups)
 
 
 # --- pocket scale ---------------------------------------------------------------------------------
