@@ -33,8 +33,10 @@ class Recipe:
     extension_steps: int = 0        # at the end, schedules standing still (#37)
     batch_tokens: int = 524_288     # of the largest step, over all ranks; rows: this / seq_len
     batch_stages: tuple[int, ...] = ()  # tokens a step in each third; rows get longer (#46)
+    round_stages: str = "up"        # a third that no whole step begins: up, or nearest (#63)
     data_align: str = "none"        # none; row: rows start at documents (#26); document (#29)
     max_doc_len: int | None = None  # tokens of a document that are used (#29)
+    max_doc_stages: tuple[int, ...] = ()    # the same in each third (#72)
     first_batch_repeated: bool = False  # steps 0 and 1 saw the same batch (#4 to #11)
     loss_divisor: int | None = None     # of a step's summed loss; none: its tokens, a mean; 8 from
                                         # #22 on. Gradients and adam_eps share its unit.
@@ -46,7 +48,7 @@ class Recipe:
     final_lr_frac: float = 0.0      # final lr as a fraction of the peak; 0.1 from #19
     lr_stages: tuple[float, ...] = ()   # factors for the larger batches (#46)
     lr_stage_ends: tuple[float, ...] = (1 / 3, 2 / 3)   # fractions of the schedule; a factor still
-                                    # holds at its end
+                                    # holds at its end; none: where the batch changes (#65)
     cooldown_in_extension: bool = False     # the cooldown ends with the extension, not before (#41)
 
     # matrices of the blocks
@@ -64,6 +66,7 @@ class Recipe:
     muon_multipliers: dict[str, float] = field(default_factory=dict)    # role -> factor
     split_qkv: bool = True          # Q, K and V orthogonalised each by itself (#4)
     normuon: dict[str, str] = field(default_factory=dict)   # role -> row or col (#41)
+    normuon_beta2: float = 0.95     # of its mean square; 0.9 from #78
     matrix_weight_decay: float = 0.0
     muon_mode: str = "fast"         # fast: bf16, what the records used; accurate
 
@@ -98,6 +101,8 @@ class Recipe:
 
     # targets
     num_targets: int = 1            # tokens ahead in the first third, one less in each next (#53)
+    prefix_weight: float = 0.0      # of the longest token that the next one begins with: in the
+                                    # first third, falling to 0 in the second (#88)
     tie_first: bool = False         # the head's table is the embedding until the last third (#51)
 
     # validation
@@ -139,8 +144,10 @@ def check(recipe: Recipe) -> None:
     def one_of(where, name: str, *choices: str) -> None:
         must(getattr(where, name) in choices, name, " or ".join(choices), getattr(where, name))
 
-    for name in ("num_layers", "num_heads", "vocab_size", "seq_len", "mlp_ratio", "bigram_factor"):
+    for name in ("num_layers", "num_heads", "vocab_size", "seq_len", "mlp_ratio"):
         must(getattr(m, name) >= 1, name, "a whole number from 1", getattr(m, name))
+    must(m.bigram_factor >= 1, "bigram_factor", "a number from 1", m.bigram_factor)
+    must(0 < m.bigram_frac <= 1, "bigram_frac", "a number above 0, up to 1", m.bigram_frac)
     must(m.head_dim >= 2 and m.head_dim % 2 == 0, "head_dim",
          "an even number from 2 (rotary turns pairs)", m.head_dim)
     must(not m.rotary_half or m.head_dim % 4 == 0, "head_dim", "a multiple of 4 (half of the pairs "
@@ -157,6 +164,24 @@ def check(recipe: Recipe) -> None:
          "at least 2 (one layer has no attention, or takes another's output)", m.num_layers)
     must(not (m.value_residual and m.qkv_lambda), "qkv_lambda", "false with value_residual",
          m.qkv_lambda)
+    must(not m.sublayer_lambdas or (m.x0_lambdas and m.bigram), "sublayer_lambdas",
+         "false without x0_lambdas and bigram", m.sublayer_lambdas)
+    must(not (m.value_residual and m.qk_apart), "qk_apart", "false with value_residual",
+         m.qk_apart)
+    must(not m.qk_apart or m.num_heads % 2 == 0, "num_heads",
+         "an even number (Muon takes heads in pairs)", m.num_heads)
+    must(not m.mudd or (m.late_input and m.num_heads % 2 == 0), "mudd",
+         "false without late_input, or with an odd num_heads", m.mudd)
+    must(not m.mudd or m.num_layers > 2, "num_layers", "at least 3 (mudd mixes three outputs)",
+         m.num_layers)
+    must(not m.token_gates or (m.mudd and m.packed and m.unet == "token"), "token_gates",
+         "false without mudd, packed and unet token", m.token_gates)
+    must(m.token_gates or (m.dc_window is None and m.unet != "token"), "token_gates",
+         "true with dc_window or unet token", m.token_gates)
+    must(m.dc_window is None or m.dc_window >= 1, "dc_window", "none or a whole number from 1",
+         m.dc_window)
+    must(not m.late_input or m.sublayer_lambdas, "late_input", "false without sublayer_lambdas",
+         m.late_input)
     must(m.rotary_base > 1, "rotary_base", "a number above 1", m.rotary_base)
     must(m.norm_eps is None or m.norm_eps >= 0, "norm_eps", "none or 0 or more", m.norm_eps)
     must(m.logit_softcap is None or m.logit_softcap > 0, "logit_softcap", "none or above 0",
@@ -175,7 +200,7 @@ def check(recipe: Recipe) -> None:
          f"a multiple of seq_len {m.seq_len}", r.batch_tokens)
     must(all(0 < b <= r.batch_tokens and b % r.num_rows == 0 for b in r.batch_stages),
          "batch_stages", f"multiples of {r.num_rows} rows, at most batch_tokens", r.batch_stages)
-    must(len(r.lr_stages) in (0, len(r.lr_stage_ends) + 1), "lr_stages",
+    must(not r.lr_stage_ends or len(r.lr_stages) in (0, len(r.lr_stage_ends) + 1), "lr_stages",
          f"none or {len(r.lr_stage_ends) + 1} factors, one more than lr_stage_ends", r.lr_stages)
     must(0 <= r.cooldown_steps <= r.num_iterations, "cooldown_steps",
          f"0 to num_iterations {r.num_iterations}", r.cooldown_steps)
@@ -185,7 +210,7 @@ def check(recipe: Recipe) -> None:
         must(value > 0 and math.isfinite(value), name, "a finite number above 0", value)
     for name in ("adam_weight_decay", "matrix_weight_decay", "final_lr_frac"):
         must(getattr(r, name) >= 0, name, "0 or more", getattr(r, name))
-    for name in ("muon_momentum", "embed_momentum"):
+    for name in ("muon_momentum", "embed_momentum", "normuon_beta2"):
         must(0 <= getattr(r, name) < 1, name, "0 to below 1", getattr(r, name))
     must(len(r.adam_betas) == 2 and all(0 <= b < 1 for b in r.adam_betas), "adam_betas",
          "two numbers from 0 to below 1, as 0.9,0.95", r.adam_betas)
@@ -202,11 +227,14 @@ def check(recipe: Recipe) -> None:
     one_of(r, "muon_mode", "fast", "accurate")
     one_of(r, "momentum_form", "ema", "heavy_ball")
     one_of(r, "cooldown_shape", "linear", "cosine")
+    one_of(r, "round_stages", "up", "nearest")
     one_of(r, "data_align", "none", "row", "document")
     one_of(r, "window_edge", "exact", "block", "flash")
     one_of(r, "grad_collective", "all_reduce", "reduce_scatter")
     must(r.max_doc_len is None or r.data_align == "document", "max_doc_len",
          "none unless data_align is document", r.max_doc_len)
+    must(not r.max_doc_stages or r.max_doc_len == max(r.max_doc_stages), "max_doc_len",
+         f"the largest of max_doc_stages {r.max_doc_stages}", r.max_doc_len)
     must(not r.window_range or (len(r.window_range) == 3 and min(r.window_range) >= 1),
          "window_range", "three whole numbers: from, to, in steps of", r.window_range)
     must(m.packed or not (r.window_range or r.window_stages), "packed",
@@ -222,6 +250,7 @@ def check(recipe: Recipe) -> None:
          f"that of the embedding, {m.embed_dtype}, whose table it shares", m.head_dtype)
     must(1 <= r.muon_steps <= 20, "muon_steps", "1 to 20", r.muon_steps)
     must(1 <= r.num_targets <= 3, "num_targets", "1 to 3", r.num_targets)
+    must(r.prefix_weight >= 0, "prefix_weight", "0 or more", r.prefix_weight)
     must(r.val_tokens >= r.val_row and r.val_tokens % r.val_row == 0, "val_tokens",
          f"a multiple of a validation row's {r.val_row}", r.val_tokens)
     must(r.val_every >= 1, "val_every", "a whole number from 1", r.val_every)
@@ -477,6 +506,81 @@ _record(62, "Bigram hash embedding", after=53,
                     "scalar": {"betas": (0.9, 0.99)}},
         num_iterations=1600, cooldown_steps=858)
 
+# 2026-01-26. Each of the five layers has a table of its own; three were shared. Thirds that are no
+# whole number of steps begin at the nearest one from here on.
+_record(63, "Five value tables, none shared", after=62,
+        value_embeds="apart", round_stages="nearest",
+        num_iterations=1575, cooldown_steps=0.55 * 1535)
+
+# 2026-01-30
+_record(64, "Values and attention's output start away from zero", after=63,
+        qkv_init_std=None, out_init_std=0.5,
+        num_iterations=1555, cooldown_steps=0.55 * 1515)
+
+# 2026-02-03. With #65 (value tables in one parameter), #66 (torch 2.10), #67 (soft-cap and
+# cross-entropy in one kernel with the fp8 cast), #68 (bigram hash on the device), #69 (loads in
+# Muon's kernels): systems alone, but for learning rates that change with the batch.
+_record(70, "Value tables tuned: start, gates, layers", after=64,
+        value_embeds="later", value_mix="gate_both", value_embed_init_std=0.01,
+        lr_stage_ends=(), num_iterations=1547, cooldown_steps=1507 - 678)
+
+# 2026-02-10. With #71: ranks exchange only the rows of the bigram table that were read.
+_record(72, "Learning rate ends at 0.15, shorter documents in the first third", after=70,
+        final_lr_frac=0.15, max_doc_stages=(896, 2048, 2048),
+        num_iterations=1530, cooldown_steps=1490 - 670)
+
+# 2026-03-06. With what stayed of #73 (lambdas of half layers, a longer cooldown; its second lane
+# went); #74 to #76 are kernels: Muon of tall matrices, cross-entropy, the head's fp8 gradient.
+_record(77, "Late attention input, lambdas of half layers", after=72,
+        sublayer_lambdas=True, late_input=True, resid_lambda=1.1 ** 0.5, bigram_lambda=0.05,
+        adam_roles=RECORDS[72].adam_roles
+        | {"resid_lambda": {"lr": 0.04, "betas": (0.9, 0.95)},
+           "post_lambda": {"lr": 0.008, "betas": (0.9, 0.95)}},
+        num_iterations=1490, cooldown_steps=870)
+
+# 2026-04-08. With #78: a faster mean square. Heads 2p and 2p+1 of Q, or of K, are one matrix of
+# 256 x 768 to Muon: wide, so that NorMuon looks at columns. #79 is a kernel: cross-entropy forward
+# and backward in one pass.
+_record(80, "Muon on pairs of heads of Q and K", after=77,
+        qk_apart=True, normuon_beta2=0.9,
+        normuon={"attn_qk": "col", "attn_v": "row", "attn_out": "row", "mlp_in": "row",
+                 "mlp_out": "col"},
+        num_iterations=1480, cooldown_steps=864)
+
+# 2026-04-22. In the last layer's place of x0, bigram and resid lambdas and of its value gate, and in
+# the backout's.
+_record(81, "Coefficients for each token mix earlier layers (MUDD), short extension", after=80,
+        mudd=True, backout=False,
+        adam_roles=RECORDS[80].adam_roles
+        | {"mudd": {"lr": 0.002, "betas": (0.9, 0.99), "weight_decay": 0.005},
+           "mudd_start": {"lr": 0.002, "betas": (0.9, 0.99)}},
+        num_iterations=1415, extension_steps=10, cooldown_steps=1405 - 562)
+
+# 2026-04-29
+_record(82, "Attention without its own value (XSA)", after=81,
+        xsa=True, num_iterations=1385, cooldown_steps=825)
+
+# 2026-05-20. A quarter as wide and three times as many rows: 145M numbers, 193M before.
+_record(83, "Bigram rows with signs by a second hash", after=82,
+        bigram_signs=True, bigram_frac=0.25, bigram_factor=15)
+
+# 2026-05-27. With #84: the MLP's first matrix forward in fp8 (bf16 here), for five more steps.
+# Attention gates stay in the long layers, XSA in those before the late input. #86 (XSA's algebra)
+# and #87 (ReLU^2 stores its output alone) are kernels.
+_record(85, "Gates from tokens, dynamic composition of heads, wide bigrams", after=83,
+        token_gates=True, unet="token", dc_window=112, bigram_frac=1.0, bigram_factor=7.5,
+        adam_roles=RECORDS[83].adam_roles
+        | {"token_gate": {"lr": 0.0008, "betas": (0.9, 0.99), "weight_decay": 0.005},
+           "token_gate_start": {"lr": 0.0008, "betas": (0.9, 0.99)}},
+        num_iterations=1300, extension_steps=15, cooldown_steps=1285 - 514)
+
+# 2026-07-13
+_record(88, "Prefix loss", after=85,
+        prefix_weight=0.25, num_iterations=1285, cooldown_steps=762)
+
+# 2026-07-17. The MLP's second matrix forward in fp8 (bf16 here).
+_record(89, "fp8 in the MLP's second matrix", after=88)
+
 RECORDS = dict(sorted(RECORDS.items()))
 
 # --- recipes of our own: a record with another idea -----------------------------------------------
@@ -546,10 +650,13 @@ def pocket(recipe: Recipe) -> Recipe:
         matrix_lr=recipe.matrix_lr * (width_ratio ** 0.5 if unit_rms else 1.0),
         adam_roles=recipe.adam_roles | sparse_eps,
         num_iterations=num_iterations, batch_tokens=batch_tokens,
+        prefix_weight=0.0,  # no byte begins with another
         batch_stages=tuple(b // POCKET_BATCH for b in recipe.batch_stages),
         max_doc_len=recipe.max_doc_len and recipe.max_doc_len // 4,
+        max_doc_stages=tuple(n // 4 for n in recipe.max_doc_stages),
         window_range=tuple(w // 4 for w in recipe.window_range),
         window_block=recipe.window_block // 4,
+        dc_window=recipe.model.dc_window and recipe.model.dc_window // 4,
         val_tokens=TRACKS["pocket"].fixed["val_tokens"],
         val_seq_len=1024 if packed else None,
         val_every=math.ceil(num_iterations / 5))
@@ -560,9 +667,25 @@ SCALES = {"full": lambda recipe: recipe, "pocket": pocket}
 
 # --- schedules: what changes from step to step ----------------------------------------------------
 
+def _part_start(part: int, num_parts: int, recipe: Recipe) -> float:
+    """Where `part` of num_parts equal parts of the scheduled steps begins; its first step is the
+    next whole one."""
+    start = part * recipe.scheduled_steps / num_parts
+    if recipe.round_stages == "nearest":  # (#63)
+        return round(start)
+    return start
+
+
 def _part(step: int, num_parts: int, recipe: Recipe) -> int:
     """Index of `step` among num_parts equal parts of the scheduled steps."""
-    return min(step * num_parts // recipe.scheduled_steps, num_parts - 1)
+    return sum(step >= _part_start(part, num_parts, recipe) for part in range(1, num_parts))
+
+
+def _part_progress(step: int, num_parts: int, recipe: Recipe) -> float:
+    """How much of its part is over before `step`, from 0 to below 1."""
+    part = _part(step, num_parts, recipe)
+    start, end = (_part_start(p, num_parts, recipe) for p in (part, part + 1))
+    return (step - start) / (end - start)
 
 
 def batch_tokens(step: int, recipe: Recipe) -> int:
@@ -574,6 +697,12 @@ def batch_tokens(step: int, recipe: Recipe) -> int:
 def batch_shape(step: int, recipe: Recipe) -> tuple[int, int]:
     """(rows, tokens a row) of the global batch of `step`, before ranks exist."""
     return recipe.num_rows, batch_tokens(step, recipe) // recipe.num_rows
+
+
+def max_doc_len(step: int, recipe: Recipe) -> int | None:
+    if not recipe.max_doc_stages:
+        return recipe.max_doc_len
+    return recipe.max_doc_stages[_part(step, len(recipe.max_doc_stages), recipe)]
 
 
 def lr_multiplier(step: int, recipe: Recipe) -> float:
@@ -589,7 +718,10 @@ def lr_multiplier(step: int, recipe: Recipe) -> float:
     left = min(1.0, max(0, end - step) / r.cooldown_steps) if r.cooldown_steps else 1.0
     if r.cooldown_shape == "cosine":
         left = (1 - math.cos(math.pi * left)) / 2
-    stages_over = sum(step / r.scheduled_steps > over for over in r.lr_stage_ends)
+    if r.lr_stage_ends:
+        stages_over = sum(step / r.scheduled_steps > over for over in r.lr_stage_ends)
+    else:  # (#65)
+        stages_over = _part(step, len(r.lr_stages), r)
     full = r.lr_stages[stages_over] if r.lr_stages else 1.0
     return full * left + r.final_lr_frac * (1 - left)
 
@@ -663,35 +795,42 @@ def _target_weights(step: int, recipe: Recipe) -> tuple[float, ...]:
     part = _part(step, 3, recipe)
     weights = [0.5 ** k for k in range(max(1, recipe.num_targets - part))]
     if len(weights) > 1:
-        weights[-1] *= 1 - (step * 3 / recipe.scheduled_steps - part)
+        weights[-1] *= 1 - _part_progress(step, 3, recipe)
     return tuple(weights)
+
+
+def _prefix_weight(step: int, recipe: Recipe) -> float:
+    """(#88) Of the prefix of the next token: constant in the first third, to 0 in the second."""
+    part = 2 if step >= recipe.scheduled_steps else _part(step, 3, recipe)
+    return recipe.prefix_weight * (1, 1 - _part_progress(step, 3, recipe), 0)[part]
 
 
 def untie_step(recipe: Recipe) -> int:
     """The first step with an embedding of its own: the one after Adam's first update from the step
     on that two thirds fall in, so that no gradient is half collected."""
-    start = 2 * recipe.scheduled_steps // 3
+    start = math.floor(_part_start(2, 3, recipe))
     return (start // recipe.adam_every + 1) * recipe.adam_every
 
 
-def _phase(step: int, recipe: Recipe, last: bool, weights: tuple[float, ...]) -> Phase:
+def _phase(step: int, recipe: Recipe, last: bool, weights: tuple[float, ...],
+           prefix_weight: float) -> Phase:
     found = windows(step, recipe, last=last)
     short, long = (window_in_keys(w, recipe) for w in found) if found else (None, None)
     return Phase(
         window=long, short_window=short,
         yarn_windows=_yarn_windows(step, recipe, last), target_weights=weights,
-        tied=recipe.tie_first and step < untie_step(recipe))
+        prefix_weight=prefix_weight, tied=recipe.tie_first and step < untie_step(recipe))
 
 
 def phase(step: int, recipe: Recipe) -> Phase:
     """The model's phase in the training step `step`."""
-    return _phase(step, recipe, False, _target_weights(step, recipe))
+    return _phase(step, recipe, False, _target_weights(step, recipe), _prefix_weight(step, recipe))
 
 
 def eval_phase(step: int, recipe: Recipe) -> Phase:
     """The phase of the validation before `step`: one target, and at the end the windows that some
     records keep for the last validation."""
-    return _phase(step, recipe, step == recipe.num_iterations, (1.0,))
+    return _phase(step, recipe, step == recipe.num_iterations, (1.0,), 0.0)
 
 
 def phase_steps(recipe: Recipe) -> list[int]:
@@ -700,7 +839,8 @@ def phase_steps(recipe: Recipe) -> list[int]:
     kinds = {}
     for step in range(recipe.num_iterations):
         s = phase(step, recipe)
-        kind = (batch_shape(step, recipe), s.window, s.short_window, len(s.target_weights), s.tied)
+        kind = (batch_shape(step, recipe), s.window, s.short_window, len(s.target_weights),
+                s.prefix_weight > 0, s.tied)
         kinds.setdefault(kind, step)
     return list(kinds.values())
 
@@ -715,10 +855,11 @@ def _scalars_frozen(step: int, recipe: Recipe) -> bool:
 
 # Roles of parameters (model.parameter_table) in the order of their groups. Gates are treated as
 # matrices unless adam_roles names them.
-MATRICES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
-GATES = ("attn_gate", "value_gate", "skip_gate", "smear_gate")
+MATRICES = ("attn_in", "attn_qk", "attn_v", "attn_out", "mlp_in", "mlp_out")
+GATES = ("attn_gate", "value_gate", "skip_gate", "smear_gate", "mudd", "token_gate")
 EMBEDS = ("embed", "value_embed", "bigram")
-SCALARS = ("x0_lambda", "scalar")
+SCALARS = ("x0_lambda", "scalar", "resid_lambda", "post_lambda", "mudd_start",
+           "token_gate_start")
 ROLES = (*MATRICES, *GATES, "embed", "head", "value_embed", "bigram", *SCALARS)
 
 # Where other_rule is "norms": norm and scale of the update by role; others are spectral. In units
@@ -761,12 +902,14 @@ def _settings(role: str, recipe: Recipe) -> dict:
     decay = "lr2" if r.cautious else "lr"
     if _is_muon(role, r):
         norm, scale = NORMS.get(role, ("spectral", r.muon_scale))
+        # Q, K and V each by itself (#4); Q and K in pairs of heads (#80)
+        split = {"attn_in": 3 if r.split_qkv else None, "attn_qk": r.model.num_heads}.get(role)
         return {"rule": "muon", "norm": norm, "view": "matrix" if norm == "spectral" else None,
                 "weight_decay": r.matrix_weight_decay, "decay": decay, "cautious": r.cautious,
                 "method": r.muon_method, "ns_steps": r.muon_steps, "mode": r.muon_mode,
                 "scale": scale, "multiplier": r.muon_multipliers.get(role, 1.0),
                 "momentum_form": r.momentum_form, "second_moment": r.normuon.get(role),
-                "split": 3 if role == "attn_in" and r.split_qkv else None}
+                "beta2": r.normuon_beta2, "split": split}
     special = {k: v for k, v in r.adam_roles.get(role, {}).items() if k != "lr"}
     return {"rule": "adam", "betas": r.adam_betas, "eps": r.adam_eps,
             "update_interval": r.adam_every, "decay": decay,

@@ -33,6 +33,7 @@ from torch.profiler import record_function
 
 import recipes
 from data.loader import Batch, Loader, rank_rows, val_batches
+from data.prefixes import token_prefixes
 from data.sources import SOURCES, source_of
 from kernels import check_kernels, symmetric
 from kernels.attention import activate_flash_attention
@@ -124,7 +125,10 @@ class TrainState:
 def build_model(recipe: Recipe, seed: int, device: torch.device,
                 kernels: frozenset[str] = frozenset()) -> GPT:
     torch.manual_seed(seed)
-    return recipes.build_model(recipe, seed, kernels).to(device)
+    model = recipes.build_model(recipe, seed, kernels)
+    if recipe.prefix_weight:  # (#88)
+        model.prefixes = torch.from_numpy(token_prefixes(recipe.model.vocab_size))
+    return model.to(device)
 
 
 def build_optimizer(model: GPT, recipe: Recipe, kernels: frozenset[str] = frozenset(),

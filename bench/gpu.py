@@ -45,6 +45,7 @@ from bench import muon_step, train_speed
 from data.loader import OutOfTokens, check_enough_tokens
 from data.shards import write_shard
 from recipes import RECORDS, batch_shape
+from trainer.data import doc_len
 
 BOS = 50_256
 SPEED = (6, 12, 23, 62)     # an era each: plain rows, FlexAttention, 48K rows, the newest
@@ -153,7 +154,7 @@ def steps_for(record: int, num_tokens: int, folder: Path) -> int:
             check_enough_tokens(files, functools.partial(batch_shape, recipe=recipe), steps,
                                 vocab_size=recipe.model.vocab_size, bos_id=BOS,
                                 repeat_first=recipe.first_batch_repeated, align=recipe.data_align,
-                                max_doc_len=recipe.max_doc_len)
+                                max_doc_len=doc_len(recipe))
         except OutOfTokens:
             return False
         return True

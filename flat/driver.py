@@ -103,7 +103,10 @@ def train_batches(files: list[Path]) -> Iterator[np.ndarray]:
                 for _ in range(num_rows):
                     parts, length = [], 0
                     while length <= T and doc < len(starts):
-                        parts.append(tokens[starts[doc]:ends[doc]])
+                        if r.max_doc_stages:  # (#72)
+                            parts.append(tokens[starts[doc]:ends[doc]][:max_doc_len(step)])
+                        else:
+                            parts.append(tokens[starts[doc]:ends[doc]])
                         length, doc = length + len(parts[-1]), doc + 1
                     if length <= T:
                         break
@@ -113,6 +116,14 @@ def train_batches(files: list[Path]) -> Iterator[np.ndarray]:
                 yield np.stack(rows)
                 step += 1
     sys.exit(f"the training data end before step {step}: expected more shards of tokens")
+
+
+def read_prefixes(file: Path) -> Tensor:
+    """(V,) the longest token that each token begins with, or -1, for the prefix loss (#88)."""
+    if not file.is_file():
+        sys.exit(f"{file}: expected this project's data/{file.name} beside the shards, found none")
+    table = torch.from_numpy(np.load(file).astype(np.int64))
+    return torch.where(table == 65_535, -1, table)
 
 
 def val_rows(files: list[Path]) -> np.ndarray:
@@ -249,16 +260,23 @@ class GPT:
         x_BTC, shared, values = self.embed_tokens(tokens_BT)
         if c.packed:
             keys = self.attention_keys(tokens_BT)
+        if c.token_gates:
+            extras = by_layer(shared["gates"], self.plan_early)
         outputs: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
             layer = self.plan[i]
+            if c.token_gates:  # (#85)
+                if i == gates_layer(c):
+                    extras |= by_layer(self.gates_late(x_BTC), self.plan_late)
             x_BTC = block(
                 x_BTC, shared, values.get(layer.value_table) if c.value_embeds != "none" else None,
                 keys[layer.keys] if c.packed else None,
-                outputs.get(layer.skip_from) if c.unet != "none" else None)
-            if c.unet != "none" or c.backout:
+                outputs.get(layer.skip_from) if c.unet != "none" else None,
+                outputs.get(layer.attn_from) if c.late_input else None,
+                extras.get(i, Extras()) if c.token_gates else Extras())
+            if c.unet != "none" or c.backout or c.mudd:
                 outputs[i] = x_BTC
-        return self.final_norm(x_BTC, outputs)
+        return self.final_norm(x_BTC, shared, values, outputs)
 
     def head_loss(self, x_BTC: Tensor, targets_BT: Tensor, divisor: float) -> Tensor:
         """Cross-entropy in nats, summed over the B*T tokens, over `divisor`."""
@@ -277,7 +295,15 @@ class GPT:
                 z_NV = c.logit_softcap * torch.sigmoid((z_NV + c.softcap_shift) / c.softcap.div)
         if r.num_targets > 1:  # (#53) several tokens ahead, inside the row
             loss = 0.0
-            for ahead, weight in enumerate(self.target_weights):
+            if r.prefix_weight:  # (#88) the longest token that the next one begins with
+                weights = self.target_weights[:self.num_ahead]
+                if len(self.target_weights) > self.num_ahead:
+                    y_BT = self.prefixes[targets_BT]
+                    loss = self.target_weights[-1] * F.cross_entropy(
+                        z_NV, y_BT.flatten(), ignore_index=-1, reduction="sum")
+            else:
+                weights = self.target_weights
+            for ahead, weight in enumerate(weights):
                 y_BT = F.pad(targets_BT[:, ahead:], (0, ahead), value=-1)
                 loss = loss + weight * F.cross_entropy(z_NV, y_BT.flatten(), ignore_index=-1,
                                                        reduction="sum")
@@ -431,6 +457,10 @@ def enter_phase(model: GPT, optimizer: Optimizer, step: int, evaluating: bool = 
             model.set_rotary(_yarn_windows(step, r, last))
     if r.num_targets > 1:
         weights = (1.0,) if evaluating else _target_weights(step)
+        if r.prefix_weight:  # (#88)
+            model.num_ahead = len(weights)
+            if not evaluating and _prefix_weight(step) > 0:
+                weights += (_prefix_weight(step),)
         model.target_weights = torch.tensor(weights, device=DEVICE)
     if r.tie_first:
         if step == untie_step() and model.tied:  # (#53) the embedding leaves with table and state
@@ -481,7 +511,12 @@ def compile_model(model: GPT, optimizer: Optimizer) -> None:
     for step in GRAPH_STEPS:
         enter_phase(model, optimizer, step, evaluating=True)
         if r.num_targets > 1:
-            model.target_weights = torch.tensor(_target_weights(step), device=DEVICE)
+            weights = _target_weights(step)
+            if r.prefix_weight:
+                model.num_ahead = len(weights)
+                if _prefix_weight(step) > 0:
+                    weights += (_prefix_weight(step),)
+            model.target_weights = torch.tensor(weights, device=DEVICE)
         num_rows, T = batch_shape(step)
         rows = np.random.default_rng(0).integers(0, c.bos_id, (num_rows, T + 1))
         inputs_BT, targets_BT = micro_batches(rows)[0]
@@ -517,6 +552,8 @@ def start_log(files: list[Path], seed: int) -> None:
 def train(train_files: list[Path], val_files: list[Path], seed: int) -> None:
     model = GPT()
     init_weights(model, seed)
+    if r.prefix_weight:
+        model.prefixes = read_prefixes(train_files[0].with_name("gpt2_prefixes.npy")).to(DEVICE)
     model.to(DEVICE)
     if not (c.yarn or c.learned_positions):
         model.set_rotary(())

@@ -23,7 +23,15 @@ import recipes
 from flat.fold import TRUE, Known, fold, prune
 from flat.tidy import Docs
 from flat.tree import parse, show, walk, wrapped
-from model import GPT, Layer, layer_plan, parameter_entry
+from model import (
+    GPT,
+    Layer,
+    gates_layer,
+    late_layer,
+    layer_plan,
+    parameter_entry,
+    skip_layer,
+)
 from recipes import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,6 +172,9 @@ def known_of(recipe: Recipe, names: list[str], groups: dict[str, dict]) -> Known
         "dtype if c.head == 'fp8' else DTYPES[c.head]": TORCH_DTYPES[head],
         "backout_layer(c)": str(2 * c.num_layers // 3),
         "dropped_attention(c)": str(7 * c.num_layers // 12),
+        "late_layer(c)": str(late_layer(c)), "skip_layer(c)": str(skip_layer(c)),
+        "dropped_attention(config)": str(7 * c.num_layers // 12),
+        "gates_layer(c)": str(gates_layer(c)), "layer_plan(config)": "PLAN",
         "layer_plan(c)": "PLAN", "len(PLAN)": "NUM_LAYERS", "c.softcap.div": "SOFTCAP_DIV",
         "self.phase.window or T": "self.window",
         "self.phase.short_window or T": "self.short_window",

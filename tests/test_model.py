@@ -1,7 +1,9 @@
 """What a model must do whatever is in it: look back only, stay in its document, start where it
 should; and each idea, switched off, is the rung before it."""
 
+import itertools
 import math
+import zlib
 from dataclasses import replace
 
 import pytest
@@ -14,11 +16,14 @@ from kernels.norm import rms_norm as norm
 from model import (
     GPT,
     Attention,
+    Extras,
     GPTConfig,
     Layer,
     Linear,
     Phase,
     bigram_hash,
+    composed_heads,
+    exclude_own_value,
     flops_per_token,
     init_weights,
     layer_plan,
@@ -28,6 +33,7 @@ from model import (
     rotary,
     rotary_frequencies,
     shift_still_half,
+    sign_hash,
     smear,
 )
 from recipes import RECORDS, edit, pocket
@@ -162,7 +168,7 @@ def test_paired_heads_are_as_in_record_58():
     doc_BT = torch.zeros(1, 2 * T, dtype=torch.int32)
     x = torch.randn(1, T, H * D)
     with torch.no_grad():
-        found = attn(x, {"cos": cos, "sin": sin}, None, packed_keys(doc_BT, 6, torch.float32)) - x
+        found = attn(x, {"cos": cos, "sin": sin}, None, packed_keys(doc_BT, 6, torch.float32))
         q, k, v = attn.qkv(norm(x)).view(T, 3, H, D).unbind(1)
     y = torch.zeros(T, H, D)
     streams = {(h, t): 2 * t + (h >= 3) for h in range(H) for t in range(T)}
@@ -408,6 +414,232 @@ def test_a_sigmoid_softcap_is_a_tanh_one_moved_up():
     torch.testing.assert_close(sigmoid(inputs, targets), tanh(inputs, targets))
 
 
+# --- from #62 to #89: each new piece begins as the rung before --------------------------------------
+
+def eleven(record: int) -> GPT:
+    """A record's own 11 layers, small, at its start; head and biggest tables away from zero."""
+    config = replace(pocket(RECORDS[record]).model, num_layers=11, num_heads=2, head_dim=16)
+    model = GPT(config)
+    init_weights(model, 0)
+    model.set_phase(Phase(window=32, short_window=16))
+    with torch.no_grad():
+        for name, p in model.named_parameters():    # what both rungs have is the same in both
+            if name.endswith(".weight") and not name.endswith("w2.weight"):
+                p.copy_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(
+                    zlib.crc32(name.encode()))))
+    return model
+
+
+@torch.no_grad()
+def set_all(model: GPT, ending: str, value: float | torch.Tensor) -> None:
+    found = [p for name, p in model.named_parameters() if name.endswith(ending)]
+    assert found, ending
+    for p in found:
+        p.copy_(torch.as_tensor(value, dtype=p.dtype))
+
+
+@torch.no_grad()
+def assert_equal_start(before: GPT, after: GPT, equal: bool = True) -> None:
+    tokens = row(48, bos=(0, 20))
+    found, expected = after.hidden(tokens), before.hidden(tokens)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=2e-5) == equal, (
+        (found - expected).abs().max())
+
+
+@torch.no_grad()
+def test_63_begins_as_62_with_copies_of_its_tables():
+    before, after = eleven(62), eleven(63)
+    for mine, shared in zip(range(5), (1, 2, 0, 1, 2)):
+        after.value_embeds[str(mine)].weight.copy_(before.value_embeds[str(shared)].weight)
+    assert_equal_start(before, after)
+    after.value_embeds["4"].weight.add_(1)
+    assert_equal_start(before, after, equal=False)
+
+
+def test_70_begins_with_a_value_gate_of_one():
+    after = eleven(70)
+    before = take_weights(GPT(replace(after.config, value_mix="add")), after)
+    before.set_phase(after.phase)
+    assert_equal_start(before, after)
+    with torch.no_grad():
+        for name, p in after.named_parameters():
+            if name.endswith("value_gate"):
+                p[:, :6].zero_()
+                p[:, 6:].fill_(3.0)     # channels of the value embedding alone
+    assert_equal_start(before, after, equal=False)
+
+
+def test_77_with_factors_of_one_is_72():
+    """But for the late input: it reads another layer from the first step on."""
+    before, after = eleven(72), eleven(77)
+    after.plan = [layer._replace(attn_from=None) for layer in after.plan]
+    for model in (before, after):
+        set_all(model, "bigram.weight", 0.0)
+    set_all(before, "resid_lambda", 1.0)
+    set_all(after, "_resid", 1.0)
+    assert_equal_start(before, after)
+    for name in ("attn_resid", "attn_post", "mlp_resid", "mlp_post", "x0_lambda"):
+        p = getattr(after.blocks[1], name)
+        was = p.item()
+        with torch.no_grad():
+            p.add_(0.5)
+            assert_equal_start(before, after, equal=False)
+            p.fill_(was)
+    late = eleven(77)
+    set_all(late, "_resid", 1.0)
+    assert [layer.attn_from for layer in late.plan] == [None] * 8 + [7, 7, 7]
+    assert_equal_start(before, late, equal=False)
+
+
+def test_77_brings_bigrams_before_layer_0_and_behind_attention_elsewhere():
+    model = eleven(77)
+    tokens = row(48, bos=(0, 20))
+    x_BTC, shared, _ = model.embed_tokens(tokens)
+    torch.testing.assert_close(x_BTC, shared["x0"] + 0.05 * shared["bigram"])
+    assert [block.takes_bigram for block in model.blocks] == [False] + [True] * 10
+
+
+def test_80_begins_as_77():
+    before, after = eleven(77), eleven(80)
+    with torch.no_grad():
+        for one, two in zip(before.blocks, after.blocks):
+            if one.attn is not None:
+                one.attn.qkv.weight.copy_(torch.cat([two.attn.qk.weight, two.attn.v.weight]))
+    assert_equal_start(before, after)
+
+
+def test_81_begins_as_80():
+    """But for the last layer's value gate: the program has 2 there, where a gate was 1."""
+    before, after = eleven(80), eleven(81)
+    for model in (before, after):
+        set_all(model, "value_embeds.4.weight", 0.0)
+    set_all(before, "mlp_resid", RECORDS[80].model.resid_lambda)
+    assert_equal_start(before, after)
+    for mixer in (after.mudd, after.blocks[10].mudd):
+        with torch.no_grad():
+            mixer.w2.weight.normal_()
+            assert_equal_start(before, after, equal=False)
+            mixer.w2.weight.zero_()
+    assert_equal_start(before, after)
+
+
+def test_the_coefficients_of_81_weigh_what_they_say():
+    """The last layer and the end, from their constants alone, written out."""
+    model, tokens = eleven(81), row(48, bos=(0, 20))
+    generator = torch.Generator().manual_seed(3)
+    for mixer in (model.mudd, model.blocks[10].mudd):
+        mixer.start.data = torch.randn(mixer.start.shape, generator=generator)
+    with torch.no_grad():
+        x, shared, values = model.embed_tokens(tokens)
+        c0, outputs = x, {}
+        keys = model.attention_keys(tokens, None)
+        h9 = model.run_layers(range(10), x, shared, values, keys, {}, outputs)
+        m, n = 0.1 * model.blocks[10].mudd.start, 0.1 * model.mudd.start
+        attn = model.blocks[10].attn
+        u = m[0] * c0 + m[1] * outputs[7] + m[2] * h9
+        ve = torch.cat([m[6] * values[4][:, :, :1], m[7] * values[4][:, :, 1:]], 2)
+        # the values are those of plain attention on V + u + ve
+        plain = replace(model.config, mudd=False, value_mix="add")
+        same = Attention(plain, model.plan[10])
+        same.load_state_dict(attn.state_dict())
+        y = same(outputs[7], shared, ve + u.unflatten(-1, (2, -1)), keys["long"])
+        x = (1 + m[5]) * h9 + m[3] * c0 + m[4] * outputs[7]
+        x = m[8] * x + m[9] * y + m[10] * c0 + m[11] * shared["bigram"]
+        x = m[12] * x + m[13] * model.blocks[10].mlp(x)
+        x = x + n[0] * c0 + n[1] * outputs[7] + n[2] * h9 + n[3] * values[0].flatten(-2) + (
+            n[4] * outputs[3])
+        torch.testing.assert_close(model.hidden(tokens), norm(x), rtol=1e-4, atol=1e-4)
+
+
+def test_82_begins_as_81():
+    before, after = eleven(81), eleven(82)
+    assert_equal_start(before, after)
+    set_all(after, ".xsa", 0.5)
+    assert_equal_start(before, after, equal=False)
+
+
+def test_xsa_takes_away_the_part_along_the_own_value():
+    y, v = torch.randn(2, 2, 5, 3, 8, dtype=torch.float64)
+    left = exclude_own_value(y, v, torch.tensor([100.0, 0.0, math.atanh(0.25)]).double())
+    assert (left[..., 0, :] * v[..., 0, :]).sum(-1).abs().max() < 1e-12
+    torch.testing.assert_close(left[..., 1, :], y[..., 1, :])
+    torch.testing.assert_close((left[..., 2, :] * v[..., 2, :]).sum(-1),
+                               0.75 * (y[..., 2, :] * v[..., 2, :]).sum(-1))
+    assert torch.isfinite(exclude_own_value(y, torch.zeros_like(v), torch.ones(3).double())).all()
+
+
+def test_83_begins_as_82_and_signs_the_rows():
+    before, after = eleven(82), eleven(83)
+    for model in (before, after):
+        set_all(model, "bigram.weight", 0.0)
+    assert_equal_start(before, after)
+    after.bigram.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    tokens = row(48, bos=(0, 20))
+    _, shared, _ = after.embed_tokens(tokens)
+    rows = after.bigram.weight[bigram_hash(tokens, after.config.bigram_rows)]
+    signs = [after.signs[0]] + [after.signs[int(a) ^ int(b)]
+                                for a, b in itertools.pairwise(tokens[0])]
+    torch.testing.assert_close(shared["bigram"][0, :, :8], rows[0] * torch.stack(signs))
+    assert not shared["bigram"][..., 8:].any()
+    torch.testing.assert_close(sign_hash(torch.tensor([[50_256, 11_492]])),
+                               torch.tensor([[0, (50_256 ^ 11_492) % 8192]]))
+
+
+def test_85_begins_with_constants_in_the_place_of_gates():
+    """Attention gates 0.25 in layers 3 and 10 and none elsewhere, where 0.5 was, and half the skip;
+    with those put into #83, and bigrams at 0, it begins alike."""
+    before, after = eleven(83), eleven(85)
+    for model in (before, after):
+        set_all(model, "bigram.weight", 0.0)
+    half = torch.sigmoid(torch.tensor(-1.5)) / 2
+    with torch.no_grad():
+        before.blocks[6].skip_lambda.copy_(torch.logit(half))
+        for i, block in enumerate(before.blocks):
+            if block.attn is not None:
+                block.attn.out.factor.copy_(0.5 if i in (3, 10) else 2.0)
+    assert_equal_start(before, after)
+    for mixer in (after.gates_early, after.gates_late):
+        with torch.no_grad():
+            mixer.w2.weight.normal_()
+            assert_equal_start(before, after, equal=False)
+            mixer.w2.weight.zero_()
+
+
+def test_dynamic_composition_mixes_attention_weights():
+    """Every weight, query by query."""
+    B, T, H, D, W = 2, 23, 3, 4, 5
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, B, T, H, D, dtype=torch.float64, generator=generator)
+    into, out = torch.randn(2, B, T, H, dtype=torch.float64, generator=generator)
+    doc = torch.tensor([[0] * 7 + [1] * 16, [0] * 23])
+    extras = Extras(dc_in_BTH=into, dc_out_BTH=out)
+    found = composed_heads(q, k, v, extras, 0.3, doc, W)
+    for b, i in itertools.product(range(B), range(T)):
+        seen = [j for j in range(T) if 0 <= i - j < W and doc[b, i] == doc[b, j]]
+        weights = torch.stack([(0.3 * k[b, seen, h] @ q[b, i, h]).softmax(0) for h in range(H)])
+        heads = into[b, i] / (into[b, i].square().mean() + 1e-6).sqrt()
+        mixed = heads @ weights
+        for h in range(H):
+            torch.testing.assert_close(found[b, i, h], out[b, i, h] * (mixed @ v[b, seen, h]))
+
+
+def test_the_prefix_of_the_next_token_is_one_more_target():
+    model, tokens, targets = model_of(88), row(40), row(40, seed=5)
+    model.prefixes = torch.arange(model.config.vocab_size) // 2 - 1     # tokens 0 and 1 have none
+    model.set_phase(Phase(target_weights=(1.0, 0.5), prefix_weight=0.25))
+    logits = model.logits(model.hidden(tokens)).log_softmax(-1)[0]
+    expected = 0.0
+    for t, y in enumerate(targets[0].tolist()):
+        expected -= logits[t, y]
+        expected -= 0.5 * logits[t, targets[0, t + 1]] if t < 39 else 0
+        expected -= 0.25 * logits[t, y // 2 - 1] if y > 1 else 0
+    assert model(tokens, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+    model.set_phase(recipes.eval_phase(0, pocket(RECORDS[88])))     # never in validation
+    logits = model.logits(model.hidden(tokens)).log_softmax(-1)[0]
+    plain = -logits.gather(1, targets[0][:, None]).sum()
+    assert model(tokens, targets).item() == pytest.approx(plain.item(), rel=1e-6)
+
+
 # --- phases ---------------------------------------------------------------------------------------
 
 def test_tied_for_a_while_then_a_copy():
@@ -470,7 +702,7 @@ def test_every_parameter_has_a_role():
         for name, p in model.named_parameters():
             role, _ = parameter_entry(name, model.config)
             assert role in recipes.ROLES
-            assert (role in ("scalar", "x0_lambda")) == (p.ndim < 2), name
+            assert (role in recipes.SCALARS) == (p.ndim < 2), name
 
 
 def test_flops_count_products_and_keys():

@@ -56,8 +56,9 @@ def compile_segments(model: GPT, num_layers: int = 1, backend: str = "inductor")
     n = min(num_layers or L, L)
     model.segments = [range(first, min(first + n, L)) for first in range(0, L, n)]
     if n == 1:
-        for block in model.blocks:
-            block.compile(dynamic=False, backend=backend)
+        between = [model.gates_late] if model.config.token_gates else []
+        for part in [*model.blocks, *between]:
+            part.compile(dynamic=False, backend=backend)
     for name in ("embed_tokens", *["run_layers"] * (n > 1), "final_norm"):
         setattr(model, name, torch.compile(getattr(model, name), dynamic=False, backend=backend))
     model.loss_bodies = compiled(model.loss_bodies, backend)

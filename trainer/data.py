@@ -3,6 +3,7 @@ suffice, before step 0."""
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from data.loader import Loader, OutOfTokens, check_enough_tokens, val_batches
 from data.shards import check_disjoint, data_digest
 from data.sources import SOURCES, source_of
-from recipes import Recipe, batch_shape
+from recipes import Recipe, batch_shape, max_doc_len
 from trainer.dist import World
 
 
@@ -55,6 +56,11 @@ def find_data(recipe: Recipe, data_dir: str | None = None) -> Data:
     return Data(train_files, val_files, source.bos_id, data_digest([*train_files, *val_files]))
 
 
+def doc_len(recipe: Recipe) -> int | None | Callable[[int], int]:
+    """The loader's max_doc_len: a number, or one for each step."""
+    return partial(max_doc_len, recipe=recipe) if recipe.max_doc_stages else recipe.max_doc_len
+
+
 def check_data(recipe: Recipe, train_files: list[Path], val_files: list[Path],
                bos_id: int) -> None:
     """Every shard the run touches is whole, and there are tokens for every step and validation.
@@ -63,7 +69,7 @@ def check_data(recipe: Recipe, train_files: list[Path], val_files: list[Path],
     check_enough_tokens(train_files, partial(batch_shape, recipe=recipe), recipe.num_iterations,
                         vocab_size=recipe.model.vocab_size, bos_id=bos_id,
                         repeat_first=recipe.first_batch_repeated, align=recipe.data_align,
-                        max_doc_len=recipe.max_doc_len)
+                        max_doc_len=doc_len(recipe))
     val_batches(val_files, recipe.val_tokens, recipe.val_row, 1,
                 vocab_size=recipe.model.vocab_size)
 
@@ -79,5 +85,5 @@ def make_loader(recipe: Recipe, data: Data, world: World, cursor: dict | None = 
     return Loader(data.train_files, partial(batch_shape, recipe=recipe),
                   vocab_size=recipe.model.vocab_size, bos_id=data.bos_id,
                   repeat_first=recipe.first_batch_repeated, align=recipe.data_align,
-                  max_doc_len=recipe.max_doc_len, rank=world.rank, world_size=world.size,
+                  max_doc_len=doc_len(recipe), rank=world.rank, world_size=world.size,
                   cursor=cursor, device=world.device)

@@ -103,10 +103,11 @@ def attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
 
 
 class Init(NamedTuple):
-    """How a parameter starts: uniform or normal with a standard deviation, or a constant."""
+    """How a parameter starts: uniform or normal with a standard deviation, or constant, with one
+    number or one each."""
 
     kind: str
-    number: float
+    number: float | tuple[float, ...]
 
 
 def parameter_table() -> dict[str, tuple[str, Init]]:
@@ -148,7 +149,7 @@ def init_weights(model: "GPT", seed: int) -> None:
     for name, p in model.named_parameters():
         _, (kind, number) = parameter_entry(name)
         if kind == "constant" or number == 0:
-            p.fill_(number)
+            p.copy_(torch.tensor(number, dtype=torch.float64))
         else:
             p.copy_(torch.empty(p.shape).normal_(0, number, generator=generator))
 
@@ -167,7 +168,7 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention; adds to the residual stream."""
+    """Causal self-attention: what it adds to the residual stream."""
 
     def __init__(self):
         super().__init__()
@@ -180,12 +181,11 @@ class Attention(nn.Module):
         q_BTHD, k_BTHD, v_BTHD = self.qkv(h_BTC).unflatten(-1, (3, -1, HEAD_DIM)).unbind(2)
 
         y_BTHD = attention(q_BTHD, k_BTHD, v_BTHD)
-        y_BTC = self.out(y_BTHD.flatten(-2))
-        return x_BTC + y_BTC
+        return self.out(y_BTHD.flatten(-2))
 
 
 class MLP(nn.Module):
-    """Two matrices with an activation between; adds to the residual stream."""
+    """Two matrices with an activation between: what they add to the residual stream."""
 
     def __init__(self):
         super().__init__()
@@ -197,7 +197,7 @@ class MLP(nn.Module):
         h_BTC = self.ln(x_BTC)
         h = self.fc(h_BTC)
         h = F.gelu(h, approximate="tanh")  # (#1)
-        return x_BTC + self.proj(h)
+        return self.proj(h)
 
 
 class Block(nn.Module):
@@ -209,8 +209,8 @@ class Block(nn.Module):
         self.mlp = MLP()
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        x_BTC = self.attn(x_BTC)
-        return self.mlp(x_BTC)
+        x_BTC = x_BTC + self.attn(x_BTC)
+        return x_BTC + self.mlp(x_BTC)
 
 
 class GPT(nn.Module):

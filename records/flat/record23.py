@@ -189,10 +189,11 @@ class Layer(NamedTuple):
 
 
 class Init(NamedTuple):
-    """How a parameter starts: uniform or normal with a standard deviation, or a constant."""
+    """How a parameter starts: uniform or normal with a standard deviation, or constant, with one
+    number or one each."""
 
     kind: str
-    number: float
+    number: float | tuple[float, ...]
 
 
 def parameter_table() -> dict[str, tuple[str, Init]]:
@@ -241,7 +242,7 @@ def init_weights(model: "GPT", seed: int) -> None:
     for name, p in model.named_parameters():
         _, (kind, number) = parameter_entry(name)
         if kind == "constant" or number == 0:
-            p.fill_(number)
+            p.copy_(torch.tensor(number, dtype=torch.float64))
         elif kind == "uniform":
             bound = math.sqrt(3) * number
             p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
@@ -292,7 +293,7 @@ def rotary_frequencies() -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; adds to the residual stream."""
+    """Causal self-attention: what it adds to the residual stream."""
 
     def __init__(self, layer: Layer):
         super().__init__()
@@ -321,12 +322,11 @@ class Attention(nn.Module):
 
         # Causal attention of each row; (B, T, H, D) in and out.
         y_BTHD = packed_attention(q, k, v, keys)
-        y_BTC = self.out(y_BTHD.flatten(-2))
-        return x_BTC + y_BTC
+        return self.out(y_BTHD.flatten(-2))
 
 
 class MLP(nn.Module):
-    """Two matrices with an activation between; adds to the residual stream."""
+    """Two matrices with an activation between: what they add to the residual stream."""
 
     def __init__(self):
         super().__init__()
@@ -337,7 +337,7 @@ class MLP(nn.Module):
         h_BTC = norm(x_BTC)
         h = self.fc(h_BTC)
         h = F.relu(h).square()  # (#5) So et al. 2021
-        return x_BTC + self.proj(h)
+        return self.proj(h)
 
 
 class Block(nn.Module):
@@ -347,9 +347,10 @@ class Block(nn.Module):
         super().__init__()
         if layer.skip_from is not None:
             self.skip_lambda = scalar()
+        attends = index != 7  # (#17)
         self.resid_lambda, self.x0_lambda = scalar(), scalar()
         self.attn = None
-        if index != 7:  # (#17)
+        if attends:
             self.attn = Attention(layer)
         self.mlp = MLP()
 
@@ -360,8 +361,8 @@ class Block(nn.Module):
         # the embedding again (#9)
         x_BTC = self.resid_lambda * x_BTC + self.x0_lambda * shared["x0"]
         if self.attn is not None:
-            x_BTC = self.attn(x_BTC, shared, ve_BTHD, keys)
-        return self.mlp(x_BTC)
+            x_BTC = x_BTC + self.attn(x_BTC, shared, ve_BTHD, keys)
+        return x_BTC + self.mlp(x_BTC)
 
 
 class GPT(nn.Module):

@@ -111,10 +111,11 @@ def attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
 
 
 class Init(NamedTuple):
-    """How a parameter starts: uniform or normal with a standard deviation, or a constant."""
+    """How a parameter starts: uniform or normal with a standard deviation, or constant, with one
+    number or one each."""
 
     kind: str
-    number: float
+    number: float | tuple[float, ...]
 
 
 def parameter_table() -> dict[str, tuple[str, Init]]:
@@ -155,7 +156,7 @@ def init_weights(model: "GPT", seed: int) -> None:
     for name, p in model.named_parameters():
         _, (kind, number) = parameter_entry(name)
         if kind == "constant" or number == 0:
-            p.fill_(number)
+            p.copy_(torch.tensor(number, dtype=torch.float64))
         else:
             bound = math.sqrt(3) * number
             p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
@@ -185,7 +186,7 @@ def rotary(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; adds to the residual stream."""
+    """Causal self-attention: what it adds to the residual stream."""
 
     def __init__(self):
         super().__init__()
@@ -202,12 +203,11 @@ class Attention(nn.Module):
         q, k = rotary(q, shared["cos"], shared["sin"]), rotary(k, shared["cos"], shared["sin"])
 
         y_BTHD = attention(q, k, v_BTHD)
-        y_BTC = self.out(y_BTHD.flatten(-2))
-        return x_BTC + y_BTC
+        return self.out(y_BTHD.flatten(-2))
 
 
 class MLP(nn.Module):
-    """Two matrices with an activation between; adds to the residual stream."""
+    """Two matrices with an activation between: what they add to the residual stream."""
 
     def __init__(self):
         super().__init__()
@@ -218,7 +218,7 @@ class MLP(nn.Module):
         h_BTC = norm(x_BTC)
         h = self.fc(h_BTC)
         h = F.relu(h).square()  # (#5) So et al. 2021
-        return x_BTC + self.proj(h)
+        return self.proj(h)
 
 
 class Block(nn.Module):
@@ -230,8 +230,8 @@ class Block(nn.Module):
         self.mlp = MLP()
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor]) -> Tensor:
-        x_BTC = self.attn(x_BTC, shared)
-        return self.mlp(x_BTC)
+        x_BTC = x_BTC + self.attn(x_BTC, shared)
+        return x_BTC + self.mlp(x_BTC)
 
 
 class GPT(nn.Module):

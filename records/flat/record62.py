@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 ATTN_SCALE = 0.1
+BIGRAM_DIM = 768
+BIGRAM_LAMBDA = 0.1
 BIGRAM_ROWS = 251_520
 BOS_ID = 50_256
 FP8_FACTORS = (4.48, 280.0, 1792 / 3)
@@ -224,10 +226,11 @@ class Layer(NamedTuple):
 
 
 class Init(NamedTuple):
-    """How a parameter starts: uniform or normal with a standard deviation, or a constant."""
+    """How a parameter starts: uniform or normal with a standard deviation, or constant, with one
+    number or one each."""
 
     kind: str
-    number: float
+    number: float | tuple[float, ...]
 
 
 def parameter_table() -> dict[str, tuple[str, Init]]:
@@ -262,7 +265,7 @@ def parameter_table() -> dict[str, tuple[str, Init]]:
         "*.out.factor": ("scalar", Init("constant", 1.0)),
         "*.resid_lambda": ("scalar", Init("constant", RESID_LAMBDA)),
         "*.x0_lambda": ("x0_lambda", zero),
-        "*.bigram_lambda": ("scalar", Init("constant", 0.1)),
+        "*.bigram_lambda": ("scalar", Init("constant", BIGRAM_LAMBDA)),
         "*.skip_lambda": ("scalar", Init("constant", -1.5)),
         "smear_lambda": ("scalar", zero),
         "backout_lambda": ("scalar", Init("constant", 0.5)),
@@ -285,7 +288,7 @@ def init_weights(model: "GPT", seed: int) -> None:
     for name, p in model.named_parameters():
         _, (kind, number) = parameter_entry(name)
         if kind == "constant" or number == 0:
-            p.fill_(number)
+            p.copy_(torch.tensor(number, dtype=torch.float64))
         elif kind == "uniform":
             bound = math.sqrt(3) * number
             p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
@@ -399,7 +402,7 @@ def bigram_hash(tokens_BT: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; adds to the residual stream."""
+    """Causal self-attention: what it adds to the residual stream."""
 
     def __init__(self, layer: Layer):
         super().__init__()
@@ -439,12 +442,11 @@ class Attention(nn.Module):
         y_BTHD = packed_attention(q, k, v, keys).reshape(q_BTHD.shape)
         # (#28) each head's output times sigmoid(W h)
         y_BTHD = y_BTHD * gate(self.attn_gate, h_BTC).unsqueeze(-1)
-        y_BTC = self.out(y_BTHD.flatten(-2))
-        return x_BTC + y_BTC
+        return self.out(y_BTHD.flatten(-2))
 
 
 class MLP(nn.Module):
-    """Two matrices with an activation between; adds to the residual stream."""
+    """Two matrices with an activation between: what they add to the residual stream."""
 
     def __init__(self):
         super().__init__()
@@ -455,7 +457,7 @@ class MLP(nn.Module):
         h_BTC = norm(x_BTC)
         h = self.fc(h_BTC)
         h = F.relu(h).square()  # (#5) So et al. 2021
-        return x_BTC + self.proj(h)
+        return self.proj(h)
 
 
 class Block(nn.Module):
@@ -466,10 +468,11 @@ class Block(nn.Module):
         if layer.skip_from is not None:
             self.skip_lambda = scalar()
             self.skip_gate = gate_weight(1)
+        attends = index != 6  # (#17)
         self.resid_lambda, self.x0_lambda = scalar(), scalar()
         self.bigram_lambda = scalar()
         self.attn = None
-        if index != 6:  # (#17)
+        if attends:
             self.attn = Attention(layer)
         self.mlp = MLP()
 
@@ -483,8 +486,8 @@ class Block(nn.Module):
         x_BTC = self.resid_lambda * x_BTC + self.x0_lambda * shared["x0"]
         x_BTC = x_BTC + self.bigram_lambda * shared["bigram"]  # (#62)
         if self.attn is not None:
-            x_BTC = self.attn(x_BTC, shared, ve_BTHD, keys)
-        return self.mlp(x_BTC)
+            x_BTC = x_BTC + self.attn(x_BTC, shared, ve_BTHD, keys)
+        return x_BTC + self.mlp(x_BTC)
 
 
 class GPT(nn.Module):
@@ -502,7 +505,7 @@ class GPT(nn.Module):
         self.backout_lambda = scalar()
         # fp8 matmuls (#19) are for training; validation takes compute_dtype
         self.lm_head = Linear(MODEL_DIM, PADDED_VOCAB_SIZE, torch.bfloat16)
-        self.bigram = Embedding(BIGRAM_ROWS, MODEL_DIM, dtype=torch.bfloat16)
+        self.bigram = Embedding(BIGRAM_ROWS, BIGRAM_DIM, dtype=torch.bfloat16)
 
         # Rotary tables of every position.
         # Two positions a token where heads share a stream (#58).
@@ -552,7 +555,9 @@ class GPT(nn.Module):
 
         shared = {"cos": self.cos, "sin": self.sin}
         shared["x0"] = x_BTC  # (#9)
-        shared["bigram"] = self.bigram(bigram_hash(tokens_BT)).to(torch.bfloat16)  # (#62)
+        # (#62)
+        pairs_BTC = self.bigram(bigram_hash(tokens_BT)).to(torch.bfloat16)
+        shared["bigram"] = pairs_BTC
         # (#14)
         values = {int(i): embed(tokens_BT).to(torch.bfloat16).unflatten(-1, (-1, HEAD_DIM))
                   for i, embed in self.value_embeds.items()}
@@ -585,7 +590,8 @@ class GPT(nn.Module):
         z_NV = LOGIT_SOFTCAP * torch.sigmoid((z_NV + SOFTCAP_SHIFT) / SOFTCAP_DIV)
         # (#53) several tokens ahead, inside the row
         loss = 0.0
-        for ahead, weight in enumerate(self.target_weights):
+        weights = self.target_weights
+        for ahead, weight in enumerate(weights):
             y_BT = F.pad(targets_BT[:, ahead:], (0, ahead), value=-1)
             loss = loss + weight * F.cross_entropy(z_NV, y_BT.flatten(), ignore_index=-1,
                                                    reduction="sum")
@@ -778,7 +784,14 @@ class Optimizer:
 
 def _part(step: int, num_parts: int) -> int:
     """Index of `step` among num_parts equal parts of the scheduled steps."""
-    return min(step * num_parts // SCHEDULED_STEPS, num_parts - 1)
+    return sum(step >= part * SCHEDULED_STEPS / num_parts for part in range(1, num_parts))
+
+
+def part_progress(step: int) -> float:
+    """How much of its part is over before `step`, from 0 to below 1."""
+    part = _part(step, 3)
+    start, end = (p * SCHEDULED_STEPS / 3 for p in (part, part + 1))
+    return (step - start) / (end - start)
 
 
 def batch_shape(step: int) -> tuple[int, int]:
@@ -841,14 +854,14 @@ def target_weights(step: int) -> tuple[float, ...]:
     part = _part(step, 3)
     weights = [0.5 ** k for k in range(max(1, NUM_TARGETS - part))]
     if len(weights) > 1:
-        weights[-1] *= 1 - (step * 3 / SCHEDULED_STEPS - part)
+        weights[-1] *= 1 - part_progress(step)
     return tuple(weights)
 
 
 def untie_step() -> int:
     """The first step with an embedding of its own: the one after Adam's first update from the step
     on that two thirds fall in, so that no gradient is half collected."""
-    start = 2 * SCHEDULED_STEPS // 3
+    start = math.floor(2 * SCHEDULED_STEPS / 3)
     return (start // ADAM_EVERY + 1) * ADAM_EVERY
 
 
@@ -901,7 +914,8 @@ def compile_model(model: GPT, optimizer: Optimizer) -> None:
     model.head_loss = torch.compile(model.head_loss)
     for step in (0, NUM_ITERATIONS // 2, NUM_ITERATIONS - 1):
         enter_phase(model, optimizer, step, evaluating=True)
-        model.target_weights = torch.tensor(target_weights(step), device=DEVICE)
+        weights = target_weights(step)
+        model.target_weights = torch.tensor(weights, device=DEVICE)
         num_rows, T = batch_shape(step)
         rows = np.random.default_rng(0).integers(0, BOS_ID, (num_rows, T + 1))
         inputs_BT, targets_BT = micro_batches(rows)[0]

@@ -1,0 +1,1253 @@
+"""Record 89: fp8 in the MLP's second matrix.
+
+    python record89.py DATA_DIR [SEED]
+    torchrun --standalone --nproc_per_node 8 record89.py DATA_DIR
+
+DATA_DIR has shards *train*.bin and *val*.bin of GPT-2 tokens. One GPU or many, bf16; any
+number of ranks sees the same tokens in the same steps. The log goes to logs/, its source included.
+Printed by `python -m flat 89`.
+
+Shapes: B rows, T tokens a row, C model_dim, H heads, D head_dim, V vocabulary (padded).
+"""
+
+import hashlib
+import itertools
+import math
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+
+ATTN_SCALE = 0.1
+BIGRAM_DIM = 768
+BIGRAM_LAMBDA = 0.05
+BIGRAM_ROWS = 377_280
+BOS_ID = 50_256
+DC_WINDOW = 112
+FP8_FACTORS = (4.48, 280.0, 1792 / 3)
+HEAD_DIM = 128
+HEAD_INIT_STD = 0.005
+INIT_STD = 0.5
+LOGIT_SOFTCAP = 23.0
+MAX_SEQ_LEN = 262_144
+MLP_RATIO = 4
+MODEL_DIM = 768
+NORM_EPS = 2.0**-23
+NUM_HEADS = 6
+NUM_LAYERS = 11
+OUT_INIT_STD = 0.5
+PADDED_VOCAB_SIZE = 50_304
+RESID_LAMBDA = 1.0488088481701516
+ROTARY_BASE = 2.0**10
+SOFTCAP_DIV = 7.5
+SOFTCAP_SHIFT = 5.0
+VALUE_EMBED_INIT_STD = 0.01
+ADAM_EVERY = 2
+BATCH_STAGES = (131_072, 262_144, 393_216)
+COOLDOWN_STEPS = 762
+EXTENSION_WINDOW = 13
+FINAL_LONG = 20
+FINAL_LR_FRAC = 0.15
+LOSS_DIVISOR = 8
+LR_STAGES = (1.0, 1.52, 1.73)
+MAX_DOC_LEN = 2048
+MAX_DOC_STAGES = (896, 2048, 2048)
+MOMENTUM_COOLDOWN_STEPS = 50
+MOMENTUM_START = 0.85
+MOMENTUM_WARMUP_STEPS = 300
+MUON_MOMENTUM = 0.95
+NUM_ITERATIONS = 1285
+NUM_ROWS = 8
+NUM_TARGETS = 3
+PREFIX_WEIGHT = 0.25
+SCHEDULED_STEPS = 1270
+VAL_EVERY = 250
+VAL_ROW = 262_144
+VAL_TOKENS = 10_485_760
+WINDOW_BLOCK = 128
+WINDOW_STAGES = (3, 7, 11)
+NS_COEFFICIENTS = (
+    (8.156554524902464, -22.483292925577945, 15.878769915207453),
+    (4.042929935166728, -2.8089174659087064, 0.5000178451051301),
+    (3.8916678022926674, -2.7724841532176887, 0.5060648178503399),
+    (3.285753657755654, -2.368129493342538, 0.46449024233003117),
+    (2.3465413258596377, -1.7097828382687057, 0.4232355116930521),
+)
+NS_SAFETY = 1.02
+
+MICRO_BATCH_TOKENS = 65_536     # per rank; more are accumulated
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+LOG = Path("logs") / f"{uuid.uuid4()}.txt"
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+def read_shard(path: Path) -> np.ndarray:
+    """The tokens of a shard: 256 int32 of header, then uint16."""
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+        sys.exit(f"{path}: expected a shard of tokens, found another header")
+    return np.memmap(path, dtype="<u2", mode="r", offset=1024)
+
+
+def train_batches(files: list[Path]) -> Iterator[np.ndarray]:
+    """(rows, T + 1) tokens of each step, over all ranks. No row crosses from a shard into the next;
+    what is left of one, too short for a step, is skipped."""
+    step = 0
+    for file in files:
+        tokens = read_shard(file)
+        # rows of whole documents, long ones cut (#29)
+        starts, doc = np.flatnonzero(tokens == BOS_ID), 0
+        ends = np.append(starts[1:], len(tokens))
+        ends = np.minimum(ends, starts + MAX_DOC_LEN)
+        while True:
+            num_rows, T = batch_shape(step)
+            rows = []
+            for _ in range(num_rows):
+                parts, length = [], 0
+                while length <= T and doc < len(starts):
+                    # (#72)
+                    parts.append(
+                        tokens[starts[doc]:ends[doc]][:MAX_DOC_STAGES[_part(
+                        step, len(MAX_DOC_STAGES))]])
+                    length, doc = length + len(parts[-1]), doc + 1
+                if length <= T:
+                    break
+                rows.append(np.concatenate(parts)[:T + 1])
+            if len(rows) < num_rows:
+                break
+            yield np.stack(rows)
+            step += 1
+    sys.exit(f"the training data end before step {step}: expected more shards of tokens")
+
+
+def read_prefixes(file: Path) -> Tensor:
+    """(V,) the longest token that each token begins with, or -1, for the prefix loss (#88)."""
+    if not file.is_file():
+        sys.exit(f"{file}: expected this project's data/{file.name} beside the shards, found none")
+    table = torch.from_numpy(np.load(file).astype(np.int64))
+    return torch.where(table == 65_535, -1, table)
+
+
+def val_rows(files: list[Path]) -> np.ndarray:
+    """(rows, T + 1): the first VAL_TOKENS tokens of the validation data, and their targets."""
+    tokens = np.concatenate([read_shard(file) for file in files])[:VAL_TOKENS + 1]
+    if len(tokens) <= VAL_TOKENS:
+        sys.exit(f"expected {VAL_TOKENS + 1} tokens of validation data, found {len(tokens)}")
+    return np.lib.stride_tricks.sliding_window_view(tokens, VAL_ROW + 1)[::VAL_ROW]
+
+
+def micro_batches(rows: np.ndarray) -> list[tuple[Tensor, Tensor]]:
+    """(inputs, targets) of this rank's rows: consecutive runs, the first ranks' one row longer."""
+    rows = np.array_split(rows, WORLD_SIZE)[RANK]
+    num_rows = max(1, MICRO_BATCH_TOKENS // (rows.shape[1] - 1))
+    parts = (torch.from_numpy(rows[i:i + num_rows].astype(np.int64)).to(DEVICE)
+             for i in range(0, len(rows), num_rows))
+    return [(part[:, :-1], part[:, 1:]) for part in parts]
+
+
+# --- model ----------------------------------------------------------------------------------------
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm without parameters, of the last dimension (Zhang and Sennrich 2019)."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def document_ids(tokens_BT: Tensor) -> Tensor:
+    """(B, T): a running number of the document that a token is in."""
+    return (tokens_BT == BOS_ID).cumsum(1)
+
+
+class Keys(NamedTuple):
+    """Which keys the queries of packed rows see: their own document's, back to a window."""
+
+    cu_seqlens: Tensor  # int32: where documents begin, in all rows laid end to end
+    window: Tensor      # on the CPU; an int here would make torch.compile build a graph for each
+
+
+def packed_keys(doc_BT: Tensor, window: int) -> Keys:
+    """The keys of causal attention inside documents, at most `window` of them, self included."""
+    starts_BT = torch.ones_like(doc_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = doc_BT[:, 1:] != doc_BT[:, :-1]
+    starts = starts_BT.flatten().nonzero().flatten()
+    cu_seqlens = F.pad(starts, (0, 1), value=doc_BT.numel()).int()
+    return Keys(cu_seqlens=cu_seqlens, window=torch.tensor(window))
+
+
+@torch.compiler.disable
+def packed_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, scale: float,
+                     keys: Keys) -> Tensor:
+    """Varlen flash attention; torch.compile fuses what is before and behind it."""
+    q, k, v = (x.flatten(0, 1).contiguous() for x in (q_BTHD, k_BTHD, v_BTHD))
+    longest = int(keys.cu_seqlens.diff().max())
+    y = varlen_attn(q, k, v, keys.cu_seqlens, keys.cu_seqlens, longest, longest, scale=scale,
+                    window_size=(int(keys.window) - 1, 0))
+    return y.view_as(q_BTHD)
+
+
+class Fp8Matmul(torch.autograd.Function):
+    """x w^T of the head in fp8 with static scales (#19): x and w in e4m3, the gradient in e5m2,
+    each times its factor before the cast."""
+
+    @staticmethod
+    def quantize(x: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+        largest = torch.finfo(dtype).max
+        return (x.float() * factor).clamp(-largest, largest).to(dtype)
+
+    @staticmethod
+    def product(a: Tensor, b: Tensor, a_factor: float, b_factor: float, dtype: torch.dtype,
+                fast: bool) -> Tensor:
+        """a b^T, both in rows."""
+        scales = (torch.tensor(1 / factor, device=a.device) for factor in (a_factor, b_factor))
+        return torch._scaled_mm(a, b.T, *scales, out_dtype=dtype, use_fast_accum=fast)
+
+    @staticmethod
+    def forward(ctx, x_NC: Tensor, w_VC: Tensor, divisor: float) -> Tensor:
+        x_factor, w_factor, _ = FP8_FACTORS
+        x8 = Fp8Matmul.quantize(x_NC, x_factor, torch.float8_e4m3fn)
+        w8 = Fp8Matmul.quantize(w_VC, w_factor, torch.float8_e4m3fn)
+        ctx.save_for_backward(x8, w8)
+        ctx.divisor, ctx.w_dtype = divisor, w_VC.dtype
+        return Fp8Matmul.product(x8, w8, x_factor, w_factor, torch.bfloat16, True)
+
+    @staticmethod
+    def backward(ctx, grad_NV: Tensor) -> tuple[Tensor, Tensor, None]:
+        x8, w8 = ctx.saved_tensors
+        x_factor, w_factor, g_factor = FP8_FACTORS
+        g_factor = g_factor * ctx.divisor   # a factor is meant for the gradient of the summed loss
+        g8 = Fp8Matmul.quantize(grad_NV, g_factor, torch.float8_e5m2)
+        dx = Fp8Matmul.product(g8, w8.T.contiguous(), g_factor, w_factor, torch.bfloat16, False)
+        dw = Fp8Matmul.product(g8.T.contiguous(), x8.T.contiguous(), g_factor, x_factor,
+                               torch.float32, False)
+        return dx, dw.to(ctx.w_dtype), None
+
+
+GATE_DIM = 12  # first channels of the stream, which gates look at (#28)
+SIGN_ROWS = 8192    # of the table of signs (#83)
+MIXER_DIM = 64      # hidden units of Mixer (#81)
+MIXER_SCALE = 0.1   # factor of its output
+
+
+class Layer(NamedTuple):
+    """How one layer differs from the others."""
+
+    keys: str = "long"                  # the kind of keys that its queries see
+    value_table: int | None = None
+    skip_from: int | None = None        # the layer whose output comes back here
+    attn_from: int | None = None        # the layer whose output attention reads; none: the stream
+    xsa: bool = False                   # attention excludes its own value's direction
+    gated: bool = True                  # its heads have a gate, where any have
+
+
+def gate_plan(layers: range) -> list[tuple[int, str, int, float]]:
+    """(layer, field of Extras, how many, their start) of the token gates of `layers` (#85)."""
+    found = []
+    for i, layer in enumerate(PLAN):
+        last = i == NUM_LAYERS - 1
+        if i in layers:
+            found += [(i, "xsa_BTH", NUM_HEADS, 0.0)] * layer.xsa
+            found += [(i, "attn_gate_BTH", NUM_HEADS, 0.25)] * layer.gated
+            if not last and i != 6:
+                found += [(i, "x0_BT1", 1, 0.0), (i, "bigram_BT1", 1, BIGRAM_LAMBDA)]
+            found += [(i, "skip_BT1", 1, 0.5)] * (layer.skip_from is not None)
+            if last:
+                found += [(i, "dc_in_BTH", NUM_HEADS, 1.0), (i, "dc_out_BTH", NUM_HEADS, 0.0)]
+    return found
+
+
+class Init(NamedTuple):
+    """How a parameter starts: uniform or normal with a standard deviation, or constant, with one
+    number or one each."""
+
+    kind: str
+    number: float | tuple[float, ...]
+
+
+def parameter_table() -> dict[str, tuple[str, Init]]:
+    """Pattern of a parameter's name -> (role, initialisation).
+
+    The role chooses the parameter's optimizer group. A parameter that no pattern fits is
+    refused.
+    """
+    zero = Init("constant", 0.0)
+
+    def matrix(std: float, fan_in: int) -> Init:
+        return Init("uniform", std * fan_in ** -0.5)
+
+    # an untied embedding is standard normal (#8)
+    embed = Init("normal", 1.0)
+    into_layer = matrix(INIT_STD, MODEL_DIM)
+    out = zero
+    out = matrix(OUT_INIT_STD, MODEL_DIM)  # (#64)
+    return {
+        "embed.weight": ("embed", embed),
+        "lm_head.weight": ("head", Init("normal", HEAD_INIT_STD)),
+        "value_embeds.*.weight": ("value_embed", Init("normal", VALUE_EMBED_INIT_STD)),
+        "bigram.weight": ("bigram", zero),
+        "*.qk.weight": ("attn_qk", into_layer),
+        "*.v.weight": ("attn_v", into_layer),
+        "*.out.weight": ("attn_out", out),
+        "*.fc.weight": ("mlp_in", into_layer),
+        "*.proj.weight": ("mlp_out", zero),
+        "gates_*.w1.weight": ("token_gate", matrix(3 ** -0.5, MODEL_DIM)),
+        "gates_*.w2.weight": ("token_gate", zero),
+        "gates_early.start": ("token_gate_start", gates_start(range(4))),
+        "gates_late.start": ("token_gate_start", gates_start(range(4, NUM_LAYERS))),
+        "gates_*.scale": ("token_gate_start", Init("constant", MIXER_SCALE)),
+        "*mudd.w1.weight": ("mudd", matrix(3 ** -0.5, MODEL_DIM)),
+        "*mudd.w2.weight": ("mudd", zero),
+        "blocks.*.mudd.start": ("mudd_start", mixer_start((0, 0, 0, 0, 0, 0, 2, 2, RESID_LAMBDA, 1, 0, BIGRAM_LAMBDA, RESID_LAMBDA, 1))),
+        "mudd.start": ("mudd_start", mixer_start((0, -0.5, 0, 0, 0))),
+        "*.value_gate": ("value_gate", zero),
+        "smear_gate": ("smear_gate", zero),
+        "*.v.factor": ("scalar", Init("constant", 0.5)),
+        "*.out.factor": ("scalar", Init("constant", 1.0)),
+        "*.attn_resid": ("resid_lambda", Init("constant", RESID_LAMBDA)),
+        "*.mlp_resid": ("resid_lambda", Init("constant", RESID_LAMBDA)),
+        "*.attn_post": ("post_lambda", Init("constant", 1.0)),
+        "*.mlp_post": ("post_lambda", Init("constant", 1.0)),
+        "*.skip_lambda": ("scalar", Init("constant", -1.5)),
+        "smear_lambda": ("scalar", zero),
+    }
+
+
+def mixer_start(coefficients: tuple[float, ...]) -> Init:
+    return Init("constant", tuple(x / MIXER_SCALE for x in coefficients))
+
+
+def gates_start(layers: range) -> Init:
+    return mixer_start(tuple(start for _, _, count, start in gate_plan(layers)
+                             for _ in range(count)))
+
+
+def parameter_entry(name: str) -> tuple[str, Init]:
+    """(role, initialisation) of the parameter `name`; ValueError where the table has none."""
+    for pattern, entry in parameter_table().items():
+        if fnmatchcase(name, pattern):
+            return entry
+    raise ValueError(f"no role and no initialisation for parameter {name}: add a line to "
+                     "parameter_table")
+
+
+@torch.no_grad()
+def init_weights(model: "GPT", seed: int) -> None:
+    """Set every parameter, by name, from one seed; the same values on every device and rank."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        _, (kind, number) = parameter_entry(name)
+        if kind == "constant" or number == 0:
+            p.copy_(torch.tensor(number, dtype=torch.float64))
+        elif kind == "uniform":
+            bound = math.sqrt(3) * number
+            p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
+        else:
+            p.copy_(torch.empty(p.shape).normal_(0, number, generator=generator))
+
+
+class Linear(nn.Module):
+    """y = x W^T; the weight (out, in) is cast where it is used."""
+
+    def __init__(self, in_dim: int, out_dim: int, dtype: torch.dtype | None = None,
+                 factor: bool = False):
+        super().__init__()
+        dtype = dtype or torch.float32
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=dtype))
+        self.factor = scalar() if factor else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        # (#47) on QKV the factor acts on the values alone, because q and k are normed
+        weight = self.weight if self.factor is None else self.factor * self.weight
+        return F.linear(x.to(torch.bfloat16), weight.to(torch.bfloat16))
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding without its default initialisation (7 s for the tables of record 62)."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+def scalar() -> nn.Parameter:
+    """A learned number. 0-dimensional, so that it does not lift a bf16 stream to fp32."""
+    return nn.Parameter(torch.empty(()))
+
+
+def gate_weight(num_gates: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(num_gates, GATE_DIM))
+
+
+def gate(weight: Tensor, x_BTC: Tensor) -> Tensor:
+    """(B, T, gates) between 0 and 1, from the first channels of the stream (#28)."""
+    x = x_BTC[..., :GATE_DIM]
+    return torch.sigmoid(F.linear(x, weight.to(x.dtype)))
+
+
+class Mixer(nn.Module):
+    """Coefficients for each token from a small MLP on the stream x, (B, T, coefficients):
+    scale (W2 GELU(W1 x) + start), which begin as constants, because W2 is 0 at first (#81).
+    After multiway dynamic dense connections, MUDDFormer (Xiao et al. 2025)."""
+
+    def __init__(self, num_coefficients: int, learned_scale: bool = False):
+        super().__init__()
+        self.w1 = Linear(MODEL_DIM, MIXER_DIM)
+        self.w2 = Linear(MIXER_DIM, num_coefficients)
+        self.start = nn.Parameter(torch.empty(num_coefficients))   # fp32, and so are coefficients
+
+        self.scale = scalar() if learned_scale else None
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        scale = MIXER_SCALE if self.scale is None else self.scale
+        return scale * (self.w2(F.gelu(self.w1(x_BTC))) + self.start)
+
+
+class Extras(NamedTuple):
+    """What a layer is given for each token, where it is given any."""
+
+    value_BTC: Tensor | None = None     # added to the values (#81)
+    ve_gate_BTH: Tensor | None = None   # of the value embedding, in place of its own gate (#81)
+    xsa_BTH: Tensor | None = None       # in place of learned numbers (#85): of the own value
+    attn_gate_BTH: Tensor | None = None
+    x0_BT1: Tensor | None = None
+    bigram_BT1: Tensor | None = None
+    skip_BT1: Tensor | None = None
+    dc_in_BTH: Tensor | None = None     # dynamic composition: of the heads whose weights are mixed
+    dc_out_BTH: Tensor | None = None    # and of those that take the mixture
+
+
+def by_layer(gates_BTN: Tensor, plan: list[tuple[int, str, int, float]]) -> dict[int, Extras]:
+    """Token gates as each layer takes them (#85)."""
+    parts = gates_BTN.split([count for _, _, count, _ in plan], -1)
+    found: dict[int, dict[str, Tensor]] = {}
+    for (layer, name, _, _), part_BTN in zip(plan, parts):
+        found.setdefault(layer, {})[name] = part_BTN
+    return {layer: Extras(**given) for layer, given in found.items()}
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pair (i, i + D/2) of x's last dimension by an angle."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x)
+
+
+def rotary(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021; #2): token t rotates by position t of the tables."""
+    T = x_BTHD.size(1)
+    return rotate(x_BTHD, cos[:T, None], sin[:T, None])
+
+
+def paired_rotary(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Even heads of token t rotate by position 2t, odd heads by 2t+1 (#58)."""
+    T = x_BTHD.size(1)
+    pairs = x_BTHD.unflatten(2, (-1, 2))  # (B, T, H/2, 2, D)
+    tables = (table[:2 * T].unflatten(0, (T, 1, 2)) for table in (cos, sin))
+    return rotate(pairs, *tables).flatten(2, 3)
+
+
+def rotary_frequencies() -> Tensor:
+    """(D/2,) radians a position, fp64: geometric from 1 down to 1/base (#2). With rotary_half the
+    second half of the pairs stays put, and the rest spans the whole range (#17)."""
+    turning = ROTARY_BASE ** -torch.linspace(0, 1, HEAD_DIM // 4, dtype=torch.float64)
+    return torch.cat([turning, torch.zeros_like(turning)])
+
+
+def yarn(freqs: Tensor, windows: tuple[int, ...]) -> tuple[Tensor, float]:
+    """Frequencies and attention's temperature after the window grew through `windows` (tokens).
+
+    YaRN (Peng et al. 2023; #31): a pair that turns more than 32 times in the old window keeps its
+    frequency, one that turns once or less slows down by old/new, between them linear; the logits of
+    attention grow by 1 + 0.2 ln(new/old).
+    """
+    attn_temperature = 1.0
+    for old, new in itertools.pairwise(windows):
+        if new != old:
+            turns = old * freqs / (2 * math.pi)
+            keep = ((turns - 1) / 31).clamp(0, 1)
+            freqs = freqs * (old / new + keep * (1 - old / new))
+            attn_temperature *= 1 + 0.2 * math.log(new / old)
+    return freqs, attn_temperature
+
+
+def shift_still_half(k_BTHD: Tensor) -> Tensor:
+    """Take the dimensions that do not rotate from the position before, so that a head can look for
+    "what followed this token" in one layer (#49)."""
+    t1, s1, t2, s2 = k_BTHD.chunk(4, dim=-1)  # turning, still, turning, still
+    s1, s2 = (torch.cat([s[:, :1], s[:, :-1]], dim=1) for s in (s1, s2))
+    return torch.cat([t1, s1, t2, s2], dim=-1)
+
+
+def composed_heads(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, extras: Extras, scale: float,
+                   doc_BT: Tensor) -> Tensor:
+    """What dynamic composition (Xiao et al. 2024; #85) adds to attention's output."""
+    T = q_BTHD.size(1)
+    short = -T % DC_WINDOW
+    q_BnqHD = F.pad(q_BTHD, (0, 0, 0, 0, 0, short)).unflatten(1, (-1, DC_WINDOW))
+    k_BnHDk, v_BnHDk = (F.pad(x, (0, 0, 0, 0, DC_WINDOW, short)).unfold(1, 2 * DC_WINDOW, DC_WINDOW)
+                        for x in (k_BTHD, v_BTHD))
+    doc_Bnq1 = F.pad(doc_BT, (0, short), value=-1).unflatten(1, (-1, DC_WINDOW, 1))
+    doc_Bnk = F.pad(doc_BT, (DC_WINDOW, short), value=-1).unfold(1, 2 * DC_WINDOW, DC_WINDOW)
+    back = torch.arange(DC_WINDOW, 2 * DC_WINDOW, device=doc_BT.device)[
+        :, None] - torch.arange(2 * DC_WINDOW, device=doc_BT.device)
+    seen_Bnqk = (back >= 0) & (back < DC_WINDOW) & (doc_Bnq1 == doc_Bnk.unsqueeze(2))
+
+    scores_BnHqk = scale * torch.einsum("bnqhd,bnhdk->bnhqk", q_BnqHD, k_BnHDk)
+    scores_BnHqk = scores_BnHqk.masked_fill(~seen_Bnqk.unsqueeze(2), -torch.inf)
+    heads_BTH = F.rms_norm(extras.dc_in_BTH, extras.dc_in_BTH.shape[-1:], eps=1e-6).type_as(q_BTHD)
+    heads_BnqH = F.pad(heads_BTH, (0, 0, 0, short)).unflatten(1, (-1, DC_WINDOW))
+    mixed_Bnqk = torch.einsum("bnhqk,bnqh->bnqk", scores_BnHqk.softmax(-1), heads_BnqH)
+    y_BnqHD = torch.einsum("bnqk,bnhdk->bnqhd", mixed_Bnqk, v_BnHDk)
+    return extras.dc_out_BTH.unsqueeze(-1) * y_BnqHD.flatten(1, 2)[:, :T]
+
+
+def exclude_own_value(y_BTHD: Tensor, v_BTHD: Tensor, xsa_H: Tensor) -> Tensor:
+    """y - tanh(xsa) of y's part along v, each head's value of the same token (#82): the stream
+    holds that already. `xsa_H`: or one of each token, xsa_BTH (#85)."""
+    along = (y_BTHD * v_BTHD).sum(-1, keepdim=True)
+    along = along / v_BTHD.square().sum(-1, keepdim=True).clamp(min=1e-8)
+    return y_BTHD - torch.tanh(xsa_H).unsqueeze(-1).type_as(y_BTHD) * along * v_BTHD
+
+
+def smear(e_BTC: Tensor, weight: Tensor, strength: Tensor) -> Tensor:
+    """e_t + l sigmoid(W e_t) e_{t-1} (#34). Documents are not kept apart here."""
+    now, before = e_BTC[:, 1:], e_BTC[:, :-1]
+    return torch.cat([e_BTC[:, :1], now + strength * gate(weight, now) * before], dim=1)
+
+
+def bigram_hash(tokens_BT: Tensor) -> Tensor:
+    """(B, T) row of the bigram table for (token before, token) (#62). Position 0 takes the last
+    row, whose number also replaces its token in the hash of position 1, as in the record. Products
+    wrap as int32."""
+    tokens = F.pad(tokens_BT[:, 1:].long(), (1, 0), value=BIGRAM_ROWS - 1)
+    now, before = (36313 * tokens[:, 1:]).int(), (27191 * tokens[:, :-1]).int()
+    return F.pad(torch.bitwise_xor(now, before) % (BIGRAM_ROWS - 1), (1, 0), value=BIGRAM_ROWS - 1)
+
+
+def sign_hash(tokens_BT: Tensor) -> Tensor:
+    """(B, T) row of the table of signs for (token before, token) (#83): of two pairs that share a
+    row of the bigram table each reads it with other signs. Row 0 at position 0."""
+    tokens = tokens_BT.long()
+    return F.pad(torch.bitwise_xor(tokens[:, 1:], tokens[:, :-1]) % SIGN_ROWS, (1, 0))
+
+
+class Attention(nn.Module):
+    """Causal self-attention: what it adds to the residual stream."""
+
+    def __init__(self, layer: Layer, last: bool = False):
+        super().__init__()
+        self.scale = ATTN_SCALE
+        self.paired = layer.keys == "paired"
+        self.shifts_keys = layer.keys == "long"
+        has_table = layer.value_table is not None
+        # (#80)
+        self.qk = Linear(MODEL_DIM, 2 * MODEL_DIM)
+        self.v = Linear(MODEL_DIM, MODEL_DIM, factor=True)
+        if has_table and not last:
+            self.value_gate = gate_weight(NUM_HEADS)
+        self.xsa = None
+        self.out = Linear(MODEL_DIM, MODEL_DIM, factor=True)
+
+    def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
+                keys: Keys | None, extras: Extras = Extras()) -> Tensor:
+        """`x_BTC`: what attention reads, the stream or an earlier one (#77)."""
+        h_BTC = norm(x_BTC)
+        # (#80)
+        q_BTHD, k_BTHD = self.qk(h_BTC).unflatten(-1, (2, -1, HEAD_DIM)).unbind(2)
+        v_BTHD = self.v(h_BTC).unflatten(-1, (-1, HEAD_DIM))
+
+        if ve_BTHD is not None:
+            if extras.ve_gate_BTH is not None:  # (#81)
+                v_BTHD = v_BTHD + extras.ve_gate_BTH.unsqueeze(-1) * ve_BTHD
+            else:
+                # (#70) that sees the value embedding as well
+                half = GATE_DIM // 2
+                ve_BTC = ve_BTHD.flatten(-2).type_as(h_BTC)
+                seen_BTC = torch.cat([h_BTC[..., :half], ve_BTC[..., :half]], dim=-1)
+                v_BTHD = v_BTHD + 2 * gate(self.value_gate, seen_BTC).unsqueeze(-1) * ve_BTHD
+        if extras.value_BTC is not None:  # (#81)
+            v_BTHD = v_BTHD + extras.value_BTC.unflatten(-1, (-1, HEAD_DIM))
+        v_BTHD = v_BTHD.type_as(q_BTHD)
+
+        q, k, v = q_BTHD, k_BTHD, v_BTHD
+        q, k = norm(q), norm(k)  # (#6)
+        if self.paired:  # (#58)
+            cos, sin = shared["cos"], shared["sin"]
+            q, k = paired_rotary(q, cos, sin), paired_rotary(k, cos, sin)
+            # heads h and h + H/2 of token t become positions 2t and 2t+1 of one stream
+            q, k, v = (x.reshape(x.size(0), -1, NUM_HEADS // 2, HEAD_DIM) for x in (q, k, v))
+        else:
+            # (#2)
+            q, k = rotary(q, shared["cos"], shared["sin"]), rotary(k, shared["cos"], shared["sin"])
+        if self.shifts_keys:  # (#49)
+            k = shift_still_half(k)
+
+        # Causal attention of each row; (B, T, H, D) in and out.
+        y_BTHD = packed_attention(q, k, v, self.scale, keys).reshape(q_BTHD.shape)
+        if extras.dc_in_BTH is not None:  # (#85)
+            y_BTHD = y_BTHD + composed_heads(q, k, v, extras, self.scale, shared["docs"])
+        # (#85) as below, with a number of each token; no sigmoid
+        if extras.xsa_BTH is not None:
+            y_BTHD = exclude_own_value(y_BTHD, v_BTHD, extras.xsa_BTH)
+        if extras.attn_gate_BTH is not None:
+            y_BTHD = extras.attn_gate_BTH.unsqueeze(-1) * y_BTHD
+        return self.out(y_BTHD.flatten(-2))
+
+
+class MLP(nn.Module):
+    """Two matrices with an activation between: what they add to the residual stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = Linear(MODEL_DIM, MLP_RATIO * MODEL_DIM)
+        self.proj = Linear(MLP_RATIO * MODEL_DIM, MODEL_DIM)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        h_BTC = norm(x_BTC)
+        h = self.fc(h_BTC)
+        h = F.relu(h).square()  # (#5) So et al. 2021
+        return self.proj(h)
+
+
+class Block(nn.Module):
+    """One layer: skips and embeddings into the stream, then attention and MLP."""
+
+    def __init__(self, index: int, layer: Layer):
+        super().__init__()
+        if layer.skip_from is not None:
+            self.skip_lambda = scalar()
+        attends = index != 6  # (#17)
+        self.mudd = None
+        if index == NUM_LAYERS - 1:  # (#81)
+            self.mudd = Mixer(14)
+        else:
+            # (#73)
+            self.mlp_resid, self.mlp_post = scalar(), scalar()
+            if attends:
+                self.attn_resid, self.attn_post = scalar(), scalar()
+            self.takes_bigram = index > 0   # layer 0 begins with it
+        self.attn = None
+        if attends:
+            self.attn = Attention(layer, index == NUM_LAYERS - 1)
+        self.mlp = MLP()
+
+    def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
+                keys: Keys | None, skip_BTC: Tensor | None, late_BTC: Tensor | None,
+                extras: Extras = Extras()) -> Tensor:
+        if skip_BTC is not None:  # output of an earlier layer (U-net, #11)
+            # (#85)
+            opened = torch.sigmoid(self.skip_lambda) * extras.skip_BT1
+            x_BTC = (x_BTC + opened * skip_BTC).type_as(x_BTC)
+        if self.mudd is not None:  # (#81)
+            return self.mixed(x_BTC, shared, ve_BTHD, keys, late_BTC, extras)
+        return self.weighed(x_BTC, shared, ve_BTHD, keys, late_BTC, extras)  # (#73)
+
+    def weighed(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
+                keys: Keys | None, late_BTC: Tensor | None, extras: Extras) -> Tensor:
+        """Attention and MLP with a factor for the stream and one for what is added (#73); the
+        embeddings enter between them."""
+        if self.attn is not None:
+            source_BTC = x_BTC if late_BTC is None else late_BTC    # (#77)
+            y_BTC = self.attn(source_BTC, shared, ve_BTHD, keys, extras)
+            again, bigram = extras.x0_BT1, extras.bigram_BT1  # (#85)
+            x = self.attn_resid * x_BTC + self.attn_post * y_BTC + again * shared["x0"]
+            if self.takes_bigram:
+                x = x + bigram * shared["bigram"]
+            x_BTC = x.type_as(x_BTC)
+        return self.mlp_resid * x_BTC + self.mlp_post * self.mlp(x_BTC)
+
+    def mixed(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor, keys: Keys | None,
+              late_BTC: Tensor, extras: Extras) -> Tensor:
+        """The last layer: every factor is a coefficient of the token, and what entered layer 0 and
+        a middle layer's output come back, in the stream and in the values (#81)."""
+        (v_first, v_late, v_x, first, late, more, gate_a, gate_b, resid, post, again, bigram,
+         mlp_resid, mlp_post) = self.mudd(x_BTC).split(1, -1)
+        first_BTC = shared["first"]
+        extras = extras._replace(value_BTC=v_first * first_BTC + v_late * late_BTC + v_x * x_BTC,
+                                 ve_gate_BTH=torch.cat([gate_a.expand(-1, -1, NUM_HEADS // 2),
+                                                        gate_b.expand(-1, -1, NUM_HEADS // 2)], -1))
+        y_BTC = self.attn(late_BTC, shared, ve_BTHD, keys, extras)
+        x = (1 + more) * x_BTC + first * first_BTC + late * late_BTC
+        x = resid * x + post * y_BTC + again * first_BTC + bigram * shared["bigram"]
+        x_BTC = x.type_as(x_BTC)
+        return (mlp_resid * x_BTC + mlp_post * self.mlp(x_BTC)).type_as(x_BTC)
+
+
+class GPT(nn.Module):
+    """tokens -> embedding -> blocks -> head -> loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
+        self.smear_gate, self.smear_lambda = gate_weight(1), scalar()
+        tables = {layer.value_table for layer in PLAN} - {None}
+        self.value_embeds = nn.ModuleDict({
+            str(i): Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
+            for i in sorted(tables)})
+        self.blocks = nn.ModuleList(Block(i, layer) for i, layer in enumerate(PLAN))
+        self.mudd = Mixer(5)
+        # (#85)
+        self.plan_early = gate_plan(range(4))
+        self.plan_late = gate_plan(range(4, NUM_LAYERS))
+        self.gates_early, self.gates_late = (Mixer(sum(row[2] for row in plan), learned_scale=True)
+                                             for plan in (self.plan_early, self.plan_late))
+        # fp8 matmuls (#19) are for training; validation takes compute_dtype
+        self.lm_head = Linear(MODEL_DIM, PADDED_VOCAB_SIZE, torch.bfloat16)
+        self.bigram = Embedding(BIGRAM_ROWS, BIGRAM_DIM, dtype=torch.bfloat16)
+        # (#83) of one seed for all runs: part of the architecture
+        signs = torch.randint(2, (SIGN_ROWS, BIGRAM_DIM), device="cpu",
+                              generator=torch.Generator().manual_seed(0))
+        self.register_buffer("signs", (2 * signs - 1).to(torch.bfloat16), persistent=False)
+
+        # Rotary tables of every position.
+        # Two positions a token where heads share a stream (#58).
+        positions = MAX_SEQ_LEN * 2
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(positions, HEAD_DIM // 2), persistent=False)
+        # (#88) the longest token that each token begins with, or -1; from the trainer
+        self.register_buffer("prefixes", None, persistent=False)
+
+    def set_rotary(self, windows: tuple[int, ...]) -> None:
+        """Cos and sin of every position. Both q and k carry the root of YaRN's temperature (#31),
+        so that no kernel sees a new number."""
+        freqs, attn_temperature = yarn(rotary_frequencies(), windows)
+        positions = torch.arange(len(self.cos), dtype=torch.float64, device=self.cos.device)
+        angle = torch.outer(positions, freqs.to(self.cos.device, non_blocking=True))
+        self.cos.copy_(angle.cos() * math.sqrt(attn_temperature))
+        self.sin.copy_(angle.sin() * math.sqrt(attn_temperature))
+
+    @torch.no_grad()
+    def untie(self) -> None:
+        """The embedding becomes a copy of the head's table that was used in its place (#51)."""
+        self.embed.weight.copy_(self.lm_head.weight)
+
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, divisor: float = 1.0) -> Tensor:
+        """The summed cross-entropy, over `divisor`, of predicting targets from inputs."""
+        # validation has longer rows, whose logits would not fit
+        x_BTC = self.hidden(inputs_BT)
+        parts = zip(x_BTC.split(MICRO_BATCH_TOKENS, 1), targets_BT.split(MICRO_BATCH_TOKENS, 1))
+        return sum(self.head_loss(x, y, divisor) for x, y in parts)
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """(B, T) tokens -> (B, T, C), normed, ready for the head."""
+        x_BTC, shared, values = self.embed_tokens(tokens_BT)
+        keys = self.attention_keys(tokens_BT)
+        extras = by_layer(shared["gates"], self.plan_early)
+        outputs: dict[int, Tensor] = {}
+        for i, block in enumerate(self.blocks):
+            layer = PLAN[i]
+            # (#85)
+            if i == 4:
+                extras |= by_layer(self.gates_late(x_BTC), self.plan_late)
+            x_BTC = block(x_BTC, shared, values.get(layer.value_table), keys[layer.keys],
+                          outputs.get(layer.skip_from), outputs.get(layer.attn_from),
+                          extras.get(i, Extras()))
+            outputs[i] = x_BTC
+        return self.final_norm(x_BTC, shared, values, outputs)
+
+    def embed_tokens(self, tokens_BT: Tensor) -> tuple[Tensor, dict[str, Tensor], dict]:
+        """The embedding and what all layers share. The value embeddings by their table (#14)."""
+        table = self.lm_head if self.tied else self.embed  # (#51) tied until two thirds
+        x_BTC = F.embedding(tokens_BT, table.weight)
+        x_BTC = smear(x_BTC, self.smear_gate, self.smear_lambda)  # (#34)
+        x_BTC = norm(x_BTC)  # (#8)
+
+        shared = {"cos": self.cos, "sin": self.sin}
+        shared["x0"] = x_BTC  # (#9)
+        # (#62)
+        pairs_BTC = self.bigram(bigram_hash(tokens_BT)).to(torch.bfloat16)
+        # (#83)
+        pairs_BTC = pairs_BTC * F.embedding(sign_hash(tokens_BT), self.signs).to(torch.bfloat16)
+        shared["bigram"] = pairs_BTC
+        # (#73) into layer 0 before attention, behind it elsewhere
+        # (#85) of x0, for layers 0 to 3
+        shared["gates"] = self.gates_early(x_BTC)
+        factor = by_layer(shared["gates"], self.plan_early)[0].bigram_BT1
+        x_BTC = (x_BTC + factor * pairs_BTC).type_as(x_BTC)
+        shared["first"] = x_BTC  # (#81)
+        shared["docs"] = document_ids(tokens_BT)  # (#85)
+        # (#14)
+        values = {int(i): embed(tokens_BT).to(torch.bfloat16).unflatten(-1, (-1, HEAD_DIM))
+                  for i, embed in self.value_embeds.items()}
+        return x_BTC, shared, values
+
+    def attention_keys(self, tokens_BT: Tensor) -> dict[str, Keys | None]:
+        """Which keys the layers of each kind see: documents (#12) and windows (#13, #20)."""
+        doc_BT = document_ids(tokens_BT)
+        long, short = self.window, self.short_window
+        keys = {"long": packed_keys(doc_BT, long)}
+        keys["short"] = packed_keys(doc_BT, short)  # (#20)
+        keys["paired"] = packed_keys(doc_BT.repeat_interleave(2, 1), short)
+        return keys
+
+    def final_norm(self, x_BTC: Tensor, shared: dict[str, Tensor], values: dict[int, Tensor],
+                   outputs: dict[int, Tensor]) -> Tensor:
+        # (#81) for each token; at the start that is the backout alone
+        sources = (shared["first"], outputs[7], outputs[NUM_LAYERS - 2], values[0].flatten(-2),
+                   outputs[3])
+        mixed = sum(n * source for n, source in zip(self.mudd(x_BTC).split(1, -1), sources))
+        x_BTC = (x_BTC + mixed).type_as(x_BTC)
+        return norm(x_BTC)
+
+    def head_loss(self, x_BTC: Tensor, targets_BT: Tensor, divisor: float) -> Tensor:
+        """Cross-entropy in nats, summed over the B*T tokens, over `divisor`."""
+        x_NC = x_BTC.flatten(0, 1)
+        # in training (#19)
+        if self.training:
+            z_NV = Fp8Matmul.apply(x_NC, self.lm_head.weight, divisor).float()
+        else:
+            z_NV = self.lm_head(x_NC).float()
+        # (#19) the same curve moved up, which softmax does not see
+        z_NV = LOGIT_SOFTCAP * torch.sigmoid((z_NV + SOFTCAP_SHIFT) / SOFTCAP_DIV)
+        # (#53) several tokens ahead, inside the row
+        loss = 0.0
+        # (#88) the longest token that the next one begins with
+        weights = self.target_weights[:self.num_ahead]
+        if len(self.target_weights) > self.num_ahead:
+            y_BT = self.prefixes[targets_BT]
+            loss = self.target_weights[-1] * F.cross_entropy(
+                z_NV, y_BT.flatten(), ignore_index=-1, reduction="sum")
+        for ahead, weight in enumerate(weights):
+            y_BT = F.pad(targets_BT[:, ahead:], (0, ahead), value=-1)
+            loss = loss + weight * F.cross_entropy(z_NV, y_BT.flatten(), ignore_index=-1,
+                                                   reduction="sum")
+        return loss / divisor
+
+
+PLAN = [
+    Layer(keys="paired", gated=False),
+    Layer(keys="short", value_table=0, xsa=True, gated=False),
+    Layer(keys="paired", value_table=1, gated=False),
+    Layer(xsa=True),
+    Layer(keys="short", xsa=True, gated=False),
+    Layer(keys="paired", gated=False),
+    Layer(keys="short", skip_from=3, gated=False),
+    Layer(keys="short", xsa=True, gated=False),
+    Layer(keys="short", value_table=2, attn_from=7, gated=False),
+    Layer(keys="paired", value_table=3, attn_from=7, gated=False),
+    Layer(value_table=4, attn_from=7),
+]
+
+
+# --- optimizer ------------------------------------------------------------------------------------
+
+def orthogonalize(G: Tensor) -> Tensor:
+    """U V^T of G = U S V^T for every matrix of G (..., rows, cols), or nearly that.
+
+    Odd polynomials, one a step, act on the singular values; the short side is iterated. The
+    result has G's dtype and is the same for G at any scale. A zero matrix stays zero; NaNs do
+    not leak into the other matrices of the batch.
+    """
+    tall = G.shape[-2] > G.shape[-1]
+    X = G.mT if tall else G
+    X = (X
+         / (NS_SAFETY * X.norm(dim=(-2, -1), keepdim=True)).clamp(min=2.0**-126)).to(torch.bfloat16)
+    for a, b, c in NS_COEFFICIENTS:
+        A = torch.bmm(X, X.mT)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return (X.mT if tall else X).to(G.dtype)
+
+
+def descend(param: Tensor, update: Tensor, lr, weight_decay, cautious=False,
+            scale: float = 1.0) -> None:
+    """param -= lr * scale * update, after weight decay. Param loses lr * (lr * scale) *
+    weight_decay of itself, which anneals as the schedule squared (#43). `cautious`: only entries
+    that the update shrinks as well decay (update * param >= 0 for True, > 0 for "strict")."""
+    keep = 1 - lr * weight_decay * (lr * scale)
+    if cautious:
+        agree = update * param
+        agree = agree > 0 if cautious == "strict" else agree >= 0
+        keep = torch.where(agree, keep, 1.0)
+    param.mul_(keep)
+    param.sub_(update, alpha=lr * scale)
+
+
+def momentum_average(grad: Tensor, state: dict, muon: dict) -> Tensor:
+    """The momentum of Muon; with Nesterov's look ahead, as if grad came once more."""
+    momentum, buffer = muon["momentum"], state["momentum_buffer"]
+    buffer.lerp_(grad, 1 - momentum)
+    return buffer.lerp(grad, 1 - momentum)
+
+
+def steepest_direction(update: Tensor, state: dict, muon: dict) -> Tensor:
+    """Of unit norm for every matrix: orthogonal under the spectral norm. Then NorMuon's scaling
+    (#41)."""
+    update = orthogonalize(update)
+    return normuon(update, state["second_moment"], muon["second_moment"])
+
+
+def normuon(X: Tensor, v: Tensor, axis: str) -> Tensor:
+    """Even out the RMS of X's rows ("row": one number per output neuron, as in the paper) or
+    columns ("col") by a running mean of squares v, updated in place; each matrix keeps its
+    Frobenius norm, so that v needs no bias correction."""
+    squares = X.square().mean(-1 if axis == "row" else -2, keepdim=True)
+    weight = v.lerp_(squares, 1 - 0.9).clamp(min=1e-10).reciprocal()
+    before, after = (x.sum((-2, -1), keepdim=True) for x in (squares, squares * weight))
+    return X * (weight * before / after.clamp(min=1e-30)).sqrt()
+
+
+def adam_average(grad: Tensor, state: dict, adam: dict) -> Tensor:
+    """The update of Adam: the mean gradient over the root of its mean square."""
+    beta1, beta2 = adam["betas"]
+    step = state["step"].add_(1)
+    mean = state["exp_avg"].lerp_(grad, 1 - beta1)
+    mean_square = state["exp_avg_sq"].lerp_(grad.square(), 1 - beta2)
+    # 1 - beta^t by expm1: the plain form loses 5e-5 of 1 - 0.999 in fp32
+    logs = (torch.as_tensor(beta, dtype=torch.float64).log() for beta in (beta1, beta2))
+    correct1, correct2 = (-torch.expm1(step * log) for log in logs)
+    return mean / correct1 / (mean_square / correct2).sqrt_().add_(1e-10)
+
+
+# The optimizer's groups by the role of a parameter; lr is that of the peak.
+GROUPS = {
+    "attn_qk": {"rule": "muon", "lr": 0.023, "second_moment": "col", "split": 6, "scale": 1.0},
+    "attn_v": {"rule": "muon", "lr": 0.023, "second_moment": "row", "split": 1, "scale": 1.0},
+    "attn_out": {"rule": "muon", "lr": 0.023, "second_moment": "row", "split": 1, "scale": 1.0},
+    "mlp_in": {"rule": "muon", "lr": 0.023, "second_moment": "row", "split": 1, "scale": 2.0},
+    "mlp_out": {"rule": "muon", "lr": 0.023, "second_moment": "col", "split": 1, "scale": 4.0},
+    "value_gate": {"rule": "adam", "lr": 0.008, "betas": (0.9, 0.99), "weight_decay": 0.005},
+    "smear_gate": {"rule": "adam", "lr": 8e-05, "betas": (0.9, 0.99), "weight_decay": 0.0},
+    "mudd": {"rule": "adam", "lr": 0.002, "betas": (0.9, 0.99), "weight_decay": 0.005},
+    "token_gate": {"rule": "adam", "lr": 0.0008, "betas": (0.9, 0.99), "weight_decay": 0.005},
+    "embed": {"rule": "adam", "lr": 0.008, "betas": (0.5, 0.95), "weight_decay": 0.75},
+    "head": {"rule": "adam", "lr": 0.008, "betas": (0.5, 0.95), "weight_decay": 0.75},
+    "value_embed": {"rule": "adam", "lr": 0.6, "betas": (0.75, 0.95), "weight_decay": 0.025},
+    "bigram": {"rule": "adam", "lr": 0.6, "betas": (0.75, 0.95), "weight_decay": 0.025},
+    "scalar": {"rule": "adam", "lr": 0.04, "betas": (0.9, 0.99), "weight_decay": 0.0},
+    "resid_lambda": {"rule": "adam", "lr": 0.04, "betas": (0.9, 0.95), "weight_decay": 0.0},
+    "post_lambda": {"rule": "adam", "lr": 0.008, "betas": (0.9, 0.95), "weight_decay": 0.0},
+    "mudd_start": {"rule": "adam", "lr": 0.002, "betas": (0.9, 0.99), "weight_decay": 0.0},
+    "token_gate_start": {"rule": "adam", "lr": 0.0008, "betas": (0.9, 0.99), "weight_decay": 0.0},
+}
+
+
+class Optimizer:
+    """Gradients are summed over ranks. Each rank updates its share of Muon's matrices and sends
+    them to the others (#3); what Adam trains is updated by all."""
+
+    def __init__(self, model: nn.Module):
+        self.groups = {role: dict(options, params=[]) for role, options in GROUPS.items()}
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self.group_of: dict[Tensor, dict] = {}
+        self.reductions = []
+        self.completing = False     # whether this backward pass is the last one of its step
+        for name, p in model.named_parameters():
+            role, _ = parameter_entry(name)
+            self.groups[role]["params"].append(p)
+            self.state[p] = {}
+            self.group_of[p] = self.groups[role]
+            if WORLD_SIZE > 1:
+                dist.broadcast(p.data, 0)
+                p.register_post_accumulate_grad_hook(self.reduce_early)
+
+    def reduce_early(self, p: Tensor) -> None:
+        """Called within each backward pass; the last one of a step completes the gradients."""
+        if self.completing and self.is_due(self.group_of[p]):
+            self.reductions.append(dist.all_reduce(p.grad, async_op=True))
+
+    def is_due(self, group: dict) -> bool:
+        """Adam steps every ADAM_EVERY-th time, on the gradients since then (#39)."""
+        return group["rule"] == "muon" or (self.step_count + 1) % ADAM_EVERY == 0
+
+    @torch.no_grad()
+    def step(self, step: int) -> None:
+        """The update of `step`."""
+        groups = {role: group for role, group in self.groups.items() if self.is_due(group)}
+        if WORLD_SIZE > 1:
+            for reduction in self.reductions:
+                reduction.wait()
+        self.completing, self.reductions = False, []
+
+        lr, sends = lr_multiplier(step), []
+        for group in groups.values():
+            group["momentum"] = momentum(step)
+            for i, p in enumerate(group["params"]):
+                if p.grad is None:
+                    continue
+                if group["rule"] == "muon":
+                    if i % WORLD_SIZE == RANK:
+                        self.muon_step(p, group, group["lr"] * lr)
+                    if WORLD_SIZE > 1:
+                        sends.append(dist.broadcast(p.data, i % WORLD_SIZE, async_op=True))
+                else:
+                    self.adam_step(p, group, group["lr"] * lr)
+                p.grad = None
+        for send in sends:
+            send.wait()
+
+    def muon_step(self, p: Tensor, muon: dict, lr: float) -> None:
+        state, shape = self.state[p], (muon["split"], -1, p.size(-1))
+        param, grad = p.view(shape), p.grad.view(shape)
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+            axis = -1 if muon["second_moment"] == "row" else -2
+            state["second_moment"] = torch.zeros_like(grad).mean(axis, keepdim=True)
+        update = momentum_average(grad, state, muon)
+        update = steepest_direction(update, state, muon)
+        descend(param, update, lr, 1.2, True, muon["scale"])
+
+    def adam_step(self, p: Tensor, adam: dict, lr: float) -> None:
+        state = self.state[p]
+        # a table in bf16 rounds its master
+        if not state:
+            state["step"] = torch.zeros((), device=DEVICE)
+            state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+            state["master"] = p.to(torch.float32)
+        update = adam_average(p.grad.to(torch.float32), state, adam)
+        descend(state["master"], update, lr, adam["weight_decay"], "strict")
+        p.copy_(state["master"])
+
+
+# --- schedules ------------------------------------------------------------------------------------
+
+def part_start(part: int, num_parts: int) -> float:
+    """Where `part` of num_parts equal parts of the scheduled steps begins; its first step is the
+    next whole one."""
+    start = part * SCHEDULED_STEPS / num_parts
+    return round(start)  # (#63)
+
+
+def _part(step: int, num_parts: int) -> int:
+    """Index of `step` among num_parts equal parts of the scheduled steps."""
+    return sum(step >= part_start(part, num_parts) for part in range(1, num_parts))
+
+
+def part_progress(step: int) -> float:
+    """How much of its part is over before `step`, from 0 to below 1."""
+    part = _part(step, 3)
+    start, end = (part_start(p, 3) for p in (part, part + 1))
+    return (step - start) / (end - start)
+
+
+def batch_shape(step: int) -> tuple[int, int]:
+    """(rows, tokens a row) of the global batch of `step`, before ranks exist."""
+    return NUM_ROWS, BATCH_STAGES[_part(step, len(BATCH_STAGES))] // NUM_ROWS
+
+
+def lr_multiplier(step: int) -> float:
+    """What the learning rates are multiplied by at the update of `step` (0-based).
+
+    Then constant, and at last down to final_lr_frac, reached where the schedule ends.
+    """
+    left = min(1.0, max(0, SCHEDULED_STEPS - step) / COOLDOWN_STEPS)
+    stages_over = _part(step, len(LR_STAGES))  # (#65)
+    full = LR_STAGES[stages_over]
+    return full * left + FINAL_LR_FRAC * (1 - left)
+
+
+def momentum(step: int) -> float:
+    """Muon's momentum at the update of `step`: linear warm-up to muon_momentum. Linear cooldown at
+    the end (#40)."""
+    risen = min(1.0, step / MOMENTUM_WARMUP_STEPS)
+    into = step - (NUM_ITERATIONS - MOMENTUM_COOLDOWN_STEPS)
+    fallen = max(0, into) / MOMENTUM_COOLDOWN_STEPS
+    return MOMENTUM_START + (MUON_MOMENTUM - MOMENTUM_START) * (risen - fallen)
+
+
+def windows(step: int, *, last: bool = False) -> tuple[int, int]:
+    """(short, long) windows at `step` in tokens, as records count them; `last`: at the final
+    validation."""
+    long = WINDOW_BLOCK * WINDOW_STAGES[_part(step, len(WINDOW_STAGES))]
+    if step >= SCHEDULED_STEPS:
+        long = WINDOW_BLOCK * EXTENSION_WINDOW
+    short = max(1, long // WINDOW_BLOCK // 2) * WINDOW_BLOCK
+    if last:
+        long = WINDOW_BLOCK * FINAL_LONG
+    return short, long
+
+
+def window_in_keys(window: int) -> int:
+    """Keys that a query sees, itself included, through a window as records count it.
+
+    One more, since flash attention counts the keys before the query (#29 on).
+    """
+    return window + 1
+
+
+def yarn_windows(step: int) -> tuple[int, ...]:
+    """The long windows up to `step`, in tokens, for the rotary frequencies."""
+    so_far = list(WINDOW_STAGES[:_part(step, len(WINDOW_STAGES)) + 1])
+    if step >= SCHEDULED_STEPS:
+        so_far.append(EXTENSION_WINDOW)
+    return tuple(n * WINDOW_BLOCK for n in so_far)
+
+
+def target_weights(step: int) -> tuple[float, ...]:
+    """Weights of the next token, the one after, ...: halves, the last one fading in its third."""
+    if step >= SCHEDULED_STEPS:
+        return (1.0,)
+    part = _part(step, 3)
+    weights = [0.5 ** k for k in range(max(1, NUM_TARGETS - part))]
+    if len(weights) > 1:
+        weights[-1] *= 1 - part_progress(step)
+    return tuple(weights)
+
+
+def prefix_weight(step: int) -> float:
+    """(#88) Of the prefix of the next token: constant in the first third, to 0 in the second."""
+    part = 2 if step >= SCHEDULED_STEPS else _part(step, 3)
+    return PREFIX_WEIGHT * (1, 1 - part_progress(step), 0)[part]
+
+
+def untie_step() -> int:
+    """The first step with an embedding of its own: the one after Adam's first update from the step
+    on that two thirds fall in, so that no gradient is half collected."""
+    start = math.floor(part_start(2, 3))
+    return (start // ADAM_EVERY + 1) * ADAM_EVERY
+
+
+def enter_phase(model: GPT, optimizer: Optimizer, step: int, evaluating: bool = False) -> None:
+    """Set in the model what changes while it trains."""
+    last = evaluating and step == NUM_ITERATIONS
+    short, long = windows(step, last=last)
+    model.window, model.short_window = window_in_keys(long), window_in_keys(short)
+    model.set_rotary(yarn_windows(step))
+    weights = (1.0,) if evaluating else target_weights(step)
+    # (#88)
+    model.num_ahead = len(weights)
+    if not evaluating and prefix_weight(step) > 0:
+        weights += (prefix_weight(step),)
+    model.target_weights = torch.tensor(weights, device=DEVICE)
+    if step == untie_step() and model.tied:  # (#53) the embedding leaves with table and state
+        model.untie()
+        optimizer.state[model.embed.weight] = {
+            key: x.clone() if isinstance(x, Tensor) else x
+            for key, x in optimizer.state[model.lm_head.weight].items()}
+    model.tied = step < untie_step()
+
+
+# --- training -------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model: GPT, rows: np.ndarray) -> float:
+    """Mean cross-entropy in nats over the first VAL_TOKENS validation tokens."""
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    for inputs_BT, targets_BT in micro_batches(rows):
+        total += model(inputs_BT, targets_BT).double()
+    model.train()
+    if WORLD_SIZE > 1:
+        dist.all_reduce(total)
+    return total.item() / VAL_TOKENS
+
+
+def train_step(model: GPT, optimizer: Optimizer, rows: np.ndarray, step: int) -> None:
+    optimizer.step_count = step
+    batches = micro_batches(rows)
+    for i, (inputs_BT, targets_BT) in enumerate(batches):
+        if WORLD_SIZE > 1:
+            optimizer.completing = i == len(batches) - 1
+        model(inputs_BT, targets_BT, LOSS_DIVISOR).backward()
+    optimizer.step(step)
+
+
+def compile_model(model: GPT, optimizer: Optimizer) -> None:
+    """Compile blocks and head; build their graphs on random tokens, before the clock starts."""
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.blocks:
+        block.compile()
+    model.head_loss = torch.compile(model.head_loss)
+    for step in (0, NUM_ITERATIONS // 2, NUM_ITERATIONS - 1):
+        enter_phase(model, optimizer, step, evaluating=True)
+        weights = target_weights(step)
+        model.num_ahead = len(weights)
+        if prefix_weight(step) > 0:
+            weights += (prefix_weight(step),)
+        model.target_weights = torch.tensor(weights, device=DEVICE)
+        num_rows, T = batch_shape(step)
+        rows = np.random.default_rng(0).integers(0, BOS_ID, (num_rows, T + 1))
+        inputs_BT, targets_BT = micro_batches(rows)[0]
+        model(inputs_BT, targets_BT, 1.0).backward()
+    model.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+
+
+def log(text: str) -> None:
+    """Rank 0 shows a line and adds it to the log."""
+    if RANK == 0:
+        print(text, flush=True)
+        with open(LOG, "a") as file:
+            file.write(f"{text}\n")
+
+
+def start_log(files: list[Path], seed: int) -> None:
+    """What a log in the public format begins with: source and environment."""
+    hashes = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    rule, hardware, smi = "=" * 100, f"CPU with {os.cpu_count()} cores", ""
+    hardware = torch.cuda.get_device_name()
+    smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+    LOG.parent.mkdir(exist_ok=True)
+    LOG.write_text(
+        f"{Path(__file__).read_text()}{rule}\nRunning Python {sys.version.split()[0]}\n"
+        f"Running PyTorch {torch.version.__version__} compiled for CUDA {torch.version.cuda} on "
+        f"{hardware} with world_size {WORLD_SIZE}\n"
+        f"Running for track short with seed {seed} on data {digest}\n{smi}{rule}\n")
+
+
+def train(train_files: list[Path], val_files: list[Path], seed: int) -> None:
+    model = GPT()
+    init_weights(model, seed)
+    model.prefixes = read_prefixes(train_files[0].with_name("gpt2_prefixes.npy")).to(DEVICE)
+    model.to(DEVICE)
+    optimizer = Optimizer(model)
+    validation = val_rows(val_files)
+    batches = train_batches(train_files)
+    compile_model(model, optimizer)
+    train_s, t0 = 0.0, time.perf_counter()
+    for step in range(NUM_ITERATIONS + 1):
+        last = step == NUM_ITERATIONS
+        if last or step % VAL_EVERY == 0:
+            torch.cuda.synchronize()
+            train_s += time.perf_counter() - t0
+            enter_phase(model, optimizer, step, evaluating=True)
+            val_loss = evaluate(model, validation)
+            log(f"step:{step}/{NUM_ITERATIONS} val_loss:{val_loss:.6f} "
+                f"train_time:{1000 * train_s:.0f}ms "
+                f"step_avg:{1000 * train_s / max(1, step):.2f}ms")
+            t0 = time.perf_counter()
+        if last:
+            break
+        enter_phase(model, optimizer, step)
+        train_step(model, optimizer, next(batches), step)
+        elapsed_ms = 1000 * (train_s + time.perf_counter() - t0)
+        log(f"step:{step + 1}/{NUM_ITERATIONS} train_time:{elapsed_ms:.0f}ms "
+            f"step_avg:{elapsed_ms / (step + 1):.2f}ms")
+
+
+def main(arguments: list[str]) -> None:
+    if not 1 <= len(arguments) <= 2:
+        sys.exit(f"usage: {sys.argv[0]} DATA_DIR [SEED]")
+    seed = int(arguments[1]) if len(arguments) > 1 else 0
+    train_files, val_files = (sorted(Path(arguments[0]).glob(f"*{part}*.bin"))
+                              for part in ("train", "val"))
+    if not train_files or not val_files:
+        sys.exit(f"{arguments[0]}: expected shards *train*.bin and *val*.bin, found "
+                 f"{len(train_files)} and {len(val_files)}")
+    if not torch.cuda.is_available():
+        sys.exit("record 89 at full size needs a GPU with bf16, fp8, flash attention; "
+                 "for a CPU: python -m flat 89 --scale pocket")
+    torch.cuda.set_device(DEVICE)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl")
+    if RANK == 0:
+        start_log([*train_files, *val_files], seed)
+    train(train_files, val_files, seed)
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
