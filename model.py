@@ -288,6 +288,14 @@ def skip_layer(config: GPTConfig) -> int:
     return min(config.num_layers // 3, dropped_attention(config) - 1)
 
 
+def sources_of_the_end(config: GPTConfig) -> set[int]:
+    """The layers whose output final_norm reads."""
+    found = {backout_layer(config)} if config.backout else set()
+    if config.mudd:
+        found |= {late_layer(config), config.num_layers - 2, skip_layer(config)}
+    return found
+
+
 # --- parameters: initialisation and role ----------------------------------------------------------
 
 class Init(NamedTuple):

@@ -48,6 +48,7 @@ from trainer.compile import (
     compile_ahead,
     compile_segments,
     compiled_graphs,
+    layers_a_graph,
     wants_compile,
     wants_compiled_optimizer,
 )
@@ -143,11 +144,11 @@ def build_optimizer(model: GPT, recipe: Recipe, kernels: frozenset[str] = frozen
 def setup(run: RunOptions, recipe: Recipe, seed: int, data: Data, world: World) -> TrainState:
     activate_flash_attention(world.device)
     model = build_model(recipe, seed, world.device, run.triton_kernels)
-    if wants_compile(run, world.device)[0]:
-        compile_segments(model, run.compile_layers)
+    if wants_compile(run, world)[0]:
+        compile_segments(model, layers_a_graph(run, world))
     status = StepStatus(world, model.named_parameters())
     optimizer = build_optimizer(model, recipe, run.triton_kernels,
-                                wants_compiled_optimizer(run, world.device))
+                                wants_compiled_optimizer(run, world))
     optimizer.gate = status.gate
     micro_tokens, model.recomputed = fit_memory(recipe, run, world.device, optimizer)
     return TrainState(run, recipe, seed, data, world, model, optimizer, status, micro_tokens,
@@ -413,7 +414,7 @@ def train(run: RunOptions, recipe: Recipe, seed: int, data: Data, world: World, 
     screen.line()
     screen.facts(header(s, run_environment))
     warmup_began = time.perf_counter()
-    if wants_compile(run, world.device)[0] and world.local_size > 1:
+    if wants_compile(run, world)[0] and world.local_size > 1:
         compile_ahead(s.model, recipe, world, s.micro_tokens)
     warm_up(s.model, s.optimizer, recipe, data, world, s.micro_tokens, s.status)
     world.synchronize()

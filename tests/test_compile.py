@@ -50,7 +50,7 @@ def loss_and_gradients(model, batch):
 
 
 @pytest.mark.parametrize("record, num_layers", [
-    (1, 3), (6, 1), (6, 0), (12, 3), (62, 1), (62, 3), (62, 0)])
+    (1, 3), (6, 1), (6, 0), (12, 3), (62, 1), (62, 3), (62, 0), (89, 1), (89, 3), (89, 0)])
 def test_segments_of_any_length_compute_the_same(record, num_layers):
     recipe = recipe_of(record, "--num_layers", 4)
     model, batch = recipes.build_model(recipe, seed=0), rows(recipe)
@@ -65,6 +65,25 @@ def test_segments_of_any_length_compute_the_same(record, num_layers):
     for name, gradient in gradients.items():
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-6 * scale,
                                    msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("record, num_layers, expected", [
+    (6, 0, [1]), (12, 0, [1]), (62, 0, [2]),    # of #62 the output for the end too
+    (12, 4, [4, 1, 1])])                        # skips from layers 0 to 3 into 9 to 6
+def test_a_graph_of_layers_returns_what_is_read_behind_it(record, num_layers, expected):
+    """An output more is a gradient of zeros more, as large as the stream."""
+    outputs = []
+
+    def backend(graph, inputs):
+        outputs.append(len(graph.graph.output_node().args[0]))
+        return graph.forward
+
+    recipe = recipe_of(record, "--num_layers", 11)
+    model = recipes.build_model(recipe, seed=0)
+    model.set_phase(recipes.phase(0, recipe))
+    compile_segments(model, num_layers, backend=backend)
+    loss_and_gradients(model, rows(recipe))
+    assert outputs[1:1 + len(expected)] == expected     # behind the start
 
 
 def test_alike_layers_share_a_graph():

@@ -236,12 +236,12 @@ def test_rows_come_in_equal_parts_of_at_most_64k_tokens(num_rows, seq_len, rows)
 def test_without_a_compiler_it_runs_eager_and_says_so(monkeypatch):
     on = options.RunOptions(compile="on")
     monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
-    compiled, how = compiling.wants_compile(on, ONE.device)
+    compiled, how = compiling.wants_compile(on, ONE)
     assert not compiled and "no C++ compiler" in how
     monkeypatch.setattr(compiling.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert compiling.wants_compile(on, ONE.device)[0]
+    assert compiling.wants_compile(on, ONE)[0]
     monkeypatch.setattr(compiling.torch, "__file__", "/home/me/my clone/.venv/torch/__init__.py")
-    compiled, how = compiling.wants_compile(on, ONE.device)
+    compiled, how = compiling.wants_compile(on, ONE)
     assert not compiled and "a space in its name" in how
 
 

@@ -4,8 +4,10 @@ Ranks of a machine share torch's cache on the disk, so each begins its warm-up w
 the schedule and finds there the graphs that the others have compiled.
 """
 
+import functools
 import shutil
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,15 +15,16 @@ import torch
 import recipes
 from data.loader import Batch
 from kernels.loss import compiled
-from model import GPT, Phase
+from model import GPT, Phase, sources_of_the_end
 from recipes import Recipe, batch_shape
 from trainer.dist import World
 from trainer.memory import dummy_batch, local_rows, micro_batch_rows
 from trainer.options import RunOptions
 
 
-def wants_compile(run: RunOptions, device: torch.device) -> tuple[bool, str]:
+def wants_compile(run: RunOptions, world: World) -> tuple[bool, str]:
     """(whether to compile the model, the reason to print)."""
+    device = world.device
     if run.compile == "off":
         return False, "eager (--compile off)"
     if run.compile == "auto" and device.type == "cpu":
@@ -30,22 +33,31 @@ def wants_compile(run: RunOptions, device: torch.device) -> tuple[bool, str]:
         return False, "eager (no C++ compiler found: install g++ to compile)"
     if device.type == "cpu" and " " in torch.__file__:  # the linker gets -L/a folder in two words
         return False, "eager (torch.compile cannot link torch in a folder with a space in its name)"
-    layers = {0: "all layers", 1: "one layer"}.get(run.compile_layers,
-                                                   f"{run.compile_layers} layers")
+    count = layers_a_graph(run, world)
+    layers = {0: "all layers", 1: "one layer"}.get(count, f"{count} layers")
     return True, f"torch.compile, {layers} a graph"
 
 
-def wants_compiled_optimizer(run: RunOptions, device: torch.device) -> bool:
+def layers_a_graph(run: RunOptions, world: World) -> int:
+    """Several layers fuse what lies between them: the sum of a block's gradients takes a pass over
+    the stream less. On one rank nothing overlaps, so all layers are one graph; on several,
+    gradients that come by fours are reduced under the rest of the backward pass."""
+    if run.compile_layers is not None:
+        return run.compile_layers
+    return 0 if world.size == 1 else 4
+
+
+def wants_compiled_optimizer(run: RunOptions, world: World) -> bool:
     """Fused, an update reads and writes each number once: record #62 on one of eight ranks takes
-    159 kernels instead of 603 (bench/NULL_GPU.md)."""
-    wanted = {"on": True, "off": False, "auto": device.type == "cuda"}[run.compile_optimizer]
-    return wanted and wants_compile(run, device)[0]
+    134 kernels instead of 603 (bench/NULL_GPU.md)."""
+    wanted = {"on": True, "off": False, "auto": world.device.type == "cuda"}[run.compile_optimizer]
+    return wanted and wants_compile(run, world)[0]
 
 
 def compile_segments(model: GPT, num_layers: int = 1, backend: str = "inductor") -> None:
     """Compile the start, the layers and the head by themselves. One layer a graph: alike ones share
-    it, and gradients arrive layer by layer, so that their reduction overlaps with the rest of the
-    backward pass. Several layers a graph (0: all) fuse across them, compile longer, arrive later.
+    it, and gradients arrive layer by layer. Several layers a graph (0: all) fuse across them,
+    compile longer, arrive later.
     """
     # A layer that no longer fits the cache would run eager with only a warning.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -59,9 +71,37 @@ def compile_segments(model: GPT, num_layers: int = 1, backend: str = "inductor")
         between = [model.gates_late] if model.config.token_gates else []
         for part in [*model.blocks, *between]:
             part.compile(dynamic=False, backend=backend)
-    for name in ("embed_tokens", *["run_layers"] * (n > 1), "final_norm"):
+    else:
+        model.run_layers = compiled_layers(model, backend)
+    for name in ("embed_tokens", "final_norm"):
         setattr(model, name, torch.compile(getattr(model, name), dynamic=False, backend=backend))
     model.loss_bodies = compiled(model.loss_bodies, backend)
+
+
+def compiled_layers(model: GPT, backend: str) -> Callable:
+    """model.run_layers as graphs which return only what is read behind them: for every further
+    output the backward pass is given a gradient of zeros, 75 MB for 49,152 tokens."""
+    run_layers, L = model.run_layers, len(model.blocks)
+    last_reader = dict.fromkeys(sources_of_the_end(model.config), L)
+    for i, layer in enumerate(model.plan):
+        for source in {layer.skip_from, layer.attn_from} - {None}:
+            last_reader[source] = max(i, last_reader.get(source, 0))
+
+    @functools.partial(torch.compile, dynamic=False, backend=backend)
+    def graph(layers, x_BTC, shared, values, keys, extras, outputs):
+        known, extras, outputs = extras.keys(), dict(extras), dict(outputs)
+        x_BTC = run_layers(layers, x_BTC, shared, values, keys, extras, outputs)
+        later = {i: gates for i, gates in extras.items() if i not in known and i > layers[-1]}
+        read = {i: outputs[i] for i in layers if last_reader.get(i, 0) > layers[-1]}
+        return x_BTC, later, read
+
+    def call(layers, x_BTC, shared, values, keys, extras, outputs):
+        x_BTC, later, read = graph(layers, x_BTC, shared, values, keys, extras, outputs)
+        extras |= later
+        outputs |= read
+        return x_BTC
+
+    return call
 
 
 def compiled_graphs() -> int:

@@ -35,8 +35,9 @@ class RunOptions:
     runs: int = _option(1, "train this many times with consecutive seeds, one log each")
     device: str = _option("auto", "cuda or cpu; auto: cuda where there is one")
     compile: str = _option("auto", "on or off: torch.compile; auto: on for GPUs, off on CPU")
-    compile_layers: int = _option(
-        1, "layers per compiled graph, 0: all; with 1 reductions overlap most")
+    compile_layers: int | None = _option(
+        None, "layers per compiled graph, 0: all; with 1 reductions overlap most; default: all on "
+              "one GPU, 4 on several")
     compile_optimizer: str = _option(
         "auto", "on or off: fuse the optimizer's updates too; auto: on for GPUs")
     micro_batch_tokens: int | None = _option(
@@ -167,7 +168,7 @@ def _check_run(run: RunOptions, has_cuda: bool) -> None:
     if unknown := run.triton_kernels - set(NAMES):
         raise OptionError(f"--kernels: expected some of {', '.join(NAMES)} with commas between, or "
                           f"none; got {', '.join(sorted(unknown))}")
-    if run.compile_layers < 0:
+    if run.compile_layers is not None and run.compile_layers < 0:
         raise OptionError(f"--compile_layers: expected 0 or more, got {run.compile_layers}")
     if run.checkpoint_every < 0:
         raise OptionError(f"--checkpoint_every: expected 0 or more, got {run.checkpoint_every}")

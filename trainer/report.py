@@ -288,8 +288,8 @@ def describe_speed(s) -> str:
     rows = micro_batch_rows(local_rows(s.recipe.num_rows, s.world), seq_len, s.micro_tokens)
     recomputed = s.model.recomputed
     return "; ".join([
-        wants_compile(s.run, s.world.device)[1]
-        + ", the optimizer too" * wants_compiled_optimizer(s.run, s.world.device),
+        wants_compile(s.run, s.world)[1]
+        + ", the optimizer too" * wants_compiled_optimizer(s.run, s.world),
         f"{rows} row{'s' * (rows > 1)} a micro-batch"
         + (f", {recomputed} of {len(s.model.blocks)} layers computed again in backward"
            if recomputed else ""),
