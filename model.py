@@ -82,8 +82,7 @@ class GPTConfig:
     value_residual: bool = False    # mixed with the first layer's values (#9)
     value_embeds: str = "none"      # tables: none, all (#14), mirror (#15), ends (#17), apart
                                     # (#63), later (#70)
-    value_mix: str = "one"          # (1-l) v + l e (#14), two lambdas (#15), add (#47), gate (#55),
-                                    # gate of both (#70)
+    value_mix: str = "one"          # (1-l) v + l e (#14), two (#15), add (#47), gate (#55, #70)
 
     # residual stream
     norm_eps: float | None = FP32_EPS   # of RMSNorms: 1e-6 (#2 to #4); none: that of the input's
@@ -319,13 +318,15 @@ def parameter_table(config: GPTConfig) -> dict[str, tuple[str, Init]]:
         embed = matrix(3 ** -0.5, dim) if c.tied_head else Init("normal", 1.0)
         into_layer = matrix(c.init_std, dim)
         qkv = into_layer if c.qkv_init_std is None else matrix(c.qkv_init_std, dim)
-        out = zero if c.zero_proj else matrix(c.init_std, dim)
         if c.out_init_std is not None:  # (#64)
             out = matrix(c.out_init_std, dim)
+        else:
+            out = zero if c.zero_proj else matrix(c.init_std, dim)
         proj = zero if c.zero_proj else matrix(c.init_std, c.mlp_ratio * dim)
     # coefficients of Block.mixed and GPT.final_norm, in their order
-    last_layer = (0, 0, 0, 0, 0, 0, 2, 2, c.resid_lambda, 1, 0, c.bigram_lambda, c.resid_lambda, 1)
-    end = (0, -0.5, 0, 0, 0)
+    last_layer = mixer_start((0, 0, 0, 0, 0, 0, 2, 2, c.resid_lambda, 1, 0, c.bigram_lambda,
+                              c.resid_lambda, 1))
+    end = mixer_start((0, -0.5, 0, 0, 0))
     return {
         "embed.weight": ("embed", embed),
         "position.weight": ("embed", embed),
@@ -346,8 +347,8 @@ def parameter_table(config: GPTConfig) -> dict[str, tuple[str, Init]]:
         "gates_*.scale": ("token_gate_start", Init("constant", MIXER_SCALE)),
         "*mudd.w1.weight": ("mudd", matrix(3 ** -0.5, dim)),
         "*mudd.w2.weight": ("mudd", zero),
-        "blocks.*.mudd.start": ("mudd_start", mixer_start(last_layer)),
-        "mudd.start": ("mudd_start", mixer_start(end)),
+        "blocks.*.mudd.start": ("mudd_start", last_layer),
+        "mudd.start": ("mudd_start", end),
         "*.bias": ("scalar", zero),
         "*ln.weight": ("scalar", Init("constant", 1.0)),
         "*.attn_gate": ("attn_gate", zero),
@@ -466,7 +467,6 @@ class Mixer(nn.Module):
         self.w1 = Linear(dim, MIXER_DIM, dtype)
         self.w2 = Linear(MIXER_DIM, num_coefficients, dtype)
         self.start = nn.Parameter(torch.empty(num_coefficients))   # fp32, and so are coefficients
-
         self.scale = scalar() if learned_scale else None
 
     def forward(self, x_BTC: Tensor) -> Tensor:
