@@ -1099,4 +1099,6 @@ def flops_per_token(model: GPT, phase: Phase | None = None, seq_len: int | None 
     windows = {"long": phase.window, "short": phase.short_window, "paired": phase.short_window}
     keys = sum(mean_keys(seq_len, windows[block.layer.keys])
                for block in model.blocks if block.attn is not None)
+    if model.config.dc_window is not None:
+        keys += mean_keys(seq_len, model.config.dc_window)
     return 6 * matmul_parameters + 12 * model.config.model_dim * keys

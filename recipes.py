@@ -599,7 +599,8 @@ _recipe("norms", "Each layer under its own norm, without Adam", after=6,
         muon_scale="spectral", muon_method="polar_express", momentum_form="ema", matrix_lr=0.04,
         muon_multipliers={"embed": 4.0, "head": 8.0})
 
-# What ./run.sh trains when no record is named: on GPUs the newest complete recipe; on a CPU one
+# What ./run.sh trains when no record is named: on GPUs #62, whose compiling and memory
+# bench/NULL_GPU.md has measured, which the newer ones still lack; on a CPU one
 # that gets to the pocket target early. In records/LADDER.md #26, #27, #31, #38 and #62 do so in 26
 # to 30 s; of the five, #27 ends lowest.
 DEFAULT_FULL = 62
