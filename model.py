@@ -100,7 +100,7 @@ class GPTConfig:
     backout: bool = False           # subtract a middle layer's output at the end (#40)
     bigram: bool = False            # hashed bigram embedding into every block (#62)
     bigram_factor: float = 5        # its rows, in vocabularies
-    bigram_frac: float = 1.0        # its width, in those of the stream, whose first channels take it
+    bigram_frac: float = 1.0        # its width, of the stream's, whose first channels take it (#83)
     bigram_signs: bool = False      # times a fixed row of signs, by another hash (#83)
     bigram_lambda: float = 0.1      # initial factor; 0.05 from #73
 
@@ -650,7 +650,7 @@ class Attention(nn.Module):
         self.out = Linear(dim, dim, dtype, bias=c.biases, factor=c.qkv_lambda)
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
-                keys: Keys | None, extras: Extras = Extras()) -> Tensor:
+                keys: Keys | None, extras: Extras) -> Tensor:
         """`x_BTC`: what attention reads, the stream or an earlier one (#77)."""
         c = self.config
         h_BTC = self.ln(x_BTC) if c.layer_norm else norm(x_BTC, c.norm_eps)
@@ -784,7 +784,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
                 keys: Keys | None, skip_BTC: Tensor | None, late_BTC: Tensor | None,
-                extras: Extras = Extras()) -> Tensor:
+                extras: Extras) -> Tensor:
         c = self.config
         if skip_BTC is not None:  # output of an earlier layer (U-net, #11)
             if c.unet == "weight":  # (#11)
@@ -806,7 +806,7 @@ class Block(nn.Module):
         if c.bigram:  # (#62)
             x_BTC = x_BTC + self.bigram_lambda * shared["bigram"]
         if self.attn is not None:
-            x_BTC = x_BTC + self.attn(x_BTC, shared, ve_BTHD, keys)
+            x_BTC = x_BTC + self.attn(x_BTC, shared, ve_BTHD, keys, extras)
         if self.mlp is not None:
             x_BTC = x_BTC + self.mlp(x_BTC)
         return x_BTC

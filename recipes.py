@@ -547,8 +547,7 @@ _record(80, "Muon on pairs of heads of Q and K", after=77,
                  "mlp_out": "col"},
         num_iterations=1480, cooldown_steps=864)
 
-# 2026-04-22. In the last layer's place of x0, bigram and resid lambdas and of its value gate, and in
-# the backout's.
+# 2026-04-22. They replace the last layer's lambdas and value gate, and the backout.
 _record(81, "Coefficients for each token mix earlier layers (MUDD), short extension", after=80,
         mudd=True, backout=False,
         adam_roles=RECORDS[80].adam_roles

@@ -131,8 +131,8 @@ def test_nothing_is_compiled_while_the_clock_runs(record, rows, tiny_data, tmp_p
                         compile_segments(model, num_layers, backend="aot_eager"))
     stages = ["--batch_stages", f"{16 * rows},{32 * rows},{32 * rows}"] if record == 89 else []
     words = tiny_options("--record", record, "--compile", "on", "--compile_optimizer", "off",
-                         "--batch_tokens", 32 * rows, "--num_layers", 3, *stages, "--data_dir", tiny_data,
-                         "--log_dir", tmp_path)
+                         "--batch_tokens", 32 * rows, "--num_layers", 3, *stages,
+                         "--data_dir", tiny_data, "--log_dir", tmp_path)
     assert train_gpt.main(words) == 0
     assert counters["stats"]["unique_graphs"] > 4
     log, = tmp_path.glob("*.txt")

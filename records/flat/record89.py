@@ -561,7 +561,7 @@ class Attention(nn.Module):
         self.out = Linear(MODEL_DIM, MODEL_DIM, factor=True)
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
-                keys: Keys | None, extras: Extras = Extras()) -> Tensor:
+                keys: Keys | None, extras: Extras) -> Tensor:
         """`x_BTC`: what attention reads, the stream or an earlier one (#77)."""
         h_BTC = norm(x_BTC)
         # (#80)
@@ -645,7 +645,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
                 keys: Keys | None, skip_BTC: Tensor | None, late_BTC: Tensor | None,
-                extras: Extras = Extras()) -> Tensor:
+                extras: Extras) -> Tensor:
         if skip_BTC is not None:  # output of an earlier layer (U-net, #11)
             # (#85)
             opened = torch.sigmoid(self.skip_lambda) * extras.skip_BT1
