@@ -82,8 +82,7 @@ class GPTConfig:
     value_residual: bool = False    # mixed with the first layer's values (#9)
     value_embeds: str = "none"      # tables: none, all (#14), mirror (#15), ends (#17), apart
                                     # (#63), later (#70)
-    value_mix: str = "one"          # (1-l) v + l e (#14), two lambdas (#15), add (#47), gate (#55),
-                                    # gate of both (#70)
+    value_mix: str = "one"          # (1-l) v + l e (#14), two (#15), add (#47), gate (#55, #70)
 
     # residual stream
     norm_eps: float | None = FP32_EPS   # of RMSNorms: 1e-6 (#2 to #4); none: that of the input's
@@ -101,7 +100,7 @@ class GPTConfig:
     backout: bool = False           # subtract a middle layer's output at the end (#40)
     bigram: bool = False            # hashed bigram embedding into every block (#62)
     bigram_factor: float = 5        # its rows, in vocabularies
-    bigram_frac: float = 1.0        # its width, in those of the stream, whose first channels take it
+    bigram_frac: float = 1.0        # its width, of the stream's, whose first channels take it (#83)
     bigram_signs: bool = False      # times a fixed row of signs, by another hash (#83)
     bigram_lambda: float = 0.1      # initial factor; 0.05 from #73
 
@@ -327,13 +326,15 @@ def parameter_table(config: GPTConfig) -> dict[str, tuple[str, Init]]:
         embed = matrix(3 ** -0.5, dim) if c.tied_head else Init("normal", 1.0)
         into_layer = matrix(c.init_std, dim)
         qkv = into_layer if c.qkv_init_std is None else matrix(c.qkv_init_std, dim)
-        out = zero if c.zero_proj else matrix(c.init_std, dim)
         if c.out_init_std is not None:  # (#64)
             out = matrix(c.out_init_std, dim)
+        else:
+            out = zero if c.zero_proj else matrix(c.init_std, dim)
         proj = zero if c.zero_proj else matrix(c.init_std, c.mlp_ratio * dim)
     # coefficients of Block.mixed and GPT.final_norm, in their order
-    last_layer = (0, 0, 0, 0, 0, 0, 2, 2, c.resid_lambda, 1, 0, c.bigram_lambda, c.resid_lambda, 1)
-    end = (0, -0.5, 0, 0, 0)
+    last_layer = mixer_start((0, 0, 0, 0, 0, 0, 2, 2, c.resid_lambda, 1, 0, c.bigram_lambda,
+                              c.resid_lambda, 1))
+    end = mixer_start((0, -0.5, 0, 0, 0))
     return {
         "embed.weight": ("embed", embed),
         "position.weight": ("embed", embed),
@@ -354,8 +355,8 @@ def parameter_table(config: GPTConfig) -> dict[str, tuple[str, Init]]:
         "gates_*.scale": ("token_gate_start", Init("constant", MIXER_SCALE)),
         "*mudd.w1.weight": ("mudd", matrix(3 ** -0.5, dim)),
         "*mudd.w2.weight": ("mudd", zero),
-        "blocks.*.mudd.start": ("mudd_start", mixer_start(last_layer)),
-        "mudd.start": ("mudd_start", mixer_start(end)),
+        "blocks.*.mudd.start": ("mudd_start", last_layer),
+        "mudd.start": ("mudd_start", end),
         "*.bias": ("scalar", zero),
         "*ln.weight": ("scalar", Init("constant", 1.0)),
         "*.attn_gate": ("attn_gate", zero),
@@ -474,7 +475,6 @@ class Mixer(nn.Module):
         self.w1 = Linear(dim, MIXER_DIM, dtype)
         self.w2 = Linear(MIXER_DIM, num_coefficients, dtype)
         self.start = nn.Parameter(torch.empty(num_coefficients))   # fp32, and so are coefficients
-
         self.scale = scalar() if learned_scale else None
 
     def forward(self, x_BTC: Tensor) -> Tensor:
@@ -658,7 +658,7 @@ class Attention(nn.Module):
         self.out = Linear(dim, dim, dtype, bias=c.biases, factor=c.qkv_lambda)
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
-                keys: Keys | None, extras: Extras = Extras()) -> Tensor:
+                keys: Keys | None, extras: Extras) -> Tensor:
         """`x_BTC`: what attention reads, the stream or an earlier one (#77)."""
         c = self.config
         h_BTC = self.ln(x_BTC) if c.layer_norm else norm(x_BTC, c.norm_eps)
@@ -792,7 +792,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
                 keys: Keys | None, skip_BTC: Tensor | None, late_BTC: Tensor | None,
-                extras: Extras = Extras()) -> Tensor:
+                extras: Extras) -> Tensor:
         c = self.config
         if skip_BTC is not None:  # output of an earlier layer (U-net, #11)
             if c.unet == "weight":  # (#11)
@@ -814,7 +814,7 @@ class Block(nn.Module):
         if c.bigram:  # (#62)
             x_BTC = x_BTC + self.bigram_lambda * shared["bigram"]
         if self.attn is not None:
-            x_BTC = x_BTC + self.attn(x_BTC, shared, ve_BTHD, keys)
+            x_BTC = x_BTC + self.attn(x_BTC, shared, ve_BTHD, keys, extras)
         if self.mlp is not None:
             x_BTC = x_BTC + self.mlp(x_BTC)
         return x_BTC
@@ -1107,4 +1107,6 @@ def flops_per_token(model: GPT, phase: Phase | None = None, seq_len: int | None 
     windows = {"long": phase.window, "short": phase.short_window, "paired": phase.short_window}
     keys = sum(mean_keys(seq_len, windows[block.layer.keys])
                for block in model.blocks if block.attn is not None)
+    if model.config.dc_window is not None:
+        keys += mean_keys(seq_len, model.config.dc_window)
     return 6 * matmul_parameters + 12 * model.config.model_dim * keys

@@ -547,8 +547,7 @@ _record(80, "Muon on pairs of heads of Q and K", after=77,
                  "mlp_out": "col"},
         num_iterations=1480, cooldown_steps=864)
 
-# 2026-04-22. In the last layer's place of x0, bigram and resid lambdas and of its value gate, and in
-# the backout's.
+# 2026-04-22. They replace the last layer's lambdas and value gate, and the backout.
 _record(81, "Coefficients for each token mix earlier layers (MUDD), short extension", after=80,
         mudd=True, backout=False,
         adam_roles=RECORDS[80].adam_roles
@@ -599,7 +598,8 @@ _recipe("norms", "Each layer under its own norm, without Adam", after=6,
         muon_scale="spectral", muon_method="polar_express", momentum_form="ema", matrix_lr=0.04,
         muon_multipliers={"embed": 4.0, "head": 8.0})
 
-# What ./run.sh trains when no record is named: on GPUs the newest complete recipe; on a CPU one
+# What ./run.sh trains when no record is named: on GPUs #62, whose compiling and memory
+# bench/NULL_GPU.md has measured, which the newer ones still lack; on a CPU one
 # that gets to the pocket target early. In records/LADDER.md #26, #27, #31, #38 and #62 do so in 26
 # to 30 s; of the five, #27 ends lowest.
 DEFAULT_FULL = 62

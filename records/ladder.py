@@ -199,7 +199,7 @@ def rungs(runs: Sequence[dict], times: Sequence[dict] = ()) -> list[dict]:
 
 def only_names_differ(record: int) -> bool:
     """Rungs whose recipe differs from the one before by systems alone: their gain is noise."""
-    return record in (6, 7, 23, 24)
+    return record in (6, 7, 23, 24, 89)
 
 
 def tokens_to(run: dict, loss: float) -> float:
@@ -305,7 +305,8 @@ def page(runs: Sequence[dict], there: Sequence[int] = (), times: Sequence[dict] 
     same = [f"#{r['record']}" for r in rows if r["same_recipe"]]
     lines += ["", f"Nothing in the mathematics changed with {', '.join(same)}. " * bool(same)
               + "Pocket scale is fp32 throughout, so what #10 and #19 did to precision is not in "
-              "it. Learning rates are those of the records, not tuned for this size; Muon's at "
+              "it; no byte begins with another token, so neither is the prefix loss (#88). "
+              "Learning rates are those of the records, not tuned for this size; Muon's at "
               "unit RMS (#4 to #7) follows the width by rule."]
     if absent := [f"#{record}" for record in there if record not in words]:
         lines += ["", f"Not run yet: {', '.join(absent)}."]

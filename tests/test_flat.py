@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import golden
+import numpy as np
 import pytest
 import torch
 from muon_helpers import run_ranks
@@ -46,6 +47,9 @@ def run_flat(text: str, recipe: recipes.Recipe, data: train_gpt.Data) -> list[fl
     exec(compile(text, "flat program", "exec"), program)
     model = program["GPT"]()
     program["init_weights"](model, 0)
+    if "read_prefixes" in program:
+        file = data.train_files[0].with_name("gpt2_prefixes.npy")
+        model.prefixes = program["read_prefixes"](file)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.add_(golden.noise(name, p.shape))
@@ -88,6 +92,19 @@ def test_a_program_trains_as_the_trainer_does(tokens, in_fp64, record):
     recipe = golden.small_recipe(record)
     found = run_flat(printed(recipe, str(record)), recipe, tokens)
     assert found == pytest.approx(EXPECTED[str(record)], rel=0, abs=1e-9)
+
+
+def test_a_program_with_the_prefix_loss_trains_as_the_trainer_does(tokens, in_fp64, monkeypatch):
+    """Where tokens have prefixes: those of bytes at pocket scale have none."""
+    recipe = recipes.edit(golden.small_recipe(88), prefix_weight=0.25)
+    table = np.arange(257) // 2 - 1
+    monkeypatch.setattr(train_gpt, "token_prefixes", lambda vocab_size: table)
+    np.save(tokens.train_files[0].with_name("gpt2_prefixes.npy"),
+            np.where(table < 0, 65_535, table).astype(np.uint16))
+    expected = golden.losses(88, tokens, World(0, 0, 1, CPU), recipe)
+    found = run_flat(printed(recipe, "88"), recipe, tokens)
+    assert found == pytest.approx(expected, rel=0, abs=1e-9)
+    assert abs(found[-1] - EXPECTED["88"][-1]) > 1e-4
 
 
 @pytest.mark.parametrize("record", [12, 62])

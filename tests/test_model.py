@@ -168,7 +168,8 @@ def test_paired_heads_are_as_in_record_58():
     doc_BT = torch.zeros(1, 2 * T, dtype=torch.int32)
     x = torch.randn(1, T, H * D)
     with torch.no_grad():
-        found = attn(x, {"cos": cos, "sin": sin}, None, packed_keys(doc_BT, 6, torch.float32))
+        found = attn(x, {"cos": cos, "sin": sin}, None, packed_keys(doc_BT, 6, torch.float32),
+                     Extras())
         q, k, v = attn.qkv(norm(x)).view(T, 3, H, D).unbind(1)
     y = torch.zeros(T, H, D)
     streams = {(h, t): 2 * t + (h >= 3) for h in range(H) for t in range(T)}
@@ -414,7 +415,7 @@ def test_a_sigmoid_softcap_is_a_tanh_one_moved_up():
     torch.testing.assert_close(sigmoid(inputs, targets), tanh(inputs, targets))
 
 
-# --- from #62 to #89: each new piece begins as the rung before --------------------------------------
+# --- from #62 to #89: each new piece begins as the rung before ------------------------------------
 
 def eleven(record: int) -> GPT:
     """A record's own 11 layers, small, at its start; head and biggest tables away from zero."""
@@ -542,7 +543,7 @@ def test_the_coefficients_of_81_weigh_what_they_say():
         plain = replace(model.config, mudd=False, value_mix="add")
         same = Attention(plain, model.plan[10])
         same.load_state_dict(attn.state_dict())
-        y = same(outputs[7], shared, ve + u.unflatten(-1, (2, -1)), keys["long"])
+        y = same(outputs[7], shared, ve + u.unflatten(-1, (2, -1)), keys["long"], Extras())
         x = (1 + m[5]) * h9 + m[3] * c0 + m[4] * outputs[7]
         x = m[8] * x + m[9] * y + m[10] * c0 + m[11] * shared["bigram"]
         x = m[12] * x + m[13] * model.blocks[10].mlp(x)

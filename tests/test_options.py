@@ -80,7 +80,9 @@ def test_fewer_steps_keep_the_shape_of_the_schedule():
     (("stray",), "expected an option"),
     (("--device", "cuda"), "there is no CUDA device here"),
     (("--track", "short"), "unknown option"),
-    (("--record", "normal"), "62, norms; got 'normal'"),
+    (("--record", "normal"), "89, norms; got 'normal'"),
+    (("--record", "89", "--num_layers", "2"), "--num_layers: expected at least 3"),
+    (("--record", "85", "--mudd", "false"), "--token_gates: expected false without mudd"),
     (("--record", "6", "--other_rule", "norms"), "expected adam where head and embedding share"),
     (("--record", "norms", "--matrix_rule", "adam"), "expected muon where other_rule is norms"),
 ])

@@ -237,7 +237,8 @@ def test_fp8_factors(record, facts):
 def test_initial_standard_deviations(record, facts, meta_models):
     said = facts[str(record)]["init"]
     names = {"embed.weight": "embed", "position.weight": "pos_embed", "lm_head.weight": "head",
-             "qkv.weight": "qkv", "qk.weight": "qkv", ".v.weight": "qkv", "out.weight": "attn_out", "fc.weight": "mlp_in",
+             "qkv.weight": "qkv", "qk.weight": "qkv", ".v.weight": "qkv",
+             "out.weight": "attn_out", "fc.weight": "mlp_in",
              "proj.weight": "mlp_out", "bigram.weight": "bigram", "attn_gate": "attn_gate",
              "value_gate": "ve_gate", "smear_gate": "smear_gate", "skip_gate": "skip_gate"}
     seen = set()
@@ -332,7 +333,7 @@ def test_optimizer_group_of_every_parameter(record, facts, meta_models):
     assert sorted(named) == sorted(name for name, _ in meta_models[record].named_parameters())
     first_lr = recipes.lr_multiplier(0, recipe)
     for group in groups:
-        for name, p in group["params"]:
+        for name, _ in group["params"]:
             said = said_group(name, recipe.model, optim["groups"])
             assert group["lr"] / first_lr == pytest.approx(said["lr"]), name
             assert group["weight_decay"] == said["wd"], name
@@ -374,7 +375,8 @@ def test_muon_settings(record, facts, meta_models):
     assert (groups["mlp_in"]["method"] == "polar_express") == (kind == "Polar Express")
     assert groups["mlp_in"]["ns_steps"] == said["orthogonalizer"]["steps"] == 5
     if record == 84:    # pairs of heads; wide matrices, whose columns NorMuon looks at
-        assert groups["attn_qk"]["split"] == 6 and "per pair of heads (256x768)" in said["qkv_split"]
+        assert groups["attn_qk"]["split"] == 6
+        assert "per pair of heads (256x768)" in said["qkv_split"]
         assert [groups[role]["second_moment"] for role in shapes] == [
             "row", "row", "col", "col", "row"]
     else:  # #3 orthogonalises the fused QKV as one matrix
@@ -757,7 +759,8 @@ def test_token_gates_of_85(meta_models):
     model = meta_models[85]
     plans = model.plan_early, model.plan_late
     assert [sum(count for _, _, count, _ in plan) for plan in plans] == [26, 41]
-    assert [{layer for layer, *_ in plan} for plan in plans] == [{0, 1, 2, 3}, {4, 5, 6, 7, 8, 9, 10}]
+    assert [{layer for layer, *_ in plan} for plan in plans] == [
+        {0, 1, 2, 3}, {4, 5, 6, 7, 8, 9, 10}]
     starts = {"xsa_BTH": 0, "attn_gate_BTH": 0.25, "x0_BT1": 0, "bigram_BT1": 0.05,
               "skip_BT1": 0.5, "dc_in_BTH": 1, "dc_out_BTH": 0}
     for plan, name in zip(plans, ("gates_early", "gates_late")):

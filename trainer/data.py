@@ -56,7 +56,7 @@ def find_data(recipe: Recipe, data_dir: str | None = None) -> Data:
     return Data(train_files, val_files, source.bos_id, data_digest([*train_files, *val_files]))
 
 
-def doc_len(recipe: Recipe) -> int | None | Callable[[int], int]:
+def doc_len(recipe: Recipe) -> int | Callable[[int], int] | None:
     """The loader's max_doc_len: a number, or one for each step."""
     return partial(max_doc_len, recipe=recipe) if recipe.max_doc_stages else recipe.max_doc_len
 

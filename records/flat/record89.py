@@ -290,8 +290,11 @@ def parameter_table() -> dict[str, tuple[str, Init]]:
     # an untied embedding is standard normal (#8)
     embed = Init("normal", 1.0)
     into_layer = matrix(INIT_STD, MODEL_DIM)
-    out = zero
     out = matrix(OUT_INIT_STD, MODEL_DIM)  # (#64)
+    # coefficients of Block.mixed and GPT.final_norm, in their order
+    last_layer = mixer_start((0, 0, 0, 0, 0, 0, 2, 2, RESID_LAMBDA, 1, 0, BIGRAM_LAMBDA,
+                              RESID_LAMBDA, 1))
+    end = mixer_start((0, -0.5, 0, 0, 0))
     return {
         "embed.weight": ("embed", embed),
         "lm_head.weight": ("head", Init("normal", HEAD_INIT_STD)),
@@ -309,8 +312,8 @@ def parameter_table() -> dict[str, tuple[str, Init]]:
         "gates_*.scale": ("token_gate_start", Init("constant", MIXER_SCALE)),
         "*mudd.w1.weight": ("mudd", matrix(3 ** -0.5, MODEL_DIM)),
         "*mudd.w2.weight": ("mudd", zero),
-        "blocks.*.mudd.start": ("mudd_start", mixer_start((0, 0, 0, 0, 0, 0, 2, 2, RESID_LAMBDA, 1, 0, BIGRAM_LAMBDA, RESID_LAMBDA, 1))),
-        "mudd.start": ("mudd_start", mixer_start((0, -0.5, 0, 0, 0))),
+        "blocks.*.mudd.start": ("mudd_start", last_layer),
+        "mudd.start": ("mudd_start", end),
         "*.value_gate": ("value_gate", zero),
         "smear_gate": ("smear_gate", zero),
         "*.v.factor": ("scalar", Init("constant", 0.5)),
@@ -405,7 +408,6 @@ class Mixer(nn.Module):
         self.w1 = Linear(MODEL_DIM, MIXER_DIM)
         self.w2 = Linear(MIXER_DIM, num_coefficients)
         self.start = nn.Parameter(torch.empty(num_coefficients))   # fp32, and so are coefficients
-
         self.scale = scalar() if learned_scale else None
 
     def forward(self, x_BTC: Tensor) -> Tensor:
@@ -559,7 +561,7 @@ class Attention(nn.Module):
         self.out = Linear(MODEL_DIM, MODEL_DIM, factor=True)
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
-                keys: Keys | None, extras: Extras = Extras()) -> Tensor:
+                keys: Keys | None, extras: Extras) -> Tensor:
         """`x_BTC`: what attention reads, the stream or an earlier one (#77)."""
         h_BTC = norm(x_BTC)
         # (#80)
@@ -643,7 +645,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
                 keys: Keys | None, skip_BTC: Tensor | None, late_BTC: Tensor | None,
-                extras: Extras = Extras()) -> Tensor:
+                extras: Extras) -> Tensor:
         if skip_BTC is not None:  # output of an earlier layer (U-net, #11)
             # (#85)
             opened = torch.sigmoid(self.skip_lambda) * extras.skip_BT1

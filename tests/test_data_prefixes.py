@@ -1,0 +1,37 @@
+"""The prefix of each token, for the prefix loss (#88)."""
+
+import numpy as np
+import pytest
+
+from data import fineweb
+from data.prefixes import longest_prefixes, token_prefixes
+
+
+def test_the_longest_proper_prefix_that_is_a_token():
+    tokens = [b"a", b"b", b"ab", b"abcd", b"bcd", b"abcde", b""]
+    assert longest_prefixes(tokens).tolist() == [-1, -1, 0, 2, 1, 3, -1]
+
+
+def test_gpt2s_table():
+    """Bytes and end-of-text have no prefix, all 50,000 merged tokens have one; from prefix to
+    prefix every token gets to a byte."""
+    table = token_prefixes(fineweb.VOCAB_SIZE)
+    assert table.shape == (50_257,) and table.dtype == np.int64
+    without = np.flatnonzero(table < 0)
+    assert without.tolist() == [*range(256), 50_256]
+    at = np.arange(256, 50_256)
+    for _ in range(200):
+        at = np.where(at >= 256, table[at], at)
+    assert (at < 256).all() and (at >= 0).all()
+    hello, world = 15_496, 995
+    for token, shorter in ((hello, (28_254, 12_621, 1544, 39)),     # Hell, Hel, He, H
+                           (world, (476, 24_486, 266, 220))):       # " wor", " wo", " w", " "
+        for expected in shorter:
+            token = table[token]
+            assert token == expected
+
+
+def test_bytes_have_none_and_other_vocabularies_are_refused():
+    assert token_prefixes(257).tolist() == [-1] * 257
+    with pytest.raises(ValueError, match="--prefix_weight: expected 0 or a vocabulary of 50257"):
+        token_prefixes(5000)
