@@ -266,7 +266,7 @@ def _plot(args) -> int:
         if not path.exists():
             raise FileNotFoundError(f"{path}: expected a log or a record folder, found nothing")
         if (path / "result.json").is_file():
-            result, logs = check.read_result(path), check.folder_logs(path)
+            result, logs = history.read_result(path), check.folder_logs(path)
             label = label if equals else result["name"]
         else:
             logs = _logs(path)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from records import check
-from records.history import FOLDER, own_records
+from records.history import FOLDER, own_records, read_result
 from records.log import parse
 from records.parse import Run
 
@@ -123,7 +123,7 @@ def find(text: str, place: Path, root: Path = FOLDER) -> Program:
         folder = root / named[0]["folder"]
     if folder is not None and (folder / "result.json").is_file():
         run = parse(check.folder_logs(folder)[0], keep_sources=True)[0]
-        name = check.read_result(folder)["name"]
+        name = read_result(folder)["name"]
         return unpack(run, name + _tail(options), place, tree, options)
     if folder is not None:
         if not (folder / SCRIPT).is_file():

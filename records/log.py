@@ -56,6 +56,7 @@ from records.parse import (
     BATCHES,
     FILE_CAP,
     LINE_CAP,
+    LINES_CAP,
     POINT_CAP,
     RUN_CAP,
     Collector,
@@ -353,17 +354,24 @@ def _open(source: object) -> tuple[io.BufferedIOBase, str, Path | None]:
 
 def _pieces(file: io.BufferedIOBase, path: Path | None) -> Iterator[bytes]:
     """The lines of a log, source blocks put back; a line above LINE_CAP comes in pieces."""
-    total, at_head = 0, path is not None
+    total = 0
+    for number, piece in enumerate(_with_sources(file, path)):
+        total += len(piece)
+        if total > FILE_CAP or number == LINES_CAP:
+            raise LogError(f"the file has more than {FILE_CAP >> 20} MiB or {LINES_CAP:,} lines, "
+                           "the rest was not read")
+        yield piece
+
+
+def _with_sources(file: io.BufferedIOBase, path: Path | None) -> Iterator[bytes]:
+    at_head = path is not None
     while True:
         try:
             piece = file.readline(LINE_CAP)
-        except (EOFError, gzip.BadGzipFile, OSError) as error:
+        except (EOFError, OSError, zlib.error) as error:
             raise LogError(f"the file cannot be read to its end: {error}") from error
         if not piece:
             return
-        total += len(piece)
-        if total > FILE_CAP:
-            raise LogError(f"the file is larger than {FILE_CAP >> 20} MiB, the rest was not read")
         if at_head:  # the sources of a log follow its first line
             if piece.startswith(b"kept "):
                 yield from _source_block(piece, path)

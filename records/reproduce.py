@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from records import check, launch, stats
-from records.history import FOLDER, clock
+from records.history import FOLDER, clock, read_result
 from records.log import SOURCE_CAP, parse, read_lines
 from records.parse import CODE, RULE, Run
 
@@ -30,7 +30,7 @@ def reproduce(
     """Unpack and run. Exit status 0 if the run ended as the log or the record leads to expect."""
     record = None
     if (path / "result.json").is_file():
-        record = check.read_result(path)
+        record = read_result(path)
         path = check.folder_logs(path)[0]
     runs = parse(path, keep_sources=True)
     if not runs:

@@ -314,7 +314,7 @@ def write_markdown(root: Path = FOLDER) -> list[str]:
         path = folder / "README.md"
         if path.is_file() and (folder / "result.json").is_file():
             before = path.read_text()
-            done += _update(path, before, readme.renew(before, check.read_result(folder)))
+            done += _update(path, before, readme.renew(before, history.read_result(folder)))
     found = all_rows(root)
     path = root / "TABLES.md"
     done += _update(path, path.read_text() if path.is_file() else None, full(found))
@@ -354,8 +354,12 @@ def check_all(root: Path = FOLDER) -> list[tuple[str, Verdict]]:
             whole.add("broken-folder", str(name), f"{num} records have this name")
     known = {source_path(root / "sources", source.name, source.sha256)
              for _, verdict in verdicts for run in verdict.runs for source in run.sources.values()}
+    known |= {source_path(root / "sources", source.name, source.sha256)
+              for folder in check.record_folders(root)
+              for run in check.load(check.folder_logs(folder, "race"))[0]
+              for source in run.sources.values()}
     for path in sorted((root / "sources").rglob("*")):
-        if path.is_file() and path not in known:
+        if path.is_symlink() or (path.is_file() and path not in known):
             whole.add("broken-folder", str(path.relative_to(root)), "no log of a record names it")
     front = root.parent / "README.md"
     try:
