@@ -24,6 +24,7 @@ from pathlib import Path
 
 from records import check, history, ladder, rules, table
 from records.log import parse
+from records.parse import printable
 from records.rank import progress, rank
 
 
@@ -35,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
-        print(f"records {args.command}: {error}", file=sys.stderr)
+        lines = str(error).split("\n")
+        print(f"records {args.command}:", *map(printable, lines), sep="\n" if lines[1:] else " ",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -166,10 +169,14 @@ def _check(args) -> int:
         lines += [f"{'waived ' if reason.name in args.waive else ''}{reason}"
                   for reason in check.grouped(verdict.reasons)]
         lines += [*verdict.notes, check.outlook(verdict, args.root) if counted else None]
-        print("\n      ".join([f"{'FAIL' if counted else 'ok'}  {label}", *filter(None, lines)]))
+        lines = [f"{'FAIL' if counted else 'ok'}  {label}", *filter(None, lines)]
+        print("\n      ".join(map(printable, lines)))
     if not args.paths:
         print(f"{len(verdicts) - 1} record{'s' * (len(verdicts) != 2)} and the tables checked, "
               f"{failed or 'nothing'} failed")
+    if any(run.format == "ours" for _, verdict in verdicts for run in verdict.runs):
+        print("not proven: that the runs were made as the logs say. `python -m records reproduce` "
+              "runs a program again")
     return 1 if failed else 0
 
 

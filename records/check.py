@@ -231,7 +231,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         seen[run.path] += 1
         number = f" run {seen[run.path]}" if files[run.path] > 1 else ""
-        names.append(Path(run.path).name + number)
+        names.append(printable(Path(run.path).name) + number)
     return names
 
 
@@ -654,7 +654,8 @@ def not_reused(verdict: Verdict, claimed: dict, root: Path = FOLDER) -> None:
     """No run of this record is evidence for another record too, as it is or with changed losses."""
     names = labels(verdict.runs)
     for folder in record_folders(root):
-        if folder.name.partition("_")[2] == claimed["name"] or folder.is_symlink():
+        own = f"{verdict.track.name}/{claimed['date']}_{claimed['name']}"
+        if f"{folder.parent.name}/{folder.name}" == own or folder.is_symlink():
             continue
         others = load(folder_logs(folder))[0]
         theirs = labels(others)

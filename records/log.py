@@ -65,6 +65,7 @@ from records.parse import (
     Run,
     Source,
     parse_public,
+    printable,
     read_fields,
 )
 
@@ -584,7 +585,7 @@ def _read_block(stream: _Stream, run: Run, title: str, num_lines: int) -> None:
             run.fault("the recipe is not JSON")
         return
     env = run.environment
-    env.update(line.split(": ", 1) for line in lines if ": " in line)
+    env.update(printable(line).split(": ", 1) for line in lines if ": " in line)
     run.python, run.torch, run.cuda = env.get("python"), env.get("torch"), env.get("cuda")
     run.gpu = env.get("gpu")
     if not BATCHES.fullmatch(env.get("tokens_per_step", "[[0, 1]]")):
@@ -612,8 +613,11 @@ def _read_result(stream: _Stream, run: Run, marks: list[str]) -> bool:
         if key == "marks" and colon:
             if len(value) <= 4 * MARKS_PER_LINE and len(marks) < POINT_CAP // MARKS_PER_LINE:
                 marks.append(value)
-        elif colon and len(run.result) < 1000:
-            run.result[key] = _value(value[:4096])
+        elif len(run.result) == 1000:
+            raise LogError(f"line {stream.number}: more than 1000 lines in the closing block, the "
+                           "rest was not read")
+        elif colon:
+            run.result[key] = _value(printable(value[:4096]))
         else:
             run.fault(f"line {stream.number}: not a `key: value` of the closing block: "
                       f"{text[:80]!r}")

@@ -18,7 +18,7 @@ from itertools import chain
 
 LINE_CAP = 1 << 16  # bytes; longer lines are hashed and counted, never interpreted
 FILE_CAP = 1 << 26  # bytes after decompression; the largest public log has 1 MB
-LINES_CAP = 1 << 20  # lines of one file
+LINES_CAP = 1 << 19  # lines of one file
 POINT_CAP = 50_000  # validations of one file
 RUN_CAP = 1_000  # runs in one file
 SAMPLED = 16  # of this many training steps one keeps its loss and clock
@@ -441,7 +441,10 @@ def parse_public(first: bytes, pieces: Iterator[bytes], name: str, loss_key: str
                     in_code, held_back = False, []
                 else:
                     code_hash.update(piece)
-                    if interesting and len(held_back) < POINT_CAP:
+                    if interesting:
+                        if len(held_back) == POINT_CAP:
+                            raise LogError(f"line {line}: more than {POINT_CAP} result lines in "
+                                           "the code, the rest was not read")
                         held_back.append((piece, line, ended))
             elif interesting:
                 read(piece, line, ended)
@@ -455,7 +458,8 @@ def parse_public(first: bytes, pieces: Iterator[bytes], name: str, loss_key: str
                 if not has_code and len(early) < 200:
                     early.append(piece)
                 if piece[:1] in b"R|":
-                    _environment_line(piece.decode(errors="replace"), environment, gpus)
+                    text = printable(piece.decode(errors="replace").rstrip("\r\n"))
+                    _environment_line(text, environment, gpus)
     except LogError as error:
         fault = str(error)
     try:

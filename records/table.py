@@ -16,6 +16,7 @@ from records import check, history, readme, rules
 from records.check import Verdict
 from records.history import FOLDER, clock, count
 from records.log import source_path
+from records.parse import printable
 from records.rules import Track
 
 BEGIN = "<!-- records:begin -->"
@@ -97,7 +98,7 @@ def _own(record: dict, root: Path) -> Row:
     folder = root / record["folder"]
     names = check.check_folder(folder, root).names() - {"unwritten"}
     try:
-        changed = readme.changed(history.read_text(folder / "README.md"))
+        changed = printable(readme.changed(history.read_text(folder / "README.md")))
     except (OSError, ValueError):
         changed = ""
     return Row(

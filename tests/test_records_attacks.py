@@ -1,11 +1,14 @@
 """Records of this repository, edited by someone who closes the logs again: what check refuses."""
 
+import gzip
 import hashlib
 import json
 import re
 import shutil
+import time
 
 import pytest
+from records_runs import write_log
 
 from records import check, history, readme
 from records.__main__ import main
@@ -16,10 +19,15 @@ BEST, BEFORE, FIRST = "fewest-steps", "record-27-at-pocket-scale", "record-62-at
 
 @pytest.fixture
 def root(tmp_path):
-    """A copy of the records folder."""
+    """A records folder with a copy of the newest record; the others are links, for speed."""
     root = tmp_path / "repo" / "records"
-    for name in ("pocket", "sources"):
-        shutil.copytree(history.FOLDER / name, root / name)
+    shutil.copytree(history.FOLDER / "sources", root / "sources")
+    (root / "pocket").mkdir()
+    for folder in (history.FOLDER / "pocket").iterdir():
+        if folder.name.endswith(BEST):
+            shutil.copytree(folder, root / "pocket" / folder.name)
+        else:
+            (root / "pocket" / folder.name).symlink_to(folder)
     (root / "data").symlink_to(history.FOLDER / "data")
     return root
 
@@ -149,3 +157,70 @@ def test_what_check_cannot_prove_it_says(root, capsys):
     retell(folder)
     assert main(["--root", str(root), "check", str(folder)]) == 0
     assert "not proven: that the runs were made" in capsys.readouterr().out
+
+
+FORGED = "x\n\x1b[2Kok  pocket/2026-11-22_fewest-steps"
+
+
+def test_no_text_of_a_log_can_forge_a_line(tmp_path, capsys):
+    log = tmp_path / f"{FORGED.replace('/', '_')}.txt"
+    log.write_text("Running PyTorch 2.9 compiled for CUDA 12.6 on NVIDIA \x1b[2Kok H100 with "
+                   "world_size 4\nstep:9/9 val_loss:3.2000 train_time:90ms step_avg:10.00ms\n")
+    assert main(["check", str(tmp_path), "--track", "short"]) == 1
+    ours = write_log(tmp_path / "ours.txt", track=FORGED, environment={"cpu": "\x1b[2K\u202e"})
+    for words in (["check", str(ours), "--track", "pocket"], ["rank", str(ours), "--track", "solo"],
+                  ["reproduce", str(ours), "--dry-run", "--into", str(tmp_path / "again")],
+                  ["check", str(tmp_path / FORGED)]):
+        main(words)
+        out, err = capsys.readouterr()
+        assert not re.search(r"[^ -~\n]", out + err) and "\nok" not in out + err
+    assert parse(ours)[0].environment["cpu"] == r"\x1b[2K\u202e"
+
+
+def zipped(path, data):
+    path.write_bytes(gzip.compress(data, 1))
+    return path
+
+
+HEAD = b"nanogpt speedrun log 1\n"
+STEP = b"step:%d/99999999 val_loss:3.2800 train_time:%dms step_avg:1.00ms\n"
+
+
+@pytest.mark.parametrize("data", [
+    HEAD + b"begin source a.py lines=999999999 newline=1 sha256=" + b"0" * 64 + b"\n" * 10**6,
+    HEAD + b"begin environment lines=9999999\n" + b"\n" * 10**6,
+    HEAD + b"begin steps\nbegin result\n" + b"".join(b"a%d: b\n" % i for i in range(10**5)),
+    b"\n" * 10**6,
+    b"import torch\n" + STEP % (1, 1) * 10**5,
+    b"".join(STEP % (i, i) for i in range(60_000)),
+], ids=["source", "environment", "result", "empty", "code", "validations"])
+def test_a_small_file_cannot_cost_much(tmp_path, data):
+    """Tens of KB in gzip: before, up to minutes."""
+    path, begun = zipped(tmp_path / "x.txt.gz", data), time.process_time()
+    runs = parse(path)
+    assert time.process_time() - begun < 10
+    assert any("the rest was not read" in fault for run in runs for fault in run.faults)
+
+
+def test_a_file_that_cannot_be_read_stops_nothing(root, capsys):
+    (root / "pocket" / f"2026-11-22_{BEFORE}").unlink()
+    shutil.copytree(history.FOLDER / f"pocket/2026-11-22_{BEFORE}", folder_of(root).with_name(
+        f"2026-11-22_{BEFORE}"))
+    logs = folder_of(root) / "logs"
+    (logs / "dead.txt").symlink_to("nowhere")
+    (root / "pocket" / "dead").symlink_to("nowhere")
+    assert main(["--root", str(root), "check", str(logs)]) == 1
+    said = capsys.readouterr().out
+    assert "n = 6" in said and "not-a-log: dead.txt: it cannot be read" in said
+    assert main(["--root", str(root), "check"]) == 1
+    said = capsys.readouterr().out
+    assert "logs/dead.txt: expected a plain file, found a symbolic link" in said
+    assert f"ok  pocket/2026-11-22_{BEFORE}" in said
+
+
+def test_a_name_does_not_lead_out_of_the_folder(root, capsys):
+    path = folder_of(root) / "result.json"
+    path.write_text(path.read_text().replace(f'"{BEST}"', '"../../../out"', 1))
+    assert main(["--root", str(root), "reproduce", str(path.parent), "--dry-run"]) == 2
+    assert "name: expected str like" in capsys.readouterr().err
+    assert not list(root.parent.parent.glob("out*"))
