@@ -26,7 +26,8 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from records.log import RunLog, train_line, val_line
 parser = argparse.ArgumentParser()
-for name, default in (("record", 6), ("seed", 0), ("ms", 20.0), ("sleep", 0.0), ("fail", 0)):
+for name, default in (("record", 6), ("seed", 0), ("ms", 20.0), ("sleep", 0.0), ("fail", 0),
+                      ("data_dir", "")):
     parser.add_argument("--" + name, type=type(default), default=default)
 args = parser.parse_args()
 rng = random.Random(args.seed * 100 + args.record)
@@ -136,11 +137,27 @@ def test_a_revision_runs_in_a_worktree_that_is_gone_afterwards(tree, capsys):
     assert len(worktrees.splitlines()) == 1
 
 
-def test_a_program_that_changes_during_the_race_is_noticed(tree, capsys):
-    assert records(tree, "race", "6", "5", "--runs", "1", "--out", "r") == 0
-    (tree / "train_gpt.py").write_text((tree / "train_gpt.py").read_text() + "# changed\n")
-    assert records(tree, "race", "6", "5", "--runs", "2", "--out", "r") == 2
-    assert "A changed during the race (code_sha256)" in capsys.readouterr().err
+def test_a_second_idea_never_gets_the_first_ones_answer(tree, capsys):
+    race_it = ["race", "HEAD", ". --ms 10", "--runs", "2"]
+    text = (tree / "train_gpt.py").read_text()
+    for edit, words in ((".gauss(args.ms", "B is faster"), (".gauss(3 * args.ms", "B is slower"),
+                        (".gauss(args.ms", "B is faster")):  # and back again: the first one's
+        (tree / "train_gpt.py").write_text(text.replace(".gauss(args.ms", edit))
+        assert records(tree, *race_it) == 0
+        out, err = capsys.readouterr()
+        assert words in out
+    assert "2 of A and 2 of B are done" in err
+    assert len(list(tree.glob("logs/race/HEAD_vs_ms-10/*/race.json"))) == 2
+    data = tree / "tokens"
+    for size in (1, 2):  # other data under the same name
+        (data / "x.bin").parent.mkdir(exist_ok=True)
+        (data / "x.bin").write_bytes(bytes(size))
+        assert records(tree, "race", ".", ".", "--runs", "1", "--options=--data_dir tokens") == 0
+        assert "are done" not in capsys.readouterr().err
+    assert records(tree, *race_it, "--out", "r") == 0
+    (tree / "train_gpt.py").write_text(text + "# changed\n")
+    assert records(tree, *race_it, "--out", "r") == 2
+    assert "holds another race (programs differ)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("side, why", [
@@ -243,5 +260,6 @@ def test_a_race_shows_progress_on_a_terminal(tree, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert records(tree, "race", "6", "5", "--runs", "1", "--out", "r") == 0
     said = capsys.readouterr().err
-    assert "0/2 runs, #6  50%" in said and "1/2 runs, #5  50%" in said and " left" in said
+    assert re.search(r"race: +0%.* 0/2 .*#6 50%", said)
+    assert re.search(r"race: +50%.* 1/2 .*#5 50%", said)
     assert "2/2  B #5: val_loss" in said
