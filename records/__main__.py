@@ -7,6 +7,7 @@
     reproduce LOG|RECORD  unpack the program of a log and run it again
     plot RUNS..           loss curves over the published ones, as PNG and SVG
     rank LOG              each validation of a finished log beside the records, and its place
+    audit ARCHIVE         a clone of the public records, held to its logs
     ladder                every rung of the ladder at pocket scale, beside the published one
 
 `python -m records COMMAND --help` lists the options; records/README.md is the guide.
@@ -22,7 +23,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from records import check, history, ladder, rules, table
+from records import check, claim, history, ladder, rules, table
 from records.log import parse
 from records.parse import printable
 from records.rank import progress, rank
@@ -77,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     add("paths", nargs="*", type=Path, metavar="FOLDER|LOG",
         help="record folders, or the logs of one claim; default: everything")
     claim(add)
+    add("--at", type=int, metavar="STEP", help="judge the losses of this step, not of the last")
+    add("--loss", default="val_loss", metavar="FIELD", help="the field of the loss: val_ema_loss")
+    add("--claim", choices=["-"], help="hold the logs to the text on stdin, not to a README.md")
     add("--waive", action="append", default=[], metavar="NAME",
         help="a reason, by name, that is shown and does not count (repeatable)")
 
@@ -124,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="another seed than the log's")
     add("--options", default="", help="further options for the program, in quotes")
 
+    add = command("audit", _audit, "Hold a clone of the public records to its logs: AUDIT.md.")
+    add("archive", type=Path, metavar="ARCHIVE", help="the folder `records` of the clone")
+
     ladder.add_arguments(command(
         "ladder", ladder.ladder, "Train every rung of the ladder at pocket scale; table and plot."))
     return parser
@@ -152,13 +159,14 @@ def _check(args) -> int:
             raise FileNotFoundError(f"{path}: expected a record folder or a log, found nothing")
     folders = [p for p in args.paths if (p / "result.json").is_file()]
     verdicts = [(str(folder), check.check_folder(folder, args.root)) for folder in folders]
-    logs = [log for p in args.paths if p not in folders for log in _logs(p)]
-    if logs:
-        runs, unread = check.load(logs)
-        verdict = check.judge(runs, rules.track(_track(args, runs)), differs=args.differs,
-                              systems_only=args.systems_only)
-        verdict.reasons += unread
-        verdicts.append((f"{len(logs)} log{'s' * (len(logs) > 1)}", verdict))
+    places = [p for p in args.paths if p not in folders]
+    if places:
+        logs = [log for place in places for log in _logs(place)]
+        texts = [sys.stdin.read()] if args.claim == "-" else [
+            history.read_text(p / "README.md") for p in places if (p / "README.md").is_file()]
+        track = rules.track(_track(args, check.load(logs)[0], places))
+        verdicts += claim.judge(logs, track, at=args.at, loss_key=args.loss, text="\n".join(texts),
+                                differs=args.differs, systems_only=args.systems_only)
     if not args.paths:
         verdicts = table.check_all(args.root)
     failed = 0
@@ -180,8 +188,10 @@ def _check(args) -> int:
     return 1 if failed else 0
 
 
-def _track(args, runs) -> str:
-    name = args.track or check.track_of(runs)
+def _track(args, runs, places: Sequence[Path] = ()) -> str:
+    parts = {part for place in places for part in place.resolve().parts}
+    public = [track.name for track in rules.TRACKS.values() if track.archive in parts]
+    name = args.track or check.track_of(runs) or next(iter(public), None)
     if name is None:
         raise ValueError(f"--track: the logs do not name one track; expected one of "
                          f"{', '.join(rules.TRACKS)}")
@@ -190,7 +200,7 @@ def _track(args, runs) -> str:
 
 def _logs(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".log", ".gz", ".stdout"))
+        found = claim.log_files(path)
         if not found:
             raise FileNotFoundError(f"{path}: expected logs or a record folder, found neither")
         return found
@@ -293,6 +303,12 @@ def _plot(args) -> int:
     for path in plot.draw(list(groups.items()), track, out, title=args.title, root=args.root,
                           published=not args.no_published):
         print(path)
+    return 0
+
+
+def _audit(args) -> int:
+    history.write(args.root / "AUDIT.md", claim.audit(args.archive, args.root).encode())
+    print(args.root / "AUDIT.md")
     return 0
 
 

@@ -46,6 +46,7 @@ RULES = {
     "same-seed": "every run has its own seed",
     "missing-run": "no run is left out: seeds follow each other, as the commands say",
     "too-few-runs": "there are as many runs as the track asks for",
+    "not-derived": "each number that a README claims follows from its logs",
     "above-target": "the mean loss is at or below the target",
     "not-significant": "the losses are below the target beyond chance, as the track asks",
     "not-better": "the record is ahead of the track's record before it",
@@ -56,6 +57,9 @@ RULES = {
     "unwritten": "the author answered the questions of the README",
     "stale-table": "the tables in README.md are those that follow from the data",
 }
+
+
+EVIDENCE = {"not-significant", "too-few-runs", "above-target"}  # reasons that more runs may mend
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,7 @@ def load(paths: Iterable[Path | str], loss_key: str = "val_loss") -> tuple[list[
         try:
             found = _parsed(path, path.stat().st_mtime_ns, loss_key)
         except OSError as error:
-            reasons.append(Reason("not-a-log", path.name, f"it cannot be read: {error.strerror}"))
+            reasons.append(Reason("unreadable", path.name, f"the file: {error.strerror}"))
             continue
         if not any(run.points or run.faults for run in found):
             reasons.append(Reason("not-a-log", path.name, "no measurement in it"))
@@ -242,11 +246,13 @@ def judge(
     differs: Sequence[str] = (),
     systems_only: bool = False,
     closed: bool = False,
+    one_program: bool = False,
 ) -> Verdict:
     """Every rule that these runs of one claim do not meet, and the numbers that follow from them.
 
     differs        names of sources that may differ between runs (the author names them)
     systems_only   the change leaves the mathematics alone; where the track allows it, no p is asked
+    one_program    the programs were compared already
     closed         evidence of a record of ours: every log has a closing block and its program
     """
     verdict = Verdict(track, list(runs))
@@ -256,7 +262,7 @@ def judge(
     if not runs:
         verdict.add("too-few-runs", "", "there is no run at all")
         return verdict
-    _same_claim(verdict, names, differs)
+    _same_claim(verdict, names, differs, one_program)
     _same_machine(verdict, names)
     # the statistics are of the runs that ended, each once; the others are named
     copied = _independent(verdict, names)
@@ -288,7 +294,8 @@ def _brief(value: object) -> str:
     return text[:12] if re.fullmatch(r"[0-9a-f]{64}", text) else text[:80]
 
 
-def _same_claim(verdict: Verdict, names: list[str], differs: Sequence[str]) -> None:
+def _same_claim(verdict: Verdict, names: list[str], differs: Sequence[str],
+                one_program: bool) -> None:
     """One track, program, recipe, length and corpus; the recipe as the track fixes it."""
     runs, track = verdict.runs, verdict.track
     for run, label in zip(runs, names):
@@ -301,7 +308,9 @@ def _same_claim(verdict: Verdict, names: list[str], differs: Sequence[str]) -> N
                 if got != expected:
                     verdict.add("fixed-field", label, f"{path}: expected {expected}, got {got}")
     _same(verdict, "steps-differ", "its last step", [run.final_step for run in runs], names)
-    if all(run.sources for run in runs):
+    if one_program:
+        pass
+    elif all(run.sources for run in runs):
         for source in sorted({name for run in runs for name in run.sources}):
             values = [run.sources[source].sha256 if source in run.sources else "absent"
                       for run in runs]
@@ -423,9 +432,11 @@ def _significance(verdict: Verdict, runs: list[Run], systems_only: bool) -> None
             verdict.add("not-significant", "", text)
     if track.test == "fixed_sigma":
         value = stats.fixed_sigma_margin(losses, track.target)
+        words = f"(target - mean) * sqrt(n) = {value:.5f}"
         if value < track.margin - 1e-9:
-            verdict.add("not-significant", "", f"(target - mean) * sqrt(n) = {value:.5f}, expected "
-                                               f"at least {track.margin:g}")
+            verdict.add("not-significant", "", f"{words}, expected at least {track.margin:g}")
+        else:
+            verdict.notes.append(f"{words}, at least {track.margin:g} is asked")
 
 
 # ---------------------------------------------------------------------------------- the numbers
@@ -498,8 +509,7 @@ def mean_curve(runs: Sequence[Run]) -> dict[str, list]:
 def outlook(verdict: Verdict, folder: Path = FOLDER) -> str | None:
     """How many more runs would probably pass, from the spread of these runs and of the track's."""
     track, result = verdict.track, verdict.result
-    short = verdict.names() & {"not-significant", "too-few-runs", "above-target"}
-    if track.target is None or track.test == "mean" or not result or not short:
+    if track.target is None or track.test == "mean" or not verdict.names() & EVIDENCE or not result:
         return None
     n, mean = result["num_runs"], result["val_loss"]["mean"]
     if mean >= track.target:

@@ -79,7 +79,7 @@ def _slug(text: str) -> str:
 
 
 def _digest(program: launch.Program) -> str:
-    """sha256 of a program's Python files and options, and of names, sizes and times in --data_dir."""
+    """sha256 of a program's Python files and options, and of the names and dates in --data_dir."""
     found = hashlib.sha256(json.dumps(program.options).encode())
     for place, folders, files in os.walk(program.folder):
         folders[:] = sorted(f for f in folders if f not in ("logs", "tests") and f[0] not in "._")

@@ -38,6 +38,7 @@ class Track:
     data_digest: str | None = None
     fixed: dict = field(default_factory=dict)
     published: str | None = None  # whose public records and curves a run is held against
+    archive: str | None = None  # folder of the track in a clone of the public records
 
     def __post_init__(self) -> None:
         assert self.test in ("t", "fixed_sigma", "mean"), self.test
@@ -70,6 +71,7 @@ TRACKS = {
             gpu_count=8,
             fixed={"val_tokens": FINEWEB_VAL_TOKENS},
             published="short",
+            archive="track_1_short",
         ),
         Track(
             "solo",
@@ -97,6 +99,7 @@ TRACKS = {
             gpu_count=8,
             fixed={"val_tokens": FINEWEB_VAL_TOKENS},
             published="medium",
+            archive="track_2_medium",
         ),
         Track(
             "steps",
@@ -108,6 +111,7 @@ TRACKS = {
             sigma=0.0013,
             margin=0.004,
             min_runs=1,
+            archive="track_3_optimization",
             fixed={
                 "val_tokens": FINEWEB_VAL_TOKENS,
                 "batch_tokens": 524_288,

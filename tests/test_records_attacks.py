@@ -211,7 +211,7 @@ def test_a_file_that_cannot_be_read_stops_nothing(root, capsys):
     (root / "pocket" / "dead").symlink_to("nowhere")
     assert main(["--root", str(root), "check", str(logs)]) == 1
     said = capsys.readouterr().out
-    assert "n = 6" in said and "not-a-log: dead.txt: it cannot be read" in said
+    assert "n = 6" in said and "unreadable: dead.txt: the file: No such file" in said
     assert main(["--root", str(root), "check"]) == 1
     said = capsys.readouterr().out
     assert "logs/dead.txt: expected a plain file, found a symbolic link" in said
