@@ -23,10 +23,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from records import check, claim, history, ladder, rules, table
+from records import check, claim, history, ladder, reproduce, rules, table
 from records.log import parse
 from records.parse import printable
-from records.rank import progress, rank
+from records.rank import progress, rank, record_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     add("paths", nargs="*", type=Path, metavar="FOLDER|LOG",
         help="record folders, or the logs of one claim; default: everything")
     claim(add)
+    add("--deep", action="store_true", help="run the program of each record's best log for a few "
+        "steps; read programs of unknown authors first")
     add("--at", type=int, metavar="STEP", help="judge the losses of this step, not of the last")
     add("--loss", default="val_loss", metavar="FIELD", help="the field of the loss: val_ema_loss")
     add("--claim", choices=["-"], help="hold the logs to the text on stdin, not to a README.md")
@@ -171,6 +173,10 @@ def _check(args) -> int:
         verdicts = table.check_all(args.root)
     failed = 0
     for label, verdict in verdicts:
+        if args.deep and (ours := [r for r in verdict.runs if r.complete and r.format == "ours"]):
+            best = Path(min(ours, key=lambda run: run.final_val_loss).path)
+            for line in reproduce.replay(best, args.root):
+                verdict.add("not-reproduced", best.name, line)
         counted = [r for r in verdict.reasons if r.name not in args.waive]
         failed += bool(counted)
         lines = summary_lines(verdict)
@@ -247,7 +253,10 @@ def _add(args) -> int:
 
 
 def _rank(args) -> int:
-    for run in parse(args.log):
+    runs, status = parse(args.log), 0
+    if not runs:
+        raise ValueError(f"{args.log}: expected a log, found no measurement in it")
+    for run in runs:
         name = _track(args, [run])
         same = {"data_digest": run.result.get("data_digest"), "folder": args.root}
         curve: list[tuple[int, float]] = []
@@ -257,14 +266,17 @@ def _rank(args) -> int:
                 print(f"step:{point.step}/{point.total or '?'} " + progress(
                     name, point.val_loss, point.train_time_ms, run.tokens_at(point.step),
                     history=curve, num_iterations=point.total, step=point.step, **same))
-        if run.complete:
+        said = [f"warning: {fault}" for fault in [*run.edits, *run.faults]]
+        if not run.complete:
+            said.insert(0, f"{args.log}: not a finished run: {run.why_incomplete}")
+        elif owner := record_of(run, args.root):
+            print(f"this is the log of {owner}")
+        else:
             print(rank(name, run.train_time_ms, run.tokens, run.final_val_loss,
                        steps=run.final_step, **same))
-        else:
-            print(f"{args.log}: not a finished run: {run.why_incomplete}")
-        for fault in [*run.edits, *run.faults]:
-            print(f"warning: {fault}")
-    return 0
+        print(*map(printable, said), sep="\n", end="\n" * bool(said))
+        status |= bool(said)
+    return status
 
 
 def _label(path: Path) -> str:
@@ -322,9 +334,7 @@ def _race(args) -> int:
 
 
 def _reproduce(args) -> int:
-    from records.reproduce import reproduce
-
-    return reproduce(
+    return reproduce.reproduce(
         args.path, into=args.into, dry_run=args.dry_run, nproc=args.nproc, seed=args.seed,
         options=args.options, root=args.root,
     )

@@ -52,6 +52,7 @@ RULES = {
     "not-better": "the record is ahead of the track's record before it",
     "no-race": "a record by time was raced against the one before it on the same machine",
     "broken-folder": "no file of a record is missing or a link, none in sources/ without a record",
+    "not-reproduced": "the program of the best run gives its first losses again (`--deep`)",
     "stale-result": "result.json holds the numbers that follow from the logs",
     "stale-readme": "the numbers in the record's README are those of result.json",
     "unwritten": "the author answered the questions of the README",

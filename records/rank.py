@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from records.history import (
@@ -23,6 +24,7 @@ from records.history import (
     public_records,
     published_curves,
 )
+from records.parse import Run
 from records.rules import Track
 from records.rules import track as rules_of
 
@@ -111,6 +113,16 @@ def rank(
     return (f"{track}: {final_val_loss:.4f} reaches {target:g}: with {amount(value, metric)} place "
             f"{len(better) + 1} of {len(table) + 1}{after}{beside}{before}. A record needs "
             f"{rules.rule}")
+
+
+def record_of(run: Run, folder: Path = FOLDER) -> str | None:
+    """The record whose evidence this run is."""
+    facts = run.final_val_loss, run.train_time_ms, run.final_step
+    public = (f"#{r['number']}" for r in public_records(folder) if r["evidence"]["num_runs"] == 1
+              and (r["evidence"]["val_loss"], r["evidence"]["train_time_ms"], r["steps"]) == facts)
+    ours = (r["name"] for r in own_records(None, folder)
+            if run.digest and run.digest in r["logs"].values())
+    return next(chain(public, ours), None)
 
 
 def _other_data(rules: Track, digest: str | None) -> bool:

@@ -204,6 +204,19 @@ def test_a_log_is_reproduced(tree, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
+def test_check_deep_runs_the_first_steps_again(tree, capsys):
+    log = the_log(tree, "--seed", "3")
+    records(tree, "check", log, "--deep")
+    assert "not-reproduced" not in capsys.readouterr().out
+    text = re.sub(r"(?<=val_loss:)(\d\.\d+)", lambda m: f"{float(m[1]) - 0.1:.4f}", log.read_text())
+    text = text[: text.index("marks: ")]
+    log.write_text(f"{text}digest: {hashlib.sha256(text.encode()).hexdigest()}\n")
+    assert parse(log)[0].complete
+    assert records(tree, "check", log, "--deep") == 1
+    assert re.search(r"not-reproduced: \S+: step:0/10 val_loss: the log has 4\.8\d+, its program "
+                     r"gives 4\.9", capsys.readouterr().out)
+
+
 def test_a_dry_run_unpacks_and_runs_nothing(tree, capsys):
     log = the_log(tree)
     assert records(tree, "reproduce", log, "--into", "again", "--dry-run") == 0

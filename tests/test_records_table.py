@@ -271,6 +271,26 @@ def test_rank_says_the_same_of_a_finished_log(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+def test_the_log_of_a_record_is_not_ranked_against_itself(tmp_path, capsys):
+    log = next((history.FOLDER / "pocket/2026-11-22_fewest-steps/logs").iterdir())
+    assert main(["rank", str(log)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "this is the log of fewest-steps"
+    (tmp_path / "89.txt").write_text("step:1390/1390 val_loss:3.2775 train_time:79532ms "
+                                     "step_avg:57.22ms\n")  # of #89
+    assert main(["rank", str(tmp_path / "89.txt"), "--track", "short"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "this is the log of #89"
+
+
+@pytest.mark.parametrize("text, status, said", [
+    ("stderr\n", 2, "found no measurement"),
+    ("step:5/9 val_loss:3.2 train_time:9ms step_avg:2ms\n", 1, "stopped at step 5 of 9"),
+])
+def test_rank_of_what_is_no_finished_run(tmp_path, capsys, text, status, said):
+    (tmp_path / "x.txt").write_text(text)
+    assert main(["rank", str(tmp_path / "x.txt"), "--track", "short"]) == status
+    assert said in "".join(capsys.readouterr())
+
+
 # --- plots ----------------------------------------------------------------------------------------
 
 
