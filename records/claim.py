@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 from records import check, history, rules, stats
@@ -65,21 +64,18 @@ def plain(text: str) -> str:
     return "\n".join(line for line in lines if line.strip() != "pass")
 
 
-@lru_cache(maxsize=256)
-def _program(code_sha256: str, path: str, ours: bool) -> tuple[str, str]:
-    if not ours:
-        text = (embedded_code(path) or b"").decode(errors="replace")
-        return text, plain(text)
-    sources = parse(path, keep_sources=True)[0].sources.values()
-    return tuple("\n".join(f"# {s.name}\n{form(s.text or '')}" for s in sources)
-                 for form in (str, plain))
+_PROGRAMS: dict[str | None, tuple[str, str]] = {None: ("", "")}  # by sha256: each read once
 
 
 def program(run: Run) -> tuple[str, str]:
     """The program of a run, as it is and plain; empty where the log holds none."""
-    if not run.code_sha256:
-        return "", ""
-    return _program(run.code_sha256, run.path, run.format == "ours")
+    if run.code_sha256 not in _PROGRAMS:
+        texts = [(embedded_code(run.path) or b"").decode(errors="replace")]
+        if run.format == "ours":
+            sources = parse(run.path, keep_sources=True)[0].sources.values()
+            texts = [f"# {source.name}\n{source.text or ''}" for source in sources]
+        _PROGRAMS[run.code_sha256] = "\n".join(texts), "\n".join(map(plain, texts))
+    return _PROGRAMS[run.code_sha256]
 
 
 def difference(a: str, b: str, most: int = 5) -> list[str]:
@@ -104,11 +100,15 @@ def _words(line: str) -> str:
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs of one folder, program, number of steps and machine, by a name for each."""
-    found: dict[tuple, list[Run]] = {}
+    codes: dict[tuple, dict[str | None, list[Run]]] = {}
     for run in runs:
-        key = (Path(run.path).parent, program(run)[1], run.final and run.final.total,
-               check.hardware(run))
-        found.setdefault(key, []).append(run)
+        key = Path(run.path).parent, run.final and run.final.total, check.hardware(run)
+        codes.setdefault(key, {}).setdefault(run.code_sha256, []).append(run)
+    found: dict[tuple, list[Run]] = {}
+    for key, of_code in codes.items():
+        for group in of_code.values():
+            text = program(group[0])[1] if len(of_code) > 1 else ""
+            found.setdefault((*key, text), []).extend(group)
     parts = Counter(key[0] for key in found)
     named: dict[str, list[Run]] = {}
     for (folder, *_), group in found.items():
@@ -150,9 +150,11 @@ def judge(paths: Iterable[Path], track: rules.Track, *, at: int | None = None,
         if "baseline" in name.lower():  # what a record is compared with need not be one
             verdict.notes += [str(r) for r in verdict.reasons if r.name in check.EVIDENCE]
             verdict.reasons = [r for r in verdict.reasons if r.name not in check.EVIDENCE]
-        (usual, _), *others = Counter(program(run)[0] for run in group).most_common(4)
-        verdict.notes += [f"{num} of {len(group)} runs, in what changes nothing: "
-                          + "; ".join(difference(usual, text, 3)) for text, num in others]
+        one_of = {run.code_sha256: run for run in group}
+        (usual, _), *others = Counter(run.code_sha256 for run in group).most_common(4)
+        verdict.notes += [f"{num} of {len(group)} runs, in what changes nothing: " + "; ".join(
+            difference(program(one_of[usual])[0], program(one_of[code])[0], 3))
+            for code, num in others]
         if track.test == "fixed_sigma" and (first := earliest(group, track)) is not None:
             verdict.notes.append(f"meets the rule first at step {first}, of those that all its "
                                  "runs validated")
@@ -175,7 +177,9 @@ def _beside(name: str, first: Verdict, other: Verdict) -> list[str]:
     """How a group differs from the first: program, and on the same machine time and loss."""
     a, b = first.runs[0], other.runs[0]
     lines = []
-    changes = difference(program(a)[1], program(b)[1])
+    changes = []
+    if a.code_sha256 != b.code_sha256:
+        changes = difference(program(a)[1], program(b)[1])
     if changes:
         lines.append(f"{len(other.runs)} runs of another program than {name}: "
                      + "; ".join(changes))

@@ -31,7 +31,10 @@ class LogError(ValueError):
 
 def printable(text: object) -> str:
     """Text of a log or a file name on one line: control characters are escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True, slots=True)

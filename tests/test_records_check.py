@@ -166,9 +166,10 @@ def test_the_steps_track_counts_with_a_known_spread(tmp_path):
     assert check.outlook(verdict, tmp_path) == "1 more runs would do if the mean stays"
 
 
-def test_the_medium_track_asks_for_the_mean(tmp_path):
-    assert judged(public(tmp_path, ["2.9190"]), "medium").passed
-    assert judged(public(tmp_path, ["2.9201"]), "medium").names() == {"above-target"}
+def test_the_medium_track_asks_for_p_as_well(tmp_path):
+    assert judged(public(tmp_path, ["2.9190", "2.9191", "2.9192"]), "medium").passed
+    verdict = judged(public(tmp_path, ["2.9190", "2.9201", "2.9191"]), "medium")
+    assert verdict.names() == {"not-significant"}
 
 
 def test_the_hardware_of_a_track(tmp_path):
