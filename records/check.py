@@ -41,7 +41,6 @@ RULES = {
     "hardware-differs": "all runs were made on the same hardware",
     "wrong-hardware": "the hardware is that of the track",
     "fixed-field": "the recipe has the values that the track fixes",
-    "target-open": "the target of the track is fixed",
     "duplicate-run": "no run is counted twice",
     "same-seed": "every run has its own seed",
     "missing-run": "no run is left out: seeds follow each other, as the commands say",
@@ -333,7 +332,7 @@ def _same_claim(verdict: Verdict, names: list[str], differs: Sequence[str],
 def _same_game(claimed: Track | None, track: Track) -> bool:
     """A run for one track may be entered for another with the same corpus and target."""
     return claimed is not None and (claimed.name == track.name or (
-        claimed.corpus == track.corpus and claimed.target == track.target is not None))
+        claimed.corpus == track.corpus and claimed.target == track.target))
 
 
 def _same_machine(verdict: Verdict, names: list[str]) -> None:
@@ -411,12 +410,10 @@ def _marks(run: Run, what: str) -> set[tuple]:
 
 def _significance(verdict: Verdict, runs: list[Run], systems_only: bool) -> None:
     track = verdict.track
-    if track.target is None:
-        verdict.add("target-open", track.name, "the target of this track is not yet fixed")
     if len(runs) < track.min_runs:
         verdict.add("too-few-runs", "", f"expected at least {track.min_runs} runs that ended, "
                                         f"got {len(runs)}")
-    if not runs or track.target is None:
+    if not runs:
         return
     losses = [run.final_val_loss for run in runs]
     mean = stats.Sample.of(losses).mean
@@ -457,7 +454,7 @@ def summarize(
     times = [run.train_time_ms for run in runs]
     loss = stats.Sample.of(losses)
     time = stats.Sample.of(times if None not in times else [math.nan])
-    p = stats.p_below(losses, track.target) if track.target is not None else math.nan
+    p = stats.p_below(losses, track.target)
     first = runs[0]
     result = {
         "track": track.name,
@@ -485,7 +482,7 @@ def summarize(
         "differs": sorted(differs),
         "curve": mean_curve(runs),
     }
-    if track.test == "fixed_sigma" and track.target is not None:
+    if track.test == "fixed_sigma":
         result["margin"] = _rounded(stats.fixed_sigma_margin(losses, track.target), 6)
     return result
 
@@ -510,7 +507,7 @@ def mean_curve(runs: Sequence[Run]) -> dict[str, list]:
 def outlook(verdict: Verdict, folder: Path = FOLDER) -> str | None:
     """How many more runs would probably pass, from the spread of these runs and of the track's."""
     track, result = verdict.track, verdict.result
-    if track.target is None or not verdict.names() & EVIDENCE or not result:
+    if not verdict.names() & EVIDENCE or not result:
         return None
     n, mean = result["num_runs"], result["val_loss"]["mean"]
     if mean >= track.target:

@@ -249,7 +249,7 @@ def answers(text: str, found: Named) -> list[tuple[str, str]]:
 def _numbers(losses: Sequence[float], verdict: Verdict) -> dict[str, float | None]:
     """What a group, or a list of losses in a text, gives for each kind of claim."""
     of_logs = losses is verdict.result.get("losses")
-    p = stats.p_below(losses, verdict.track.target) if verdict.track.target else math.nan
+    p = stats.p_below(losses, verdict.track.target)
     time = verdict.result["train_time_ms"]["mean"] if of_logs else None
     return {"n": len(losses), "mean loss": stats.Sample.of(losses).mean,
             "p": None if math.isnan(p) else p, "time": time and time / 1000,

@@ -1,6 +1,6 @@
 """The rules of every track, as data. A record must meet these rules, and no others.
 
-    target      mean final validation loss to reach; None while a track's target is not yet fixed
+    target      mean final validation loss to reach
     metric      ranks records, smaller is better, most important first
     test        "t": one-sided t-test of the runs' losses against the target, p < alpha
                 "fixed_sigma": (target - mean) * sqrt(n) >= margin, the spread sigma being known
@@ -23,7 +23,7 @@ class Track:
     name: str
     title: str
     corpus: str
-    target: float | None
+    target: float
     metric: tuple[str, ...]
     test: str
     alpha: float | None = None

@@ -122,13 +122,6 @@ def test_losses_that_are_all_equal_prove_nothing(tmp_path):
     assert reason.name == "not-significant" and "not independent" in reason.text
 
 
-def test_an_open_target_is_a_reason_and_nothing_fails(tmp_path, monkeypatch, pocket):
-    monkeypatch.setitem(rules.TRACKS, "pocket", dataclasses.replace(pocket, target=None))
-    verdict = judged(write_logs(tmp_path))
-    assert verdict.names() == {"target-open"}
-    assert verdict.result["p"] is None and check.outlook(verdict, tmp_path) is None
-
-
 def test_the_corpus_and_fields_that_a_track_prescribes(tmp_path, monkeypatch, pocket):
     fixed = dataclasses.replace(pocket, data_digest="ef" * 32, fixed={"model.num_layers": 3})
     monkeypatch.setitem(rules.TRACKS, "pocket", fixed)

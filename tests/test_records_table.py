@@ -1,7 +1,6 @@
 """Tables, ranks and plots: computed from the data, readable, in step with this repository."""
 
 import csv
-import dataclasses
 import hashlib
 import json
 import math
@@ -212,15 +211,6 @@ def test_the_slope_is_used_where_there_is_no_curve(tmp_path):
                           history=history, folder=tmp_path)
     end = 5.0 - math.log(160)
     assert f"heading for {end:.2f} at this slope at 16.0s" in line
-
-
-def test_a_target_that_is_not_fixed_is_said(monkeypatch):
-    track = dataclasses.replace(rules.TRACKS["pocket"], target=None)
-    monkeypatch.setitem(rules.TRACKS, "pocket", track)
-    assert "not yet fixed" in rank.progress("pocket", 2.0, 1e3, 1000, step=10, num_iterations=10)
-    assert "not yet fixed" in rank.rank("pocket", 1e3, 1000, 2.0)
-    assert "not yet fixed" in table.terminal(track, [], 60)
-    assert "within target 2.5" in rank.progress("pocket", 2.0, 1e3, 1000, target=2.5)
 
 
 def test_rank_places_a_run_among_the_records(tmp_path):
