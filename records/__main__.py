@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from records import check, claim, history, ladder, reproduce, rules, table
+from records import check, claim, history, ladder, race, reproduce, rules, table
 from records.log import parse
 from records.parse import printable
 from records.rank import progress, rank, record_of
@@ -32,6 +32,9 @@ from records.rank import progress, rank, record_of
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
+        if args.command in ("race", "reproduce"):  # their options are the arguments of a function
+            options = vars(args)
+            return options.pop("function")(**{k: v for k, v in options.items() if k != "command"})
         return args.function(args)
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -59,8 +62,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         return sub.add_argument
 
-    def claim(add: Callable) -> None:
+    def track(add: Callable) -> None:
         add("--track", choices=list(rules.TRACKS), help="default: the track that the logs name")
+
+    def claims(add: Callable) -> None:
+        track(add)
         add("--systems-only", action="store_true",
             help="the change leaves the mathematics alone (no p where the track allows)")
         add("--differs", action="append", default=[], metavar="SOURCE",
@@ -69,20 +75,19 @@ def _parser() -> argparse.ArgumentParser:
     add = command("table", _table, "Show the record tables, or write them into the Markdown files.")
     add("tracks", nargs="*", metavar="TRACK", help="default: all")
     add("--markdown", action="store_true",
-        help="write README.md (between its markers), records/TABLES.md and the numbers in the "
-        "README of each record")
+        help="write README.md, records/TABLES.md and the numbers in the README of each record")
     add("--json", action="store_true", help="print everything as JSON")
     add("--last", type=int, metavar="N", help="only the last N rows of each track")
 
     add = command("check", _check, "Re-derive every number of all records, of folders, or of logs.")
     add("paths", nargs="*", type=Path, metavar="FOLDER|LOG",
         help="record folders, or the logs of one claim; default: everything")
-    claim(add)
-    add("--deep", action="store_true", help="run the program of each record's best log for a few "
-        "steps; read programs of unknown authors first")
+    claims(add)
     add("--at", type=int, metavar="STEP", help="judge the losses of this step, not of the last")
     add("--loss", default="val_loss", metavar="FIELD", help="the field of the loss: val_ema_loss")
     add("--claim", choices=["-"], help="hold the logs to the text on stdin, not to a README.md")
+    add("--deep", action="store_true", help="run the program of each record's best log for a few "
+        "steps; read programs of unknown authors first")
     add("--waive", action="append", default=[], metavar="NAME",
         help="a reason, by name, that is shown and does not count (repeatable)")
 
@@ -91,25 +96,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", required=True, help="short name of the record")
     add("--by", action="append", default=[], metavar="AUTHOR",
         help="an author (repeatable); default: git's user name")
-    claim(add)
-    add("--baseline", action="store_true",
+    claims(add)
+    add("--baseline", dest="kind", action="store_const", const="baseline", default="record",
         help="a reference that need not be ahead of the record before it")
     add("--race", type=Path, metavar="JSON", help="race.json against the prior record")
 
     add = command("rank", _rank, "Compare a finished log with the records, as its run did live.")
     add("log", type=Path)
-    add("--track", choices=list(rules.TRACKS), help="default: the track that the log names")
+    track(add)
     add("--every", type=int, default=1, metavar="N", help="every N-th validation")
 
     add = command("plot", _plot, "Loss curves of runs, against time and tokens, as PNG and SVG.")
     add("runs", nargs="+", metavar="[LABEL=]LOG|FOLDER",
         help="logs or record folders; LABEL= puts logs into one group")
     add("--out", type=Path, help="OUT.png and OUT.svg (default logs/curves)")
-    add("--track", choices=list(rules.TRACKS), help="default: the track that the logs name")
+    track(add)
     add("--title", default="")
     add("--no-published", action="store_true", help="leave out the published curves")
 
-    add = command("race", _race, "Run A and B by turns on this machine and compare them.")
+    add = command("race", race.race, "Run A and B by turns on this machine and compare them.")
     add("a", metavar="A", help="a record's number, a record folder, a git revision or a working "
         "tree; options of train_gpt.py may follow in the same quotes: '6 --matrix_lr 0.01'")
     add("b", metavar="B", help="the same, for the new program")
@@ -117,10 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the first run of each (default 0)")
     add("--nproc", type=int, default=1, help="ranks of a run (torchrun above 1)")
     add("--options", default="", help="options for both, in quotes")
-    add("--out", type=Path, help="folder of the race (default logs/race/A_vs_B)")
-    add("--report", action="store_true", help="only report the runs made so far")
+    add("--out", type=Path, help="folder of the race (default logs/race/A_vs_B/DIGEST)")
+    add("--report", dest="report_only", action="store_true", help="only report the runs so far")
 
-    add = command("reproduce", _reproduce,
+    add = command("reproduce", reproduce.reproduce,
                   "Unpack the program inside a log into a folder and run it. Read programs of "
                   "unknown authors first (--dry-run).")
     add("path", type=Path, metavar="LOG|RECORD")
@@ -132,7 +137,6 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command("audit", _audit, "Hold a clone of the public records to its logs: AUDIT.md.")
     add("archive", type=Path, metavar="ARCHIVE", help="the folder `records` of the clone")
-
     ladder.add_arguments(command(
         "ladder", ladder.ladder, "Train every rung of the ladder at pocket scale; table and plot."))
     return parser
@@ -157,8 +161,7 @@ def _check(args) -> int:
         raise ValueError(f"--waive: expected names of reasons ({', '.join(check.RULES)}), "
                          f"got {', '.join(sorted(unknown))}")
     for path in args.paths:
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: expected a record folder or a log, found nothing")
+        _must_exist(path)
     folders = [p for p in args.paths if (p / "result.json").is_file()]
     verdicts = [(str(folder), check.check_folder(folder, args.root)) for folder in folders]
     places = [p for p in args.paths if p not in folders]
@@ -204,6 +207,11 @@ def _track(args, runs, places: Sequence[Path] = ()) -> str:
     return name
 
 
+def _must_exist(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a log or a record folder, found nothing")
+
+
 def _logs(path: Path) -> list[Path]:
     if path.is_dir():
         found = claim.log_files(path)
@@ -235,9 +243,9 @@ def _add(args) -> int:
     from records.add import Refused, add
 
     try:
-        folder = add(args.logs, args.name, by=args.by, track=args.track,
-                     kind="baseline" if args.baseline else "record", systems_only=args.systems_only,
-                     differs=args.differs, race=args.race, root=args.root)
+        folder = add(args.logs, args.name, by=args.by, track=args.track, kind=args.kind,
+                     systems_only=args.systems_only, differs=args.differs, race=args.race,
+                     root=args.root)
     except Refused as refused:
         lines = [*summary_lines(refused.verdict), *check.grouped(refused.verdict.reasons),
                  refused.advice]
@@ -292,8 +300,7 @@ def _plot(args) -> int:
     for text in args.runs:
         label, equals, name = text.partition("=")
         path = Path(name if equals else text)
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: expected a log or a record folder, found nothing")
+        _must_exist(path)
         if (path / "result.json").is_file():
             result, logs = history.read_result(path), check.folder_logs(path)
             label = label if equals else result["name"]
@@ -322,22 +329,6 @@ def _audit(args) -> int:
     history.write(args.root / "AUDIT.md", claim.audit(args.archive, args.root).encode())
     print(args.root / "AUDIT.md")
     return 0
-
-
-def _race(args) -> int:
-    from records.race import race
-
-    return race(
-        args.a, args.b, runs=args.runs, seed=args.seed, nproc=args.nproc, options=args.options,
-        out=args.out, root=args.root, report_only=args.report,
-    )
-
-
-def _reproduce(args) -> int:
-    return reproduce.reproduce(
-        args.path, into=args.into, dry_run=args.dry_run, nproc=args.nproc, seed=args.seed,
-        options=args.options, root=args.root,
-    )
 
 
 if __name__ == "__main__":
