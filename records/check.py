@@ -162,9 +162,10 @@ def contradictions(run: Run) -> list[str]:
     if first is not None and not first <= result["seed"] < first + num:
         found.append(f"its seed is {result['seed']} in the closing block, {first} in its command")
     sizes = recipe.get("batch_stages") or [recipe.get("batch_tokens")]
-    row = (recipe.get("model") or {}).get("seq_len") or 1  # a batch has whole rows
+    row = recipe_field(recipe, "model.seq_len")  # a batch has whole rows
+    row, known = row if type(row) is int else 1, sizes if isinstance(sizes, list) else []
     for _, size in run.batches:
-        if not any(type(n) is int and 0 <= n - size < row for n in sizes):
+        if not any(type(n) is int and 0 <= n - size < row for n in known):
             found.append(f"its tokens per step are {size}, the recipe has {sizes}")
     return found
 

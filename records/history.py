@@ -156,28 +156,23 @@ SHAPE = {
 
 def _misfit(value: object, shape: object, name: str) -> str | None:
     """The first part of a JSON value that is not of this shape, in words."""
-    kind = shape
     if isinstance(shape, tuple):
         return None if value is None else _misfit(value, shape[0], name)
-    if isinstance(shape, list):
-        kind, fits = list, isinstance(value, list)
-        parts = [(item, shape[0], name) for item in value] if fits else []
-    elif isinstance(shape, dict):
-        kind, fits = dict, isinstance(value, dict)
-        parts = [(value.get(k), s, f"{name}.{k}" * bool(name) or k)
-                 for k, s in shape.items()] if fits else []
+    if isinstance(shape, list | dict):
+        kind, fits, parts = type(shape), isinstance(value, type(shape)), []
+        if fits and kind is list:
+            parts = [(item, shape[0], name) for item in value]
+        elif fits:
+            parts = [(value.get(k), s, f"{name} {k}".strip()) for k, s in shape.items()]
+        if found := next(filter(None, (_misfit(*part) for part in parts)), None):
+            return found
+    elif isinstance(shape, re.Pattern):
+        kind, fits = str, isinstance(value, str) and shape.fullmatch(value)
+        name += f" as {shape.pattern}"
     else:
-        parts = []
-        if isinstance(shape, re.Pattern):
-            kind, fits = str, isinstance(value, str) and shape.fullmatch(value)
-        elif shape in (int, float):
-            fits = type(value) in (int, shape) and abs(value) < 1e15
-        else:
-            fits = type(value) is shape and (shape is not str or value.isprintable())
-    if not fits:
-        form = f" like {shape.pattern}" if isinstance(shape, re.Pattern) else ""
-        return f"{name}: expected {kind.__name__}{form}, got {str(value)[:40]!r}"
-    return next((found for part in parts if (found := _misfit(*part))), None)
+        kind, fits = shape, type(value) is shape or (shape is float and type(value) is int)
+        fits = fits and (abs(value) < 1e15 if shape in (int, float) else str(value).isprintable())
+    return None if fits else f"{name}: expected {kind.__name__}, got {str(value)[:40]!r}"
 
 
 def read_result(folder: Path) -> dict:

@@ -75,6 +75,9 @@ MAGIC = "nanogpt speedrun log 1"
 STATUSES = ("complete", "preempted", "failed")
 SOURCE_CAP = 1 << 24  # bytes of source text kept in memory when asked for
 MARKS_PER_LINE = 256
+# keys of the closing block whose values are whole numbers
+WHOLE = ("world_size", "seed", "tokens", "num_iterations", "train_time_ms", "tokens_per_s",
+         "parameters", "record")
 ROUNDING = 5.1e-5  # of a loss printed with four decimals
 MAX_LOSS = 1e6  # a line with a larger loss is not read as a validation
 
@@ -617,7 +620,11 @@ def _read_result(stream: _Stream, run: Run, marks: list[str]) -> bool:
             raise LogError(f"line {stream.number}: more than 1000 lines in the closing block, the "
                            "rest was not read")
         elif colon:
-            run.result[key] = _value(printable(value[:4096]))
+            found = _value(printable(value[:4096]))
+            if key in WHOLE and not isinstance(found, int | None):
+                run.fault(f"{key}: expected a whole number, got {str(found)[:80]!r}")
+            else:
+                run.result[key] = found
         else:
             run.fault(f"line {stream.number}: not a `key: value` of the closing block: "
                       f"{text[:80]!r}")

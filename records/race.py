@@ -66,9 +66,6 @@ def race(
             launch.forget(programs[side], place / "programs" / side, root)
     if not state["runs"]["a"] or not state["runs"]["b"]:
         raise ValueError(f"{out}: expected at least one run of each side, there is none yet")
-    finding = summary(state)
-    state |= finding
-    _save(out, state)
     print(report(state))
     print(f"\n{out / 'race.json'}")
     return 0
@@ -171,51 +168,31 @@ def _save(out: Path, state: dict) -> None:
     write(out / "race.json", (json.dumps(state, indent=1) + "\n").encode())
 
 
-def summary(state: dict) -> dict:
-    """The numbers of a race so far; sides are cut to the number of runs both have."""
-    num = min(len(state["runs"]["a"]), len(state["runs"]["b"]))
-    found: dict = {"num_runs": num}
-    for side in "ab":
-        entries = state["runs"][side][:num]
-        found[side] = {
-            "label": state["labels"][side],
-            "code_sha256": entries[0]["code_sha256"],
-            "recipe_sha256": entries[0]["recipe_sha256"],
-            "losses": [entry["loss"] for entry in entries],
-            "times_ms": [entry["time_ms"] for entry in entries],
-            "tokens": entries[0]["tokens"],
-        }
-    found["hardware"] = state["runs"]["a"][0]["hardware"]
-    found["track"] = state["runs"]["b"][0]["track"]
-    found["words"] = stats.comparison_words(found["a"], found["b"])
-    return found
-
-
 def report(state: dict) -> str:
-    """The race in words and numbers."""
-    num = state["num_runs"]
-    lines = [f"{side.upper()} = {state[side]['label']}" for side in "ab"]
-    lines += [
-        f"{num} run{'s' * (num > 1)} of each, by turns, on {state['hardware']}",
-        "",
-        f"   {'time':>9}  {'sd':>7}  {'loss':>7}  {'sd':>7}  {'tokens':>14}",
-    ]
-    for side in "ab":
-        time_, loss = (stats.Sample.of(state[side][key]) for key in ("times_ms", "losses"))
-        tokens = state[side]["tokens"]
+    """The race in words and numbers; sides are cut to the number of runs that both have."""
+    num = min(len(state["runs"][side]) for side in "ab")
+    runs = {side: state["runs"][side][:num] for side in "ab"}
+    sides = {side: {"times_ms": [run["time_ms"] for run in runs[side]],
+                    "losses": [run["loss"] for run in runs[side]]} for side in "ab"}
+    lines = [f"{side.upper()} = {state['labels'][side]}" for side in "ab"]
+    lines += [f"{num} run{'s' * (num > 1)} of each, by turns, on {runs['a'][0]['hardware']}", "",
+              f"   {'time':>9}  {'sd':>7}  {'loss':>7}  {'sd':>7}  {'tokens':>14}"]
+    tokens = [runs[side][0]["tokens"] for side in "ab"]
+    for side, trained in zip("ab", tokens):
+        time_, loss = map(stats.Sample.of, sides[side].values())
+        shown = f"{trained:,}" if trained else "-"
         lines.append(f"{side.upper()}  {time_.mean / 1000:8.3f}s  {_sd(time_.sd / 1000, 3)}  "
-                     f"{loss.mean:7.4f}  {_sd(loss.sd, 4)}  {f'{tokens:,}' if tokens else '-':>14}")
-    lines += ["", state["words"] + "."]
-    tokens = [state[side]["tokens"] for side in "ab"]
+                     f"{loss.mean:7.4f}  {_sd(loss.sd, 4)}  {shown:>14}")
+    lines += ["", stats.comparison_words(sides["a"], sides["b"]) + "."]
     if all(tokens) and tokens[0] != tokens[1]:
         lines.append(f"B trains on {tokens[1] / tokens[0]:.3f} of A's tokens.")
-    name = state["track"]
-    target = rules.TRACKS[name].target if name in rules.TRACKS else None
-    if target is not None:
-        reached = [sum(state[side]["losses"]) / num <= target for side in "ab"]
-        verdict = {(True, True): "both reach", (False, False): "neither reaches",
-                   (True, False): "only A reaches", (False, True): "only B reaches"}
-        lines.append(f"By the mean, {verdict[tuple(reached)]} the target {target:g} of {name}.")
+    name = runs["b"][0]["track"]
+    if name in rules.TRACKS:
+        target = rules.TRACKS[name].target
+        who = "".join(s for s in "ab" if sum(sides[s]["losses"]) / num <= target)
+        words = {"ab": "both reach", "a": "only A reaches", "b": "only B reaches",
+                 "": "neither reaches"}
+        lines.append(f"By the mean, {words[who]} the target {target:g} of {name}.")
     return "\n".join(lines)
 
 

@@ -222,5 +222,5 @@ def test_a_name_does_not_lead_out_of_the_folder(root, capsys):
     path = folder_of(root) / "result.json"
     path.write_text(path.read_text().replace(f'"{BEST}"', '"../../../out"', 1))
     assert main(["--root", str(root), "reproduce", str(path.parent), "--dry-run"]) == 2
-    assert "name: expected str like" in capsys.readouterr().err
+    assert "name as [A-Za-z0-9]" in capsys.readouterr().err
     assert not list(root.parent.parent.glob("out*"))
