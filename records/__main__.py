@@ -137,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command("audit", _audit, "Hold a clone of the public records to its logs: AUDIT.md.")
     add("archive", type=Path, metavar="ARCHIVE", help="the folder `records` of the clone")
+    add("--history", action="store_true", help="write n, mean, sd and p of the logs to history.json")
     ladder.add_arguments(command(
         "ladder", ladder.ladder, "Train every rung of the ladder at pocket scale; table and plot."))
     return parser
@@ -328,6 +329,8 @@ def _plot(args) -> int:
 def _audit(args) -> int:
     history.write(args.root / "AUDIT.md", claim.audit(args.archive, args.root).encode())
     print(args.root / "AUDIT.md")
+    if args.history:
+        print(claim.renew_history(args.archive, args.root))
     return 0
 
 

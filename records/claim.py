@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import json
 import math
 import re
 from collections import Counter
@@ -294,6 +295,36 @@ def audit(archive: Path, root: Path) -> str:
                           for path in record["log_paths"]
                           for fault in row_faults(archive.parent / path, track, record)]
     return "\n".join(lines) + "\n"
+
+
+def evidence(archive: Path, record: dict) -> dict | None:
+    """What the runs beside a row's linked log say: n, mean, sd and p; None without that log.
+
+    The runs are the group with the log; for a link to a folder, its largest group.
+    """
+    for log in (archive.parent / path for path in record["log_paths"]):
+        folder = log if log.is_dir() else log.parent
+        found = [v for _, v in judge(log_files(folder), rules.TRACKS[record["track"]])
+                 if v.result and (log == folder or str(log) in {run.path for run in v.runs})]
+        if found:
+            result = max(found, key=lambda verdict: len(verdict.runs)).result
+            loss, time = result["val_loss"], result["train_time_ms"]
+            return {"num_runs": result["num_runs"], "val_loss": loss["mean"],
+                    "val_loss_sd": loss["sd"], "p": result["p"], "train_time_ms": time["mean"],
+                    "train_time_ms_sd": time["sd"]}
+    return None
+
+
+def renew_history(archive: Path, root: Path) -> Path:
+    """Write the evidence of every row again whose log is in the archive."""
+    path = root / "data" / "history.json"
+    history_ = json.loads(path.read_text())
+    rows = [row | {"evidence": evidence(archive, row) or row["evidence"]}
+            for row in history_.pop("records")]
+    head = [f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in history_.items()]
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    history.write(path, ("{\n" + ",\n".join(head) + f',\n"records": [\n{lines}\n]\n}}\n').encode())
+    return path
 
 
 def submissions(place: Path) -> list[Path]:

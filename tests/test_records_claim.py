@@ -1,6 +1,7 @@
 """Claims held to logs: groups, programs as programs, numbers of a README, the audit."""
 
 import io
+import json
 
 import pytest
 from records_runs import write_logs
@@ -160,3 +161,19 @@ def test_the_audit_names_what_does_not_fit(tmp_path, monkeypatch):
                  "- #88 (2026-01-01): baseline/0.txt is of a baseline",
                  "- #88 (2026-01-01): dead link: x.txt"):
         assert line in text, text
+
+
+def test_the_history_gets_the_numbers_of_all_logs(tmp_path, capsys):
+    clone, root = tmp_path / "clone/records", tmp_path / "records"
+    public(clone / "track_1_short/2026-02-23_X")
+    rows = [{"track": "short", "number": n, "date": "2026-02-23", "minutes": 1.46, "steps": 1000,
+             "evidence": {"num_runs": 1, "val_loss": 3.2791, "train_time_ms": 87700.0},
+             "log_paths": [f"records/track_1_short/2026-02-23_{name}"]}
+            for n, name in ((75, "X/0.txt"), (76, "X"), (77, "Y/0.txt"))]
+    history.write(root / "data/history.json", json.dumps({"about": "é", "records": rows}).encode())
+    history.public_records.cache_clear()
+    assert main(["--root", str(root), "audit", str(clone), "--history"]) == 0
+    written = json.loads((root / "data/history.json").read_text())
+    a, b, c = [row["evidence"] for row in written["records"]]
+    assert a == b and (a["num_runs"], a["val_loss"], a["p"]) == (4, 3.2785, 0.005983)
+    assert c == rows[2]["evidence"] and written["about"] == "é"
