@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command("audit", _audit, "Hold a clone of the public records to its logs: AUDIT.md.")
     add("archive", type=Path, metavar="ARCHIVE", help="the folder `records` of the clone")
-    add("--history", action="store_true", help="write n, mean, sd and p of the logs to history.json")
+    add("--history", action="store_true", help="write n, mean, sd, p of the logs to history.json")
     ladder.add_arguments(command(
         "ladder", ladder.ladder, "Train every rung of the ladder at pocket scale; table and plot."))
     return parser

@@ -301,7 +301,9 @@ def _same_claim(verdict: Verdict, names: list[str], differs: Sequence[str],
     runs, track = verdict.runs, verdict.track
     for run, label in zip(runs, names):
         claimed = run.result.get("track")
-        if claimed is not None and not _same_game(rules.TRACKS.get(claimed), track):
+        its = rules.TRACKS.get(claimed)
+        same_goal = its and (its.corpus, its.target) == (track.corpus, track.target)
+        if claimed not in (None, track.name) and not same_goal:
             verdict.add("track-differs", label, f"its track is {claimed}, not {track.name}")
         if run.recipe is not None:
             for path, expected in track.fixed.items():
@@ -328,12 +330,6 @@ def _same_claim(verdict: Verdict, names: list[str], differs: Sequence[str],
     if track.data_digest is not None and digests[0] != track.data_digest:
         verdict.add("data-differs", names[0], f"its corpus is {_brief(digests[0])}, the track's is "
                                               f"{_brief(track.data_digest)}")
-
-
-def _same_game(claimed: Track | None, track: Track) -> bool:
-    """A run for one track may be entered for another with the same corpus and target."""
-    return claimed is not None and (claimed.name == track.name or (
-        claimed.corpus == track.corpus and claimed.target == track.target))
 
 
 def _same_machine(verdict: Verdict, names: list[str]) -> None:

@@ -25,6 +25,9 @@ from records.reproduce import embedded_code
 Named = list[tuple[str, Verdict]]
 
 
+PROGRAM_CAP = 1 << 20  # characters; the largest public program has 0.2 million
+
+
 # --- programs -------------------------------------------------------------------------------------
 
 class _Plain(ast.NodeTransformer):
@@ -58,6 +61,8 @@ class _Plain(ast.NodeTransformer):
 
 def plain(text: str) -> str:
     """A program without comments, docstrings, type hints and seeds; as it is, if no Python."""
+    if len(text) > PROGRAM_CAP:
+        return text
     try:
         lines = ast.unparse(_Plain().visit(ast.parse(text))).splitlines()
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -81,8 +86,8 @@ def program(run: Run) -> tuple[str, str]:
 
 def difference(a: str, b: str, most: int = 5) -> list[str]:
     """Lines of program b that are not those of a; first those that differ in numbers alone."""
-    before, after, found = a.splitlines(), b.splitlines(), []
-    for kind, i, j, k, m in difflib.SequenceMatcher(None, before, after, False).get_opcodes():
+    before, after, found = a[:PROGRAM_CAP].splitlines(), b[:PROGRAM_CAP].splitlines(), []
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, before, after).get_opcodes():
         if kind == "replace" and j - i == m - k:
             found += [(_words(x) != _words(y), f"{y.strip()}, not {x.strip()}")
                       for x, y in zip(before[i:j], after[k:m])]
@@ -187,7 +192,7 @@ def _beside(name: str, first: Verdict, other: Verdict) -> list[str]:
     if first.result and other.result and check.hardware(a) == check.hardware(b):
         sides = [{"times_ms": v.result["times_ms"], "losses": v.result["losses"]}
                  for v in (first, other)]
-        if all(None not in side["times_ms"] for side in sides):
+        if all(None not in side["times_ms"] and len(side["losses"]) > 1 for side in sides):
             time = stats.ratio(*(side["times_ms"] for side in sides))
             loss = stats.difference(*(side["losses"] for side in sides))
             lines.append(f"beside {name}: time x {time.value:.4f} ({time.low:.4f} to "

@@ -511,8 +511,10 @@ def _read_ours(stream: _Stream, run: Run, loss_key: str, keep_sources: bool) -> 
     curve = Collector(run.path, loss_key, fixed_run=run)
     marks: list[str] = []
     stream.line()  # MAGIC
-    whole = (_read_head(stream, run, keep_sources) and _read_steps(stream, curve)
-             and _read_result(stream, run, marks))
+    whole = _read_head(stream, run, keep_sources)
+    while whole and (raw := stream.line()) != b"begin result\n":
+        whole = curve.read(raw, stream.number, ended=True) or bool(raw)
+    whole = whole and _read_result(stream, run, marks)
     if not whole and stream.current:
         run.fault(f"line {stream.number}: the log ends in the middle of a line")
         fields = read_fields(stream.current)
@@ -596,14 +598,6 @@ def _read_block(stream: _Stream, run: Run, title: str, num_lines: int) -> None:
                   f"{env['tokens_per_step'][:80]!r}")
     count = env.get("gpu_count", "")
     run.gpu_count = int(count) if re.fullmatch(r"\d{1,6}", count) else None
-
-
-def _read_steps(stream: _Stream, curve: Collector) -> bool:
-    while raw := stream.line():
-        if raw == b"begin result\n":
-            return True
-        curve.read(raw, stream.number, ended=True)
-    return False
 
 
 def _read_result(stream: _Stream, run: Run, marks: list[str]) -> bool:

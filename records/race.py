@@ -126,7 +126,7 @@ def _run_all(state, programs, labels, runs, seed, nproc, out) -> None:
             run = launch.execute(programs[side], seed + i, nproc, out / f"{side}_{i + 1:02d}.out",
                                  on_step=show)
             state["runs"][side].append(_keep(state, side, run, out, i))
-            _save(out, state)
+            write(out / "race.json", (json.dumps(state, indent=1) + "\n").encode())
             done += 1
             bar.update()
             tqdm.write(f"{done}/{2 * runs}  {side.upper()} {labels[side][:30]}: val_loss "
@@ -164,10 +164,6 @@ def _keep(state: dict, side: str, run: Run, out: Path, i: int) -> dict:
     return entry
 
 
-def _save(out: Path, state: dict) -> None:
-    write(out / "race.json", (json.dumps(state, indent=1) + "\n").encode())
-
-
 def report(state: dict) -> str:
     """The race in words and numbers; sides are cut to the number of runs that both have."""
     num = min(len(state["runs"][side]) for side in "ab")
@@ -180,9 +176,10 @@ def report(state: dict) -> str:
     tokens = [runs[side][0]["tokens"] for side in "ab"]
     for side, trained in zip("ab", tokens):
         time_, loss = map(stats.Sample.of, sides[side].values())
-        shown = f"{trained:,}" if trained else "-"
-        lines.append(f"{side.upper()}  {time_.mean / 1000:8.3f}s  {_sd(time_.sd / 1000, 3)}  "
-                     f"{loss.mean:7.4f}  {_sd(loss.sd, 4)}  {shown:>14}")
+        cells = (f"{time_.sd / 1000:.3f}", f"{loss.sd:.4f}", f"{trained or 0:,}")
+        time_sd, loss_sd, shown = ("-" if cell in ("nan", "0") else cell for cell in cells)
+        lines.append(f"{side.upper()}  {time_.mean / 1000:8.3f}s  {time_sd:>7}  {loss.mean:7.4f}  "
+                     f"{loss_sd:>7}  {shown:>14}")
     lines += ["", stats.comparison_words(sides["a"], sides["b"]) + "."]
     if all(tokens) and tokens[0] != tokens[1]:
         lines.append(f"B trains on {tokens[1] / tokens[0]:.3f} of A's tokens.")
@@ -194,7 +191,3 @@ def report(state: dict) -> str:
                  "": "neither reaches"}
         lines.append(f"By the mean, {words[who]} the target {target:g} of {name}.")
     return "\n".join(lines)
-
-
-def _sd(value: float, digits: int) -> str:
-    return f"{value:7.{digits}f}" if value == value else f"{'-':>7}"
