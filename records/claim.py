@@ -219,7 +219,13 @@ _SECONDS = {"ms": 1e-3, "min": 60.0, "minutes": 60.0}
 
 def answers(text: str, found: Named) -> list[tuple[str, str]]:
     """(follows, does not follow or cannot be derived; the sentence) for each number claimed."""
-    known = {name: _numbers(v.result["losses"], v) for name, v in found if v.result}
+    known = {name: _numbers(v.result) for name, v in found if v.result}
+    early = {int(word.replace(",", "")) for word in re.findall(CLAIMS["steps"], text)}
+    for name, v in found:  # claims of the steps track are often of an earlier step
+        for step in early if v.track.test == "fixed_sigma" else ():
+            runs = [at_step(run, step) for run in v.runs]
+            if step != v.result.get("steps") and all(run.final_step == step for run in runs):
+                known[f"{name} at step {step}"] = _numbers(check.summarize(runs, v.track))
     said: list[tuple[str, str]] = []
     for name, body in _LIST.findall(text):
         listed = [word for word in re.split(r"[,\s]+", body) if word.strip(".")]
@@ -228,8 +234,9 @@ def answers(text: str, found: Named) -> list[tuple[str, str]]:
         why = f": {len(absent)} are the final loss of no log: {', '.join(absent[:5])}"
         said.append(("does not follow" if absent else "follows",
                      f"{name}, {len(listed)} numbers" + why * bool(absent)))
-        known[f"its list {name}"] = _numbers([float(word) for word in listed], found[0][1]) \
-            if found and listed else {}
+        if found and listed:
+            target = found[0][1].track.target
+            known[f"its list {name}"] = _of_list([float(word) for word in listed], target)
     for kind, pattern in CLAIMS.items():
         for match in dict.fromkeys(m.groups() for m in re.finditer(pattern, text)):
             word, *unit = [part for part in match if part]
@@ -252,14 +259,17 @@ def answers(text: str, found: Named) -> list[tuple[str, str]]:
     return said
 
 
-def _numbers(losses: Sequence[float], verdict: Verdict) -> dict[str, float | None]:
-    """What a group, or a list of losses in a text, gives for each kind of claim."""
-    of_logs = losses is verdict.result.get("losses")
-    p = stats.p_below(losses, verdict.track.target)
-    time = verdict.result["train_time_ms"]["mean"] if of_logs else None
+def _numbers(result: dict) -> dict[str, float | None]:
+    """What the result of a group gives for each kind of claim; seconds for time."""
+    time = result["train_time_ms"]["mean"]
+    return _of_list(result["losses"], result["target"]) | {
+        "time": time and time / 1000, "steps": result["steps"]}
+
+
+def _of_list(losses: Sequence[float], target: float) -> dict[str, float | None]:
+    p = stats.p_below(losses, target)
     return {"n": len(losses), "mean loss": stats.Sample.of(losses).mean,
-            "p": None if math.isnan(p) else p, "time": time and time / 1000,
-            "steps": verdict.result["steps"] if of_logs else None}
+            "p": None if math.isnan(p) else p}
 
 
 def _take(left: Counter, word: str) -> bool:

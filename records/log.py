@@ -48,7 +48,7 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path, PurePosixPath
 
@@ -358,17 +358,7 @@ def _open(source: object) -> tuple[io.BufferedIOBase, str, Path | None]:
 
 def _pieces(file: io.BufferedIOBase, path: Path | None) -> Iterator[bytes]:
     """The lines of a log, source blocks put back; a line above LINE_CAP comes in pieces."""
-    total = 0
-    for number, piece in enumerate(_with_sources(file, path)):
-        total += len(piece)
-        if total > FILE_CAP or number == LINES_CAP:
-            raise LogError(f"the file has more than {FILE_CAP >> 20} MiB or {LINES_CAP:,} lines, "
-                           "the rest was not read")
-        yield piece
-
-
-def _with_sources(file: io.BufferedIOBase, path: Path | None) -> Iterator[bytes]:
-    at_head = path is not None
+    total, lines, at_head = 0, 0, path is not None
     while True:
         try:
             piece = file.readline(LINE_CAP)
@@ -376,12 +366,17 @@ def _with_sources(file: io.BufferedIOBase, path: Path | None) -> Iterator[bytes]
             raise LogError(f"the file cannot be read to its end: {error}") from error
         if not piece:
             return
-        if at_head:  # the sources of a log follow its first line
-            if piece.startswith(b"kept "):
-                yield from _source_block(piece, path)
-                continue
-            at_head = piece.startswith(MAGIC.encode())
-        yield piece
+        block: Iterable[bytes] = (piece,)
+        # the sources of a log follow its first line
+        if at_head and (at_head := piece.startswith((b"kept ", MAGIC.encode()))):
+            block = _source_block(piece, path)
+        for part in block:
+            total += len(part)
+            lines += 1
+            if total > FILE_CAP or lines > LINES_CAP:
+                raise LogError(f"the file has more than {FILE_CAP >> 20} MiB or {LINES_CAP:,} "
+                               "lines, the rest was not read")
+            yield part
 
 
 def _source_block(kept: bytes, log: Path) -> Iterator[bytes]:
@@ -389,7 +384,7 @@ def _source_block(kept: bytes, log: Path) -> Iterator[bytes]:
     header = _SOURCE.match(kept.decode(errors="replace").rstrip("\n"))
     folders = log.resolve().parents
     body = None
-    if header and len(folders) > 3:  # records/<track>/<record>/logs/<log>
+    if header and header[1] == "kept" and len(folders) > 3:  # records/<track>/<record>/logs/<log>
         body = read_source(folders[3] / "sources", header[2], header[5])
     if body is None:
         yield kept

@@ -123,6 +123,15 @@ def test_the_steps_track_is_judged_at_a_step_and_by_another_loss(tmp_path, capsy
     assert status == 1 and "incomplete" in out
 
 
+def test_a_claim_of_the_steps_track_may_be_of_an_earlier_step(tmp_path, capsys):
+    folder = public(tmp_path / "a", [3.2750, 3.2752])
+    (folder / "README.md").write_text("Mean 3.2761 after 900 steps, not 3.9 after 950 steps.")
+    status, out = said(capsys, folder, "--track", "steps")
+    assert status == 1 and "follows: mean loss 3.2761, from a at step 900" in out
+    assert "follows: steps 900, from a at step 900" in out
+    assert "does not follow: steps 950: a gives 1000, a at step 900 gives 900" in out
+
+
 def test_what_is_no_log_is_named_and_no_fault(tmp_path, capsys):
     folder = public(tmp_path / "a")
     (folder / "requirements.txt").write_text("torch\n")
