@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from records import check, history, rules, stats
@@ -203,7 +204,8 @@ def _beside(name: str, first: Verdict, other: Verdict) -> list[str]:
 
 # --- what a text claims ---------------------------------------------------------------------------
 
-_NUMBER = r"(\d[\d,]*(?:\.\d+)?(?:[eE]-?\d+)?|\.\d+)"
+MOST = 200  # numbers of one kind that a text may claim; the rest is not read
+_NUMBER = r"(\d[\d,]{0,14}(?:\.\d{1,12})?(?:[eE]-?\d{1,2})?|\.\d{1,12})"
 CLAIMS = {
     "p": rf"(?i)\bp(?:[- ]?value)?\s*[=:≈]\s*{_NUMBER}",
     "n": rf"(?i)\bn\s*=\s*{_NUMBER}|\b{_NUMBER} (?:runs|logs|seeds|trials)\b",
@@ -220,15 +222,16 @@ _SECONDS = {"ms": 1e-3, "min": 60.0, "minutes": 60.0}
 def answers(text: str, found: Named) -> list[tuple[str, str]]:
     """(follows, does not follow or cannot be derived; the sentence) for each number claimed."""
     known = {name: _numbers(v.result) for name, v in found if v.result}
-    early = {int(word.replace(",", "")) for word in re.findall(CLAIMS["steps"], text)}
+    early = {int(float(m[1].replace(",", "")))
+             for m in islice(re.finditer(CLAIMS["steps"], text), MOST)}
     for name, v in found:  # claims of the steps track are often of an earlier step
         for step in early if v.track.test == "fixed_sigma" else ():
             runs = [at_step(run, step) for run in v.runs]
             if step != v.result.get("steps") and all(run.final_step == step for run in runs):
                 known[f"{name} at step {step}"] = _numbers(check.summarize(runs, v.track))
     said: list[tuple[str, str]] = []
-    for name, body in _LIST.findall(text):
-        listed = [word for word in re.split(r"[,\s]+", body) if word.strip(".")]
+    for name, body in (match.groups() for match in islice(_LIST.finditer(text), MOST)):
+        listed = re.findall(r"\d{1,6}(?:\.\d{1,12})?", body)[:MOST]
         left = Counter(f"{loss:.6f}" for _, v in found for loss in v.result.get("losses", ()))
         absent = [word for word in listed if not _take(left, word)]
         why = f": {len(absent)} are the final loss of no log: {', '.join(absent[:5])}"
@@ -238,7 +241,8 @@ def answers(text: str, found: Named) -> list[tuple[str, str]]:
             target = found[0][1].track.target
             known[f"its list {name}"] = _of_list([float(word) for word in listed], target)
     for kind, pattern in CLAIMS.items():
-        for match in dict.fromkeys(m.groups() for m in re.finditer(pattern, text)):
+        claims = islice(re.finditer(pattern, text), MOST)
+        for match in dict.fromkeys(m.groups() for m in claims):
             word, *unit = [part for part in match if part]
             digits = word.replace(",", "").rstrip(".")
             scale = _SECONDS.get(unit[0], 1.0) if unit else 1.0

@@ -90,6 +90,15 @@ def test_each_number_of_a_readme_has_a_verdict(tmp_path, capsys, facts, line):
     assert status == 1 and line in out
 
 
+@pytest.mark.parametrize("text", [
+    "p = 1e999, n = " + "9" * 5000, "losses = [1.2.3, 4..5, .]", "p=0.1 " * 10**5,
+    "mean " + "x" * 10**6, "time 1e99 min, 1e99 steps", "losses = [" + "3.1, " * 10**5 + "]",
+])
+def test_no_text_of_a_readme_breaks_check(tmp_path, text):
+    public(tmp_path / "a", LOSSES[:2])
+    claim.judge(claim.log_files(tmp_path), rules.TRACKS["steps"], text=text)
+
+
 def test_losses_without_a_log_are_named(tmp_path):
     public(tmp_path / "a", LOSSES[:2])
     found = claim.judge(claim.log_files(tmp_path), rules.TRACKS["short"],
