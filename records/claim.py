@@ -366,11 +366,18 @@ def row_faults(path: Path, track: rules.Track, record: dict) -> list[str]:
     for run in runs[:1]:
         faults += [f"{path.name}: {reason.text}" for reason in check.judge(runs, track).reasons
                    if reason.name in ("wrong-hardware", "incomplete", "unreadable")]
-        if "baseline" in str(path).lower():
-            faults.append(f"{path.parent.name}/{path.name} is of a baseline")
         if record["steps"] not in (None, run.final_step):
             faults.append(f"{path.name} has {run.final_step} steps, the row {record['steps']}")
         official = record["minutes"] * 60_000
+        folder = next((f for f in path.parents if f.parent.name == track.archive), path)
+        timed = [(name, v) for name, v in judge(log_files(folder), track)
+                 if v.result and v.result["train_time_ms"]["mean"]]
+        times = {name: v.result["train_time_ms"]["mean"] for name, v in timed}
+        nearest = min(times, key=lambda name: abs(times[name] - official), default=None)
+        own = next((n for n, v in timed if str(path) in {r.path for r in v.runs}), nearest)
+        if path.is_file() and own != nearest:
+            faults.append(f"{path.name} is of the runs {own}, {history.clock(times[own])}; nearer "
+                          f"to the row are {nearest}, {history.clock(times[nearest])}")
         if run.train_time_ms and abs(run.train_time_ms / official - 1) > 0.1:
             faults.append(f"{path.name} took {history.clock(run.train_time_ms)}, the row "
                           f"{history.clock(official)}")

@@ -71,7 +71,7 @@ def read_text(path: Path) -> str:
     size = path.stat().st_size
     if size > TEXT_CAP:
         raise ValueError(f"{path}: expected at most {TEXT_CAP >> 20} MiB, got {size >> 20} MiB")
-    return path.read_text()
+    return path.read_text(errors="replace")
 
 
 @lru_cache

@@ -176,7 +176,7 @@ def test_the_audit_names_what_does_not_fit(tmp_path, monkeypatch):
                  "- #88 (2026-01-01): 0.txt: expected 8 GPUs, got 1",
                  "- #88 (2026-01-01): 0.txt has 1000 steps, the row 1100",
                  "- #88 (2026-01-01): 0.txt took 87.7s, the row 60.0s",
-                 "- #88 (2026-01-01): baseline/0.txt is of a baseline",
+                 "0.txt is of the runs baseline, 90.0s; nearer to the row are this_pr, 87.8s",
                  "- #88 (2026-01-01): dead link: x.txt"):
         assert line in text, text
 
