@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -21,8 +20,6 @@ from records import check, history, plot, readme, rules
 from records.check import Verdict
 from records.history import FOLDER, write
 from records.log import source_path, without_sources
-
-RACE_KEYS = ("label", "code_sha256", "recipe_sha256", "losses", "times_ms")
 
 
 class Refused(ValueError):
@@ -46,7 +43,7 @@ def add(
     root: Path = FOLDER,
 ) -> Path:
     """The folder of a new record; Refused with every reason if it is none."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,39}", name):
+    if not history.NAME.fullmatch(name):
         raise ValueError(
             f"--name: expected up to 40 letters, digits, dots and dashes, got {name!r}"
         )
@@ -58,22 +55,21 @@ def add(
     rule = rules.track(found)
     if any(record["name"] == name for record in history.own_records(None, root)):
         raise ValueError(f"--name: there is a record named {name} already")
-    verdict = check.judge(runs, rule, differs=differs, systems_only=systems_only)
+    verdict = check.judge(runs, rule, differs=differs, systems_only=systems_only, closed=True)
     verdict.reasons += unread
     if len({Path(run.path).name for run in runs}) != len(runs):
         verdict.add("broken-folder", "", "expected one run in each log and a name of its own for "
                     "each: a log holds several runs, or two logs share a name")
-    prior = prior_record(rule, root) if kind == "record" else None
-    own = {
-        "name": name,
-        "kind": kind,
-        "date": record_date(runs),
-        "by": list(by) or [author()],
-        "prior": prior["name"] if prior else None,
-        "race": read_race(race) if race else None,
-    }
-    if own["date"] is None:
+    date = check.record_date(runs)
+    if date is None:
         raise ValueError("`started`: expected a date in the environment of each log, got none")
+    prior = check.record_to_beat(rule, name, date, root) if kind == "record" else None
+    race_logs = read_race(race) if race else {}
+    own = {
+        "name": name, "kind": kind, "date": date, "by": list(by) or [author()],
+        "prior": prior["name"] if prior else None,
+        "race": check.race_facts(list(race_logs.values()), runs, verdict, list(race_logs)),
+    }
     check.ahead_of_prior(verdict, own, root)
     check.not_reused(verdict, own, root)
     if verdict.reasons:
@@ -86,7 +82,9 @@ def add(
     shutil.rmtree(work, ignore_errors=True)
     new_sources: list[Path] = []
     try:
-        _fill(work, runs, result, rule, name, root, new_sources)
+        logs = {f"logs/{Path(run.path).name.removesuffix('.gz')}": run.path for run in runs}
+        logs |= {f"race/{file}": path for file, path in race_logs.items()}
+        _fill(work, runs, logs, result, rule, root, new_sources)
         again = check.check_folder(work, root)
         again.reasons = [r for r in again.reasons if r.name != "unwritten"]
         if again.reasons:
@@ -101,12 +99,12 @@ def add(
     return target
 
 
-def _fill(work: Path, runs, result: dict, rule: rules.Track, name: str, root: Path,
+def _fill(work: Path, runs, logs: dict[str, Path], result: dict, rule: rules.Track, root: Path,
           new_sources: list[Path]) -> None:
     """Writes everything; appends to `new_sources` the files that records/sources did not have."""
-    for run in runs:
-        kept, sources = without_sources(run.path)
-        write(work / "logs" / Path(run.path).name.removesuffix(".gz"), kept)
+    for name, log in logs.items():
+        kept, sources = without_sources(log)
+        write(work / name, kept)
         for file, body in sources.items():
             path = source_path(root / "sources", file, hashlib.sha256(body).hexdigest())
             if not path.exists():
@@ -114,31 +112,15 @@ def _fill(work: Path, runs, result: dict, rule: rules.Track, name: str, root: Pa
                 new_sources.append(path)
     write(work / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     write(work / "README.md", readme.template(result).encode())
-    plot.draw([(name, runs)], rule, work / "curves", root=root)
+    plot.draw([(result["name"], runs)], rule, work / "curves", root=root)
 
 
-def record_date(runs) -> str | None:
-    """The day of the last run, from the logs."""
-    days = [run.environment.get("started", "")[:10] for run in runs]
-    days = [day for day in days if re.fullmatch(r"\d{4}-\d\d-\d\d", day)]
-    return max(days) if days else None
-
-
-def prior_record(rule: rules.Track, root: Path) -> dict | None:
-    """The record to beat: the best by the track's metric, or, where that is time, the newest."""
-    records = [r for r in history.own_records(rule.name, root) if r["kind"] == "record"]
-    if not records:
-        return None
-    if rule.metric[0] == "train_time_ms":  # times of other machines do not rank
-        return max(records, key=lambda r: (r["date"], r["name"]))
-    return records[0]
-
-
-def read_race(path: Path) -> dict:
-    """The result of a race, as result.json keeps it."""
+def read_race(path: Path) -> dict[str, Path]:
+    """The logs of a finished race, by the names under which a record keeps them."""
     try:
-        race = json.loads(path.read_text())
-        return {side: {key: race[side][key] for key in RACE_KEYS} for side in "ab"}
+        runs = json.loads(path.read_text())["runs"]
+        return {f"{side}_{Path(entry['log']).name}": path.parent / entry["log"]
+                for side in "ab" for entry in runs[side]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--race: {path}: expected the race.json of a finished race: "
                          f"{error!r}") from None

@@ -11,13 +11,16 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 from records import history, readme, rules, stats
-from records.history import FOLDER
+from records.history import FOLDER, read_result
 from records.log import Run, parse
+from records.parse import printable
 from records.rules import Track
 
 # the names of all reasons, with the rule behind each
@@ -25,10 +28,11 @@ RULES = {
     "not-a-log": "the file holds at least one measurement",
     "unreadable": "every result line can be read, nothing in the log contradicts itself",
     "edited": "the digest of the closing block fits the log",
+    "missing-fact": "a log of ours says recipe, seed, tokens, steps, time, loss, track and corpus",
     "incomplete": "the run ended: last step validated, finite loss, status complete",
     "resumed": "the run was made in one go",
-    "no-digest": "the log has a closing block (public logs have none)",
-    "no-source": "the program is in the log",
+    "no-digest": "a log in a record folder has a closing block (public logs have none)",
+    "no-source": "the program is in the log, in a record folder",
     "source-differs": "all runs are of one program, but for differences that are named",
     "recipe-differs": "all runs are of one recipe",
     "steps-differ": "all runs took the same number of steps",
@@ -37,20 +41,25 @@ RULES = {
     "hardware-differs": "all runs were made on the same hardware",
     "wrong-hardware": "the hardware is that of the track",
     "fixed-field": "the recipe has the values that the track fixes",
-    "target-open": "the target of the track is fixed",
     "duplicate-run": "no run is counted twice",
     "same-seed": "every run has its own seed",
+    "missing-run": "no run is left out: seeds follow each other, as the commands say",
     "too-few-runs": "there are as many runs as the track asks for",
+    "not-derived": "each number that a README claims follows from its logs",
     "above-target": "the mean loss is at or below the target",
     "not-significant": "the losses are below the target beyond chance, as the track asks",
     "not-better": "the record is ahead of the track's record before it",
     "no-race": "a record by time was raced against the one before it on the same machine",
-    "broken-folder": "no file of a record is missing, none in sources/ is without a record",
+    "broken-folder": "no file of a record is missing or a link, none in sources/ without a record",
+    "not-reproduced": "the program of the best run gives its first losses again (`--deep`)",
     "stale-result": "result.json holds the numbers that follow from the logs",
     "stale-readme": "the numbers in the record's README are those of result.json",
     "unwritten": "the author answered the questions of the README",
     "stale-table": "the tables in README.md are those that follow from the data",
 }
+
+
+EVIDENCE = {"not-significant", "too-few-runs", "above-target"}  # reasons that more runs may mend
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Reason:
         assert self.name in RULES, self.name
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (self.name, self.where, self.text) if part)
+        return ": ".join(printable(part) for part in (self.name, self.where, self.text) if part)
 
 
 def grouped(reasons: Sequence[Reason]) -> list[Reason]:
@@ -104,33 +113,70 @@ class Verdict:
 # ---------------------------------------------------------------------------------- one run
 
 
-def run_reasons(run: Run, label: str) -> list[Reason]:
-    """The faults of one run as evidence for any claim."""
+# the facts that the closing block of a log of ours has, and their types
+FACTS = {"track": str, "seed": int, "tokens": int, "num_iterations": int, "train_time_ms": int,
+         "final_val_loss": float, "data_digest": str}
+
+
+def run_reasons(run: Run, label: str, closed: bool) -> list[Reason]:
+    """The faults of one run as evidence. `closed`: the log must have a closing block."""
     found = [Reason("edited", label, text) for text in run.edits]
     found += [Reason("unreadable", label, text) for text in run.faults]
     if run.why_incomplete and not run.edits:
         found.append(Reason("incomplete", label, run.why_incomplete))
     if run.result.get("resumed") is True:
         found.append(Reason("resumed", label, "this run was resumed from a checkpoint"))
-    if run.format not in ("ours", ""):
+    if run.format == "ours" and run.complete:
+        facts = [key for key, kind in FACTS.items() if type(run.result.get(key)) is not kind]
+        if run.batches is None:
+            facts.append("recipe" if run.recipe is None else "tokens per step")
+        found += [Reason("missing-fact", label, f"it does not say its {fact}") for fact in facts]
+        if not facts:
+            found += [Reason("unreadable", label, text) for text in contradictions(run)]
+    if closed and run.format not in ("ours", ""):
         found.append(Reason("no-digest", label,
                             "a public log: nothing in it shows whether it was edited"))
-    if not run.sources and run.code_sha256 is None:
+    if (closed or run.format == "ours") and not run.sources and run.code_sha256 is None:
         found.append(Reason("no-source", label, "the log does not hold the program"))
     return found
 
 
-def arithmetic(run: Run) -> str | None:
-    """A contradiction between the recipe of a log and the steps and tokens that it claims."""
-    steps = run.recipe.get("num_iterations")
-    if not run.reached_total:
-        return None
-    if steps is not None and run.final_step != steps:
-        return f"the recipe has {steps} steps, the run {run.final_step}"
-    tokens = run.tokens_at(run.final_step)
-    if tokens is not None and run.tokens != tokens:
-        return f"{run.final_step} steps of its recipe are {tokens} tokens, it claims {run.tokens}"
-    return None
+def contradictions(run: Run) -> list[str]:
+    """Numbers that a complete log of ours holds twice, and that differ."""
+    result, recipe, last, found = run.result, run.recipe or {}, run.final, []
+
+    def same(noun: str, there: str, a: object, here: str, b: float, error: float = 0.0) -> None:
+        if a is not None and not (type(a) in (int, float) and abs(a - b) <= error):
+            found.append(f"its {noun} {a} in {there}, {b:.0f} {here}")
+
+    same("steps are", "the recipe", recipe.get("num_iterations"), "in the last line", last.step)
+    same("steps are", "the closing block", result["num_iterations"], "in the last line", last.step)
+    tokens, ms = run.tokens_at(last.step), last.train_time_ms
+    same("tokens are", "the closing block", result["tokens"], "by its steps and batch", tokens)
+    same("training time in ms is", "the closing block", result["train_time_ms"],
+         "in the last line", ms, 1.0)
+    speed = 1000 * tokens / max(ms, 1.0)
+    same("tokens a second are", "the closing block", result.get("tokens_per_s"),
+         "by its tokens and time", round(speed), 1.0 + speed / max(ms, 1.0))
+    first, num = announced(run)
+    if first is not None and not first <= result["seed"] < first + num:
+        found.append(f"its seed is {result['seed']} in the closing block, {first} in its command")
+    sizes = recipe.get("batch_stages") or [recipe.get("batch_tokens")]
+    row = recipe_field(recipe, "model.seq_len")  # a batch has whole rows
+    row, known = row if type(row) is int else 1, sizes if isinstance(sizes, list) else []
+    for _, size in run.batches:
+        if not any(type(n) is int and 0 <= n - size < row for n in known):
+            found.append(f"its tokens per step are {size}, the recipe has {sizes}")
+    return found
+
+
+def announced(run: Run) -> tuple[int | None, int]:
+    """(first seed, number of runs) that the command of a log names."""
+    command = run.environment.get("command", "")
+    seed, runs = (re.search(rf"--{name}[= ](\d{{1,9}})\b", command) for name in ("seed", "runs"))
+    if not seed and not runs:
+        return None, 1
+    return int(seed[1]) if seed else 0, int(runs[1]) if runs else 1
 
 
 def recipe_field(recipe: dict, path: str) -> object:
@@ -157,15 +203,24 @@ def hardware(run: Run) -> str | None:
 # ---------------------------------------------------------------------------------- many runs
 
 
-def load(paths: Sequence[Path | str]) -> tuple[list[Run], list[Reason]]:
+def load(paths: Iterable[Path | str], loss_key: str = "val_loss") -> tuple[list[Run], list[Reason]]:
     """All runs of these logs; a file without any is a reason."""
     runs, reasons = [], []
-    for path in paths:
-        found = parse(path)
+    for path in map(Path, paths):
+        try:
+            found = _parsed(path, path.stat().st_mtime_ns, loss_key)
+        except OSError as error:
+            reasons.append(Reason("unreadable", path.name, f"the file: {error.strerror}"))
+            continue
         if not any(run.points or run.faults for run in found):
-            reasons.append(Reason("not-a-log", Path(path).name, "no measurement in it"))
+            reasons.append(Reason("not-a-log", path.name, "no measurement in it"))
         runs += found
     return runs, reasons
+
+
+@lru_cache(maxsize=4096)  # each record is compared with the logs of all others
+def _parsed(path: Path, _changed: int, loss_key: str) -> tuple[Run, ...]:
+    return tuple(parse(path, loss_key=loss_key))
 
 
 def track_of(runs: Sequence[Run]) -> str | None:
@@ -181,7 +236,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         seen[run.path] += 1
         number = f" run {seen[run.path]}" if files[run.path] > 1 else ""
-        names.append(Path(run.path).name + number)
+        names.append(printable(Path(run.path).name) + number)
     return names
 
 
@@ -191,24 +246,28 @@ def judge(
     *,
     differs: Sequence[str] = (),
     systems_only: bool = False,
+    closed: bool = False,
+    one_program: bool = False,
 ) -> Verdict:
     """Every rule that these runs of one claim do not meet, and the numbers that follow from them.
 
     differs        names of sources that may differ between runs (the author names them)
     systems_only   the change leaves the mathematics alone; where the track allows it, no p is asked
+    one_program    the programs were compared already
+    closed         evidence of a record of ours: every log has a closing block and its program
     """
     verdict = Verdict(track, list(runs))
     names = labels(runs)
     for run, label in zip(runs, names):
-        verdict.reasons += run_reasons(run, label)
+        verdict.reasons += run_reasons(run, label, closed)
     if not runs:
         verdict.add("too-few-runs", "", "there is no run at all")
         return verdict
-    _same_claim(verdict, names, differs)
+    _same_claim(verdict, names, differs, one_program)
     _same_machine(verdict, names)
-    _independent(verdict, names)
-    # the statistics are of the runs that ended; the others were named above
-    ended = [run for run in runs if _ended(run)]
+    # the statistics are of the runs that ended, each once; the others are named
+    copied = _independent(verdict, names)
+    ended = [run for i, run in enumerate(runs) if _ended(run) and i not in copied]
     _significance(verdict, ended, systems_only)
     verdict.result = summarize(ended, track, systems_only, differs)
     return verdict
@@ -236,23 +295,25 @@ def _brief(value: object) -> str:
     return text[:12] if re.fullmatch(r"[0-9a-f]{64}", text) else text[:80]
 
 
-def _same_claim(verdict: Verdict, names: list[str], differs: Sequence[str]) -> None:
+def _same_claim(verdict: Verdict, names: list[str], differs: Sequence[str],
+                one_program: bool) -> None:
     """One track, program, recipe, length and corpus; the recipe as the track fixes it."""
     runs, track = verdict.runs, verdict.track
     for run, label in zip(runs, names):
         claimed = run.result.get("track")
-        if claimed is not None and not _same_game(rules.TRACKS.get(claimed), track):
+        its = rules.TRACKS.get(claimed)
+        same_goal = its and (its.corpus, its.target) == (track.corpus, track.target)
+        if claimed not in (None, track.name) and not same_goal:
             verdict.add("track-differs", label, f"its track is {claimed}, not {track.name}")
         if run.recipe is not None:
             for path, expected in track.fixed.items():
                 got = recipe_field(run.recipe, path)
                 if got != expected:
                     verdict.add("fixed-field", label, f"{path}: expected {expected}, got {got}")
-            problem = arithmetic(run)
-            if problem:
-                verdict.add("unreadable", label, problem)
     _same(verdict, "steps-differ", "its last step", [run.final_step for run in runs], names)
-    if all(run.sources for run in runs):
+    if one_program:
+        pass
+    elif all(run.sources for run in runs):
         for source in sorted({name for run in runs for name in run.sources}):
             values = [run.sources[source].sha256 if source in run.sources else "absent"
                       for run in runs]
@@ -271,12 +332,6 @@ def _same_claim(verdict: Verdict, names: list[str], differs: Sequence[str]) -> N
                                               f"{_brief(track.data_digest)}")
 
 
-def _same_game(claimed: Track | None, track: Track) -> bool:
-    """A run for one track may be entered for another with the same corpus and target."""
-    return claimed is not None and (claimed.name == track.name or (
-        claimed.corpus == track.corpus and claimed.target == track.target is not None))
-
-
 def _same_machine(verdict: Verdict, names: list[str]) -> None:
     runs, track = verdict.runs, verdict.track
     _same(verdict, "hardware-differs", "its hardware", [hardware(run) for run in runs], names)
@@ -293,32 +348,69 @@ def _same_machine(verdict: Verdict, names: list[str]) -> None:
             verdict.add("wrong-hardware", label, "the log does not say its device")
 
 
-def _independent(verdict: Verdict, names: list[str]) -> None:
-    """Runs are evidence only if they are independent: no copies, no seed twice."""
-    curves: dict[tuple, str] = {}
-    seeds: dict[object, str] = {}
-    for run, label in zip(verdict.runs, names):
-        losses = tuple((p.step, p.val_loss) for p in run.points if p.step > 0)
-        if len(losses) < 3:  # too few to tell runs apart by loss alone
-            losses += tuple(p.train_time_ms for p in run.points)
-        copy = losses and curves.get(losses)
-        if copy:
-            verdict.add("duplicate-run", label, f"the same losses at every step as {copy}")
-        curves.setdefault(losses, label)
+def _independent(verdict: Verdict, names: list[str]) -> set[int]:
+    """Runs are evidence only if they are independent and all there. Indices of the copies."""
+    found = copies(verdict.runs)
+    for i, (j, what) in found.items():
+        verdict.add("duplicate-run", names[i], f"the same {what} as {names[j]}")
+    seeds: dict[int, str] = {}
+    wanted: set[int] = set()
+    for i, (run, label) in enumerate(zip(verdict.runs, names)):
         seed = run.result.get("seed")
-        if seed is not None and seed in seeds and not copy:
-            verdict.add("same-seed", label, f"seed {seed} is that of {seeds[seed]}")
-        seeds.setdefault(seed, label)
+        if isinstance(seed, int):
+            if seed in seeds and i not in found:
+                verdict.add("same-seed", label, f"seed {seed} is that of {seeds[seed]}")
+            seeds.setdefault(seed, label)
+            first, num = announced(run)
+            wanted |= {seed} if first is None else {first, first + num - 1}
+    if wanted:
+        low, high = min(wanted), max(wanted)
+        absent = [str(s) for s in islice((s for s in range(low, high + 1) if s not in seeds), 3)]
+        if absent:
+            verdict.add("missing-run", "", f"seed {', '.join(absent)} is missing: the seeds and "
+                                           f"commands of the runs say {low} to {high}")
+    return set(found)
+
+
+def copies(runs: Sequence[Run], others: Sequence[Run] = ()) -> dict[int, tuple[int, str]]:
+    """Runs that share more than half of their clock, or of their losses, with an earlier one.
+
+    {index in `runs`: (index of the other, "clock" or "losses")}; the other is one of `others`, if
+    given. Runs of one seed may have equal losses; no two share most of their milliseconds.
+    """
+    found: dict[int, tuple[int, str]] = {}
+    for what in ("clock", "losses"):
+        index: dict[tuple, list[int]] = {}
+        for i, run in enumerate(others):
+            for mark in _marks(run, what):
+                index.setdefault(mark, []).append(i)
+        for i, run in enumerate(runs):
+            marks = _marks(run, what)
+            shared = Counter(j for mark in marks for j in index.get(mark, ()))
+            j, num = max(shared.items(), key=lambda item: item[1], default=(0, 0))
+            if 2 * num > len(marks):
+                found.setdefault(i, (j, what))
+            for mark in marks if not others else ():
+                index.setdefault(mark, []).append(i)
+    return found
+
+
+def _marks(run: Run, what: str) -> set[tuple]:
+    """What tells a run from others: losses or clocks with their steps."""
+    pairs = [(p.step, p.val_loss, p.train_time_ms) for p in run.points if p.step > 0]
+    if len(pairs) + len(run.sampled) < 3:  # too few to tell by one of them alone
+        return set(pairs)
+    pairs += [(-step, *both) for step, both in run.sampled.items()]
+    at = 1 if what == "losses" else 2
+    return {(pair[0], pair[at]) for pair in pairs if pair[at] is not None}
 
 
 def _significance(verdict: Verdict, runs: list[Run], systems_only: bool) -> None:
     track = verdict.track
-    if track.target is None:
-        verdict.add("target-open", track.name, "the target of this track is not yet fixed")
     if len(runs) < track.min_runs:
         verdict.add("too-few-runs", "", f"expected at least {track.min_runs} runs that ended, "
                                         f"got {len(runs)}")
-    if not runs or track.target is None:
+    if not runs:
         return
     losses = [run.final_val_loss for run in runs]
     mean = stats.Sample.of(losses).mean
@@ -335,9 +427,11 @@ def _significance(verdict: Verdict, runs: list[Run], systems_only: bool) -> None
             verdict.add("not-significant", "", text)
     if track.test == "fixed_sigma":
         value = stats.fixed_sigma_margin(losses, track.target)
+        words = f"(target - mean) * sqrt(n) = {value:.5f}"
         if value < track.margin - 1e-9:
-            verdict.add("not-significant", "", f"(target - mean) * sqrt(n) = {value:.5f}, expected "
-                                               f"at least {track.margin:g}")
+            verdict.add("not-significant", "", f"{words}, expected at least {track.margin:g}")
+        else:
+            verdict.notes.append(f"{words}, at least {track.margin:g} is asked")
 
 
 # ---------------------------------------------------------------------------------- the numbers
@@ -357,7 +451,7 @@ def summarize(
     times = [run.train_time_ms for run in runs]
     loss = stats.Sample.of(losses)
     time = stats.Sample.of(times if None not in times else [math.nan])
-    p = stats.p_below(losses, track.target) if track.target is not None else math.nan
+    p = stats.p_below(losses, track.target)
     first = runs[0]
     result = {
         "track": track.name,
@@ -385,7 +479,7 @@ def summarize(
         "differs": sorted(differs),
         "curve": mean_curve(runs),
     }
-    if track.test == "fixed_sigma" and track.target is not None:
+    if track.test == "fixed_sigma":
         result["margin"] = _rounded(stats.fixed_sigma_margin(losses, track.target), 6)
     return result
 
@@ -410,8 +504,7 @@ def mean_curve(runs: Sequence[Run]) -> dict[str, list]:
 def outlook(verdict: Verdict, folder: Path = FOLDER) -> str | None:
     """How many more runs would probably pass, from the spread of these runs and of the track's."""
     track, result = verdict.track, verdict.result
-    short = verdict.names() & {"not-significant", "too-few-runs", "above-target"}
-    if track.target is None or track.test == "mean" or not result or not short:
+    if not verdict.names() & EVIDENCE or not result:
         return None
     n, mean = result["num_runs"], result["val_loss"]["mean"]
     if mean >= track.target:
@@ -440,7 +533,7 @@ def outlook(verdict: Verdict, folder: Path = FOLDER) -> str | None:
 
 # ---------------------------------------------------------------------------------- a folder
 
-OWN_KEYS = ("name", "kind", "date", "by", "prior", "race")  # of result.json, not from the logs
+OWN_KEYS = ("name", "kind", "by", "prior")  # of result.json, by the author; the rest is of the logs
 
 
 def record_folders(root: Path = FOLDER) -> list[Path]:
@@ -448,39 +541,30 @@ def record_folders(root: Path = FOLDER) -> list[Path]:
             if path.is_dir() and not path.name.startswith((".", "_"))]
 
 
-def read_result(folder: Path) -> dict:
-    """result.json of a record folder; ValueError names its fault."""
-    path = folder / "result.json"
-    try:
-        result = json.loads(history.read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected the result of a record: {error}") from None
-    if not isinstance(result, dict) or result.get("track") not in rules.TRACKS:
-        raise ValueError(f"{path}: expected a result of one of {', '.join(rules.TRACKS)}")
-    for key, kind in (("name", str), ("kind", str), ("date", str), ("by", list), ("differs", list),
-                      ("losses", list), ("val_loss", dict), ("train_time_ms", dict)):
-        if not isinstance(result.get(key), kind):
-            raise ValueError(f"{path}: {key}: expected a {kind.__name__}, got {result.get(key)!r}")
-    return result
-
-
-def folder_logs(folder: Path) -> list[Path]:
-    return sorted(path for path in (folder / "logs").glob("*") if path.is_file())
+def folder_logs(folder: Path, part: str = "logs") -> list[Path]:
+    """The logs of a record folder: those of its runs, or those of its race (`race`)."""
+    return sorted(path for path in (folder / part).glob("*") if path.is_file())
 
 
 def check_folder(folder: Path, root: Path = FOLDER) -> Verdict:
     """A record folder against its own logs: every number re-derived, every text up to date."""
     where = folder.name
+    verdict = Verdict(rules.TRACKS["short"], [])
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_symlink():
+            verdict.add("broken-folder", where, f"{path.relative_to(folder)}: expected a plain "
+                        "file, found a symbolic link")
     try:
+        if verdict.reasons:
+            return verdict
         claimed = read_result(folder)
     except ValueError as error:
-        verdict = Verdict(rules.TRACKS["short"], [])
         verdict.add("broken-folder", where, str(error))
         return verdict
     track = rules.TRACKS[claimed["track"]]
     runs, unread = load(folder_logs(folder))
-    verdict = judge(runs, track, differs=claimed["differs"],
-                    systems_only=claimed.get("systems_only") is True)
+    verdict = judge(runs, track, differs=claimed["differs"], systems_only=claimed["systems_only"],
+                    closed=True)
     verdict.reasons += unread
     for name in ("README.md", "curves.png", "curves.svg"):
         if not (folder / name).exists():
@@ -489,18 +573,16 @@ def check_folder(folder: Path, root: Path = FOLDER) -> Verdict:
     expected = f"{track.name}/{claimed['date']}_{claimed['name']}"
     if place != expected:
         verdict.add("broken-folder", where, f"expected {expected}, got {place}")
-    if claimed["kind"] not in ("record", "baseline"):
-        verdict.add("broken-folder", where,
-                    f"kind: expected record or baseline, got {claimed['kind']!r}")
     if not runs:
         return verdict
+    again = {key: claimed[key] for key in OWN_KEYS} | verdict.result
+    again |= {"date": record_date(runs), "logs": log_digests(runs),
+              "race": race_facts(folder_logs(folder, "race"), runs, verdict)}
     try:
-        ahead_of_prior(verdict, claimed, root)
-        not_reused(verdict, claimed, root)
+        ahead_of_prior(verdict, again, root)
+        not_reused(verdict, again, root)
     except ValueError as error:  # another record's folder is broken
         verdict.add("broken-folder", where, str(error))
-    again = {key: claimed.get(key) for key in OWN_KEYS} | verdict.result
-    again["logs"] = log_digests(runs)
     for key in sorted(set(again) | set(claimed)):
         if again.get(key) != claimed.get(key):
             verdict.add("stale-result", where, f"{key}: result.json has "
@@ -508,11 +590,11 @@ def check_folder(folder: Path, root: Path = FOLDER) -> Verdict:
     verdict.result = again
     if (folder / "README.md").is_file():
         try:
-            text, numbers = history.read_text(folder / "README.md"), readme.numbers(claimed)
-        except (ValueError, KeyError, TypeError) as error:
-            verdict.add("broken-folder", where, f"README.md and result.json: {error!r}")
+            text = history.read_text(folder / "README.md")
+        except ValueError as error:
+            verdict.add("broken-folder", where, f"README.md: {error}")
             return verdict
-        if numbers not in text:
+        if readme.numbers(claimed) not in text:
             verdict.add("stale-readme", where, "the numbers in README.md are not those of "
                         "result.json; `python -m records table --markdown` writes them again")
         for question in readme.unanswered(text):
@@ -520,44 +602,112 @@ def check_folder(folder: Path, root: Path = FOLDER) -> Verdict:
     return verdict
 
 
+def record_date(runs: Sequence[Run]) -> str | None:
+    """The day of the last run, from the logs."""
+    days = [run.environment.get("started", "")[:10] for run in runs]
+    return max((day for day in days if re.fullmatch(r"\d{4}-\d\d-\d\d", day)), default=None)
+
+
 def log_digests(runs: Sequence[Run]) -> dict[str, str | None]:
     return {Path(run.path).name.removesuffix(".gz"): run.digest for run in runs}
 
 
+def race_facts(logs: Sequence[Path], runs: Sequence[Run], verdict: Verdict,
+               names: Sequence[str] | None = None) -> dict | None:
+    """What the logs of a race say of its sides; None without one.
+
+    names   of the logs in the record's folder, `a_...` and `b_...`; default: those of the files
+    """
+    if not logs:
+        return None
+    sides = {}
+    every, unread = load(logs)
+    verdict.reasons += unread
+    names = names or [Path(log).name for log in logs]
+    if len(every) != len(names):
+        verdict.add("no-race", "", "expected one run in each log of the race")
+        return None
+    for run, label in zip(every, names):
+        verdict.reasons += run_reasons(run, label, closed=True)
+    for i, (j, what) in copies(every).items():
+        if what == "clock":
+            verdict.add("duplicate-run", names[i], f"the same clock as {names[j]}")
+    _same(verdict, "hardware-differs", "its hardware",
+          [hardware(run) for run in [runs[0], *every]], [Path(runs[0].path).name, *names])
+    for side in "ab":
+        here = [(run, label) for run, label in zip(every, names) if label.startswith(side)]
+        for noun in ("code_sha256", "recipe_sha256"):
+            _same(verdict, "source-differs", f"its {noun}",
+                  [_identity(run)[noun] for run, _ in here], [label for _, label in here])
+        sides[side] = (_identity(here[0][0]) if here else {}) | {
+            "losses": [run.final_val_loss for run, _ in here],
+            "times_ms": [run.train_time_ms for run, _ in here],
+            "logs": {label: run.digest for run, label in here}}
+    seeds = [[run.result.get("seed") for run, label in zip(every, names) if label.startswith(side)]
+             for side in "ab"]
+    if seeds[0] != seeds[1] or len(seeds[0]) < 2:
+        verdict.add("no-race", "", "expected two runs of each side or more, with the same seeds; A "
+                                   f"has seeds {seeds[0]}, B has {seeds[1]}")
+    return sides
+
+
+def _identity(run: Run) -> dict[str, str | None]:
+    return {"code_sha256": run.code_sha256, "recipe_sha256": recipe_sha256(run.recipe)}
+
+
 def not_reused(verdict: Verdict, claimed: dict, root: Path = FOLDER) -> None:
-    """No log of this record is evidence for another record too."""
-    digests = {run.digest: Path(run.path).name for run in verdict.runs if run.digest}
-    for other in history.own_records(None, root):
-        if other["name"] != claimed["name"]:
-            for name, digest in other["logs"].items():
-                if digest in digests:
-                    verdict.add("duplicate-run", digests[digest],
-                                f"is {name} of the record {other['name']}")
+    """No run of this record is evidence for another record too, as it is or with changed losses."""
+    names = labels(verdict.runs)
+    for folder in record_folders(root):
+        own = f"{verdict.track.name}/{claimed['date']}_{claimed['name']}"
+        if f"{folder.parent.name}/{folder.name}" == own or folder.is_symlink():
+            continue
+        others = load(folder_logs(folder))[0]
+        theirs = labels(others)
+        for i, (j, what) in copies(verdict.runs, others).items():
+            # one seed may give equal losses again, in another run
+            if what == "clock" or verdict.runs[i].digest == others[j].digest:
+                verdict.add("duplicate-run", names[i], f"the same {what} as {theirs[j]} of the "
+                                                       f"record {folder.name.partition('_')[2]}")
+
+
+def record_to_beat(track: Track, name: str, date: str, root: Path = FOLDER) -> dict | None:
+    """The record before a record of this name and day: the best by the track's metric, or, where
+    that is time, the newest, because times of other machines do not rank."""
+    records = {r["name"]: r for r in history.own_records(track.name, root)
+               if r["kind"] == "record"}
+
+    def line(record: dict) -> list[str]:
+        names = [record["name"]]
+        while (prior := records.get(names[-1], record)["prior"]) and prior not in names:
+            names.append(prior)
+        return names
+
+    before = [r for r in records.values()
+              if r["name"] != name and r["date"] <= date and name not in line(r)]
+    if track.metric[0] == "train_time_ms":
+        return max(before, key=lambda r: (r["date"], len(line(r))), default=None)
+    return before[0] if before else None
 
 
 def ahead_of_prior(verdict: Verdict, claimed: dict, root: Path = FOLDER) -> None:
     """A record is ahead of the one before it: by tokens or steps outright, by time in a race."""
-    if claimed.get("kind") == "baseline" or not verdict.result:
+    track, result, where = verdict.track, verdict.result, claimed["name"]
+    if claimed["kind"] == "baseline" or not result or not claimed["date"]:
         return
-    name = claimed.get("prior")
-    track, result = verdict.track, verdict.result
-    others = [r for r in history.own_records(track.name, root)
-              if r["name"] != claimed["name"] and r["kind"] == "record"]
-    where = claimed.get("name") or ""
-    if name is None:
-        earlier = [r for r in others if claimed["date"] and r["date"] < claimed["date"]]
-        if earlier:
-            verdict.add("not-better", where, f"it names no record before it; {earlier[0]['name']} "
-                                             f"is of {earlier[0]['date']}")
-        return
-    prior = next((r for r in others if r["name"] == name), None)
+    prior = record_to_beat(track, where, claimed["date"], root)
+    name = prior and prior["name"]
+    if claimed["prior"] != name:
+        verdict.add("not-better", where, f"its prior is {claimed['prior'] or 'none'}, the record "
+                                         f"before it is {name or 'none'}")
     if prior is None:
-        verdict.add("not-better", where, f"its prior record {name} is not in the table")
         return
     for metric in track.metric:
         if metric == "train_time_ms":
-            _won_race(verdict, claimed.get("race"), result, prior)
+            _won_race(verdict, claimed["race"], result, prior)
             return
+        if result[metric] is None:
+            return  # named already: the log does not say it
         ours, theirs = history.metric_value(result, metric), history.metric_value(prior, metric)
         if ours > theirs:
             verdict.add("not-better", where,
@@ -574,7 +724,9 @@ def _won_race(verdict: Verdict, race: dict | None, result: dict, prior: dict) ->
     if not race:
         verdict.add("no-race", "", f"times are compared side by side only: {hint}; then "
                                    "add --race its race.json")
-    elif [[race.get(side, {}).get(key) for key in keys] for side in "ab"] != [
+    elif any(reason.name == "no-race" for reason in verdict.reasons):
+        return
+    elif [[race[side][key] for key in keys] for side in "ab"] != [
             [record[key] for key in keys] for record in (prior, result)]:
         verdict.add("no-race", "", "the race was not between the prior record's program (A) and "
                                    f"this one (B), each with its recipe: {hint}")

@@ -11,6 +11,7 @@ import csv
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -70,7 +71,7 @@ def read_text(path: Path) -> str:
     size = path.stat().st_size
     if size > TEXT_CAP:
         raise ValueError(f"{path}: expected at most {TEXT_CAP >> 20} MiB, got {size >> 20} MiB")
-    return path.read_text()
+    return path.read_text(errors="replace")
 
 
 @lru_cache
@@ -123,25 +124,73 @@ def own_records(name: str | None = None, folder: Path = FOLDER) -> list[dict]:
     """`result.json` of every record folder of ours, of one track or of all, with its `folder`.
 
     Ordered by track, then by the track's metric, best first. A broken result.json raises
-    ValueError: `check` says the same with more detail.
+    ValueError.
     """
     found = []
     for rules in TRACKS.values():
-        if name not in (None, rules.name):
-            continue
-        here = []
-        for path in sorted((folder / rules.name).glob("*/result.json")):
-            try:
-                result = json.loads(read_text(path))
-                result["folder"] = f"{rules.name}/{path.parent.name}"
-                key = tuple(metric_value(result, metric) for metric in rules.metric)
-                if not isinstance(result["logs"], dict) or not isinstance(result["name"], str):
-                    raise TypeError("logs or name")
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(f"{path}: not the result of a record: {error!r}") from None
-            here.append((key, result["folder"], result))
-        found += [result for *_, result in sorted(here, key=lambda item: item[:2])]
+        if name in (None, rules.name):
+            here = [read_result(path.parent) | {"folder": f"{rules.name}/{path.parent.name}"}
+                    for path in sorted((folder / rules.name).glob("*/result.json"))]
+            found += sorted(here, key=lambda r: [metric_value(r, m) for m in rules.metric])
     return found
+
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,39}")
+_SPREAD = {"mean": float, "sd": (float,)}
+_SIDE = {"code_sha256": str, "recipe_sha256": str, "losses": [float], "times_ms": [float],
+         "logs": dict}
+# The form of result.json: a tuple marks what may be null, a list has any number of its item.
+SHAPE = {
+    "name": NAME, "kind": re.compile("record|baseline"), "by": [str], "prior": (NAME,),
+    "date": re.compile(r"\d{4}-\d\d-\d\d"), "race": ({"a": _SIDE, "b": _SIDE},),
+    "track": re.compile("|".join(TRACKS)), "target": (float,), "num_runs": int,
+    "losses": [float], "val_loss": _SPREAD, "p": (float,), "times_ms": [float],
+    "train_time_ms": _SPREAD, "steps": int, "tokens": int, "parameters": (int,),
+    "seeds": [(int,)], "hardware": (str,), "python": (str,), "torch": (str,),
+    "data_digest": (str,), "recipe_sha256": (str,), "code_sha256": (str,), "systems_only": bool,
+    "differs": [str],
+    "curve": {"step": [int], "val_loss": [float], "train_time_ms": [float], "tokens": [(int,)]},
+    "logs": dict,
+}
+
+
+def _misfit(value: object, shape: object, name: str) -> str | None:
+    """The first part of a JSON value that is not of this shape, in words."""
+    if isinstance(shape, tuple):
+        return None if value is None else _misfit(value, shape[0], name)
+    if isinstance(shape, list | dict):
+        kind, fits, parts = type(shape), isinstance(value, type(shape)), []
+        if fits and kind is list:
+            parts = [(item, shape[0], name) for item in value]
+        elif fits:
+            parts = [(value.get(k), s, f"{name} {k}".strip()) for k, s in shape.items()]
+        if found := next(filter(None, (_misfit(*part) for part in parts)), None):
+            return found
+    elif isinstance(shape, re.Pattern):
+        kind, fits = str, isinstance(value, str) and shape.fullmatch(value)
+        name += f" as {shape.pattern}"
+    else:
+        kind, fits = shape, type(value) is shape or (shape is float and type(value) is int)
+        fits = fits and (abs(value) < 1e15 if shape in (int, float) else str(value).isprintable())
+    return None if fits else f"{name}: expected {kind.__name__}, got {str(value)[:40]!r}"
+
+
+def read_result(folder: Path) -> dict:
+    """result.json of a record folder; ValueError where it is not of the form of SHAPE."""
+    path = folder / "result.json"
+    try:
+        result = json.loads(read_text(path))
+        fault = _misfit(result, SHAPE, "")
+        sides = (result["race"] or {}).values() if not fault else ()
+        if not fault and len({len(values) for values in result["curve"].values()}) > 1:
+            fault = "curve: expected lists of one length"
+        if len({len(side[key]) for side in sides for key in ("losses", "times_ms")}) > 1:
+            fault = "race: expected lists of one length"
+    except (OSError, ValueError, RecursionError) as error:
+        fault = str(error)
+    if fault:
+        raise ValueError(f"{path}: expected the result of a record: {fault}")
+    return result
 
 
 def metric_value(result: dict, metric: str) -> float:

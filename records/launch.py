@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from records import check
-from records.history import FOLDER, own_records
+from records.history import FOLDER, own_records, read_result
 from records.log import parse
 from records.parse import Run
 
@@ -48,17 +48,17 @@ class Program:
 
 def training_options(command: str) -> list[str]:
     """The training options of a logged command line, without seed and folders."""
-    return [word for name, words in _options(shlex.split(command)[1:]) if name not in DROPPED
+    return [word for name, words in split_options(shlex.split(command)[1:]) if name not in DROPPED
             for word in words]
 
 
 def merged(*groups: Sequence[str]) -> tuple[str, ...]:
     """Several lists of options as one; an option given again replaces the earlier one."""
-    last = {name: words for group in groups for name, words in _options(group)}
+    last = {name: words for group in groups for name, words in split_options(group)}
     return tuple(word for words in last.values() for word in words)
 
 
-def _options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+def split_options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     """(--name, the words it is given with) for each option: --name value, --name=value, --name."""
     left, found = deque(words), []
     while left:
@@ -75,14 +75,13 @@ def _options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
 def unpack(run: Run, label: str, into: Path, tree: Path, options: Sequence[str]) -> Program:
     """The program of a run (of `parse(..., keep_sources=True)`), its sources written to `into`.
 
-    Started with the training options of the log's command line and then `options`. A folder that
-    is there already is used as it is.
+    Started with the training options of the log's command line and then `options`.
     """
     if run.edits:
         raise ValueError(f"{run.path}: was changed after the run: {run.edits[0]}")
     if not run.sources:
         raise ValueError(f"{run.path}: expected the sources of the program, the log holds none")
-    for name, source in run.sources.items() if not into.exists() else ():
+    for name, source in run.sources.items():
         body = (source.text or "").encode()
         if hashlib.sha256(body).hexdigest() != source.sha256:
             raise ValueError(f"{run.path}: {name}: expected UTF-8 text, 16 MiB for all sources")
@@ -114,6 +113,7 @@ def find(text: str, place: Path, root: Path = FOLDER) -> Program:
         raise ValueError("expected a record, a folder or a revision, got nothing")
     target, options = words[0], tuple(words[1:])
     tree = root.parent.resolve()
+    remove(place, tree)  # what a process that was killed left there
     if re.fullmatch(r"#?\d+", target):
         number = target.removeprefix("#")
         return Program(f"#{number}" + _tail(options), tree, merged(("--record", number), options))
@@ -123,7 +123,7 @@ def find(text: str, place: Path, root: Path = FOLDER) -> Program:
         folder = root / named[0]["folder"]
     if folder is not None and (folder / "result.json").is_file():
         run = parse(check.folder_logs(folder)[0], keep_sources=True)[0]
-        name = check.read_result(folder)["name"]
+        name = read_result(folder)["name"]
         return unpack(run, name + _tail(options), place, tree, options)
     if folder is not None:
         if not (folder / SCRIPT).is_file():
@@ -133,17 +133,12 @@ def find(text: str, place: Path, root: Path = FOLDER) -> Program:
     if not commit:
         raise ValueError(f"{target}: expected a record's number or name, a folder with {SCRIPT} or "
                          "result.json, or a git revision; it is none of them")
-    if not place.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _git(tree, "worktree", "prune")
-        done = subprocess.run(
-            ["git", "-C", str(tree), "worktree", "add", "--detach", "--quiet",
-             str(place.resolve()), commit], capture_output=True, text=True,
-        )
-        if done.returncode:
-            raise ValueError(f"{target}: git worktree: {done.stderr.strip()}")
-    if _git(place, "rev-parse", "HEAD") != commit:
-        raise ValueError(f"{place}: expected revision {commit[:12]}: it holds another; remove it")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _git(tree, "worktree", "prune")
+    done = subprocess.run(["git", "-C", str(tree), "worktree", "add", "--detach", "--quiet",
+                           str(place.resolve()), commit], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{target}: git worktree: {done.stderr.strip()}")
     if not (place / SCRIPT).is_file():
         raise ValueError(f"{target}: revision {commit[:12]} has no {SCRIPT}")
     link_caches(place, tree)
@@ -152,11 +147,15 @@ def find(text: str, place: Path, root: Path = FOLDER) -> Program:
 
 def forget(program: Program, place: Path, root: Path = FOLDER) -> None:
     """Remove the worktree or the unpacked program that `find` made."""
-    if program.folder == place.resolve() and place.exists():
-        if (place / ".git").exists():
-            _git(root.parent, "worktree", "remove", "--force", str(place.resolve()))
-        else:
-            shutil.rmtree(place)
+    if program.folder == place.resolve():
+        remove(place, root.parent)
+
+
+def remove(place: Path, tree: Path) -> None:
+    """Remove a folder; if it is a worktree of `tree`, git hears of it."""
+    if (place / ".git").exists():
+        _git(tree, "worktree", "remove", "--force", str(place.resolve()))
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def _tail(options: tuple[str, ...]) -> str:

@@ -48,7 +48,7 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path, PurePosixPath
 
@@ -56,6 +56,7 @@ from records.parse import (
     BATCHES,
     FILE_CAP,
     LINE_CAP,
+    LINES_CAP,
     POINT_CAP,
     RUN_CAP,
     Collector,
@@ -64,6 +65,7 @@ from records.parse import (
     Run,
     Source,
     parse_public,
+    printable,
     read_fields,
 )
 
@@ -73,6 +75,9 @@ MAGIC = "nanogpt speedrun log 1"
 STATUSES = ("complete", "preempted", "failed")
 SOURCE_CAP = 1 << 24  # bytes of source text kept in memory when asked for
 MARKS_PER_LINE = 256
+# keys of the closing block whose values are whole numbers
+WHOLE = ("world_size", "seed", "tokens", "num_iterations", "train_time_ms", "tokens_per_s",
+         "parameters", "record")
 ROUNDING = 5.1e-5  # of a loss printed with four decimals
 MAX_LOSS = 1e6  # a line with a larger loss is not read as a validation
 
@@ -353,23 +358,25 @@ def _open(source: object) -> tuple[io.BufferedIOBase, str, Path | None]:
 
 def _pieces(file: io.BufferedIOBase, path: Path | None) -> Iterator[bytes]:
     """The lines of a log, source blocks put back; a line above LINE_CAP comes in pieces."""
-    total, at_head = 0, path is not None
+    total, lines, at_head = 0, 0, path is not None
     while True:
         try:
             piece = file.readline(LINE_CAP)
-        except (EOFError, gzip.BadGzipFile, OSError) as error:
+        except (EOFError, OSError, zlib.error) as error:
             raise LogError(f"the file cannot be read to its end: {error}") from error
         if not piece:
             return
-        total += len(piece)
-        if total > FILE_CAP:
-            raise LogError(f"the file is larger than {FILE_CAP >> 20} MiB, the rest was not read")
-        if at_head:  # the sources of a log follow its first line
-            if piece.startswith(b"kept "):
-                yield from _source_block(piece, path)
-                continue
-            at_head = piece.startswith(MAGIC.encode())
-        yield piece
+        block: Iterable[bytes] = (piece,)
+        # the sources of a log follow its first line
+        if at_head and (at_head := piece.startswith((b"kept ", MAGIC.encode()))):
+            block = _source_block(piece, path)
+        for part in block:
+            total += len(part)
+            lines += 1
+            if total > FILE_CAP or lines > LINES_CAP:
+                raise LogError(f"the file has more than {FILE_CAP >> 20} MiB or {LINES_CAP:,} "
+                               "lines, the rest was not read")
+            yield part
 
 
 def _source_block(kept: bytes, log: Path) -> Iterator[bytes]:
@@ -377,7 +384,7 @@ def _source_block(kept: bytes, log: Path) -> Iterator[bytes]:
     header = _SOURCE.match(kept.decode(errors="replace").rstrip("\n"))
     folders = log.resolve().parents
     body = None
-    if header and len(folders) > 3:  # records/<track>/<record>/logs/<log>
+    if header and header[1] == "kept" and len(folders) > 3:  # records/<track>/<record>/logs/<log>
         body = read_source(folders[3] / "sources", header[2], header[5])
     if body is None:
         yield kept
@@ -499,8 +506,10 @@ def _read_ours(stream: _Stream, run: Run, loss_key: str, keep_sources: bool) -> 
     curve = Collector(run.path, loss_key, fixed_run=run)
     marks: list[str] = []
     stream.line()  # MAGIC
-    whole = (_read_head(stream, run, keep_sources) and _read_steps(stream, curve)
-             and _read_result(stream, run, marks))
+    whole = _read_head(stream, run, keep_sources)
+    while whole and (raw := stream.line()) != b"begin result\n":
+        whole = curve.read(raw, stream.number, ended=True) or bool(raw)
+    whole = whole and _read_result(stream, run, marks)
     if not whole and stream.current:
         run.fault(f"line {stream.number}: the log ends in the middle of a line")
         fields = read_fields(stream.current)
@@ -576,7 +585,7 @@ def _read_block(stream: _Stream, run: Run, title: str, num_lines: int) -> None:
             run.fault("the recipe is not JSON")
         return
     env = run.environment
-    env.update(line.split(": ", 1) for line in lines if ": " in line)
+    env.update(printable(line).split(": ", 1) for line in lines if ": " in line)
     run.python, run.torch, run.cuda = env.get("python"), env.get("torch"), env.get("cuda")
     run.gpu = env.get("gpu")
     if not BATCHES.fullmatch(env.get("tokens_per_step", "[[0, 1]]")):
@@ -584,14 +593,6 @@ def _read_block(stream: _Stream, run: Run, title: str, num_lines: int) -> None:
                   f"{env['tokens_per_step'][:80]!r}")
     count = env.get("gpu_count", "")
     run.gpu_count = int(count) if re.fullmatch(r"\d{1,6}", count) else None
-
-
-def _read_steps(stream: _Stream, curve: Collector) -> bool:
-    while raw := stream.line():
-        if raw == b"begin result\n":
-            return True
-        curve.read(raw, stream.number, ended=True)
-    return False
 
 
 def _read_result(stream: _Stream, run: Run, marks: list[str]) -> bool:
@@ -604,8 +605,15 @@ def _read_result(stream: _Stream, run: Run, marks: list[str]) -> bool:
         if key == "marks" and colon:
             if len(value) <= 4 * MARKS_PER_LINE and len(marks) < POINT_CAP // MARKS_PER_LINE:
                 marks.append(value)
-        elif colon and len(run.result) < 1000:
-            run.result[key] = _value(value[:4096])
+        elif len(run.result) == 1000:
+            raise LogError(f"line {stream.number}: more than 1000 lines in the closing block, the "
+                           "rest was not read")
+        elif colon:
+            found = _value(printable(value[:4096]))
+            if key in WHOLE and not isinstance(found, int | None):
+                run.fault(f"{key}: expected a whole number, got {str(found)[:80]!r}")
+            else:
+                run.result[key] = found
         else:
             run.fault(f"line {stream.number}: not a `key: value` of the closing block: "
                       f"{text[:80]!r}")

@@ -17,14 +17,24 @@ from functools import cached_property
 from itertools import chain
 
 LINE_CAP = 1 << 16  # bytes; longer lines are hashed and counted, never interpreted
-FILE_CAP = 1 << 30  # bytes after decompression; a log of 1 GiB is not a log
-POINT_CAP = 200_000  # validation points of one file
+FILE_CAP = 1 << 26  # bytes after decompression; the largest public log has 1 MB
+LINES_CAP = 1 << 19  # lines of one file
+POINT_CAP = 50_000  # validations of one file
 RUN_CAP = 1_000  # runs in one file
+SAMPLED = 16  # of this many training steps one keeps its loss and clock
 REMARK_CAP = 50  # faults or edits of one run
 
 
 class LogError(ValueError):
     """A log that cannot be written, or cannot be read as the format that it claims."""
+
+
+def printable(text: object) -> str:
+    """Text of a log or a file name on one line: control characters are escaped."""
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,7 @@ class Run:
     path: str
     format: str = ""  # "ours", "step/ms", "step/s", "llm.c"
     points: list[Point] = field(default_factory=list)
+    sampled: dict[int, tuple] = field(default_factory=dict)  # step: (training loss, clock in ms)
     last_train_step: int | None = None
     num_echoed: int = 0
     sources: dict[str, Source] = field(default_factory=dict)
@@ -141,11 +152,11 @@ class Run:
             text = self.environment["tokens_per_step"]
             return json.loads(text) if BATCHES.fullmatch(text) else None
         recipe = self.recipe or {}
-        steps, sizes = recipe.get("num_iterations"), recipe.get("batch_stages")
-        sizes = sizes or [recipe.get("batch_tokens")]
-        scheduled = (steps or 0) - (recipe.get("extension_steps") or 0)
-        if not all(isinstance(n, int) and n > 0 for n in (scheduled, *sizes)):
+        sizes = recipe.get("batch_stages") or [recipe.get("batch_tokens")]
+        numbers = [recipe.get("num_iterations"), recipe.get("extension_steps") or 0]
+        if not (isinstance(sizes, list) and all(type(n) is int for n in numbers + sizes)):
             return None
+        scheduled = numbers[0] - numbers[1]
         return [[-(-i * scheduled // len(sizes)), size] for i, size in enumerate(sizes)]
 
     def tokens_at(self, step: int) -> int | None:
@@ -167,7 +178,7 @@ def trained_tokens(batches: Sequence[Sequence[int]], step: int) -> int:
 
 # step lines as nearly all logs have them; read_fields covers the rest
 TRAIN = re.compile(
-    rb"step:(\d{1,9})/\d{1,9} (?:train_loss:\S{1,24} )?train_time:(\d{1,12}(?:\.\d{1,9})?)(m?s) "
+    rb"step:(\d{1,9})/\d{1,9} (?:train_loss:(\S{1,24}) )?train_time:(\d{1,12}(?:\.\d{1,9})?)(m?s) "
 )
 _KEY_VALUE = re.compile(rb"([A-Za-z_]\w{0,40}):(\S{1,64})$")
 _STEP = re.compile(rb"(\d{1,9})(?:/(\d{1,9}))?$")
@@ -262,8 +273,7 @@ class Collector:
         if self.fixed_run is not None:
             self.fault(f"line {line}: step {step} comes after step {self.step}")
         elif len(self.runs) >= RUN_CAP:
-            self.runs[-1].fault(f"line {line}: more than {RUN_CAP} runs, the rest is not read")
-            return True
+            raise LogError(f"line {line}: more than {RUN_CAP} runs, the rest was not read")
         else:
             self.runs.append(Run(self.path))
             self._reset()
@@ -278,7 +288,7 @@ class Collector:
 
     def train(self, match: re.Match, raw: bytes, line: int) -> None:
         """A training line: only its step and clock count. Nearly all lines are of this kind."""
-        number, clock, unit = match.groups()
+        number, loss, clock, unit = match.groups()
         step = int(number)
         if step < self.step:
             if step <= 1:
@@ -295,7 +305,10 @@ class Collector:
             run.format = "step/ms" if unit == b"ms" else "step/s"
         if len(self.seen) < POINT_CAP:
             self.seen.add(hash(raw))
-        self._tick(float(clock) if unit == b"ms" else 1000.0 * float(clock), line)
+        ms = float(clock) if unit == b"ms" else 1000.0 * float(clock)
+        self._tick(ms, line)
+        if not step % SAMPLED:
+            run.sampled[step] = loss, ms
         self.step = run.last_train_step = step
 
     def val(self, fields: dict[str, bytes], raw: bytes, line: int, ended: bool) -> None:
@@ -307,14 +320,23 @@ class Collector:
             self.not_counted(raw, line, str(error))
             return
         kind = "step/ms" if fields["train_time"].endswith(b"ms") else "step/s"
+        before = self.runs[-1].final if self.runs else None
         self.add(point, fields[self.loss_key], raw, kind)
-        # train_time and step_avg must agree, or the unit of one of them is wrong
         average = _milliseconds(fields.get("step_avg", b""))
-        if average is None or point.step <= self.EARLY or not point.train_time_ms:
-            return
-        if not 0.2 < average * point.step / point.train_time_ms < 5.0:
-            self.fault(f"line {line}: train_time and step_avg disagree by more than 5 times: "
-                       "one has a wrong unit or was changed")
+        if average is not None and point.step > self.EARLY:
+            self._check_average(point, average, before)
+
+    def _check_average(self, point: Point, average: float, before: Point | None) -> None:
+        """step_avg is train_time over the steps so far (in 2024 without the first ten), in logs of
+        the steps track also over the steps since the validation before; exact to the rounding."""
+        forms = [(point.train_time_ms, point.step)]
+        if self.fixed_run is None:
+            forms.append((point.train_time_ms, point.step - 10))
+            if before and before.step < point.step and before.train_time_ms is not None:
+                forms.append((point.train_time_ms - before.train_time_ms, point.step - before.step))
+        if not any(abs(ms / steps - average) <= 0.006 + 1.1 / steps for ms, steps in forms):
+            self.fault(f"line {point.line}: step_avg is {average:.2f} ms, train_time gives "
+                       f"{forms[0][0] / point.step:.2f} ms a step: one of them was changed")
 
     def not_counted(self, raw: bytes, line: int, why: str) -> None:
         self.fault(f"line {line}: a validation line that is not counted, {why}: {_quoted(raw)}")
@@ -323,10 +345,7 @@ class Collector:
         """Count a validation; `digits` is its loss as printed."""
         line = point.line
         if self.num_points >= POINT_CAP:
-            if self.num_points == POINT_CAP:
-                self.fault(f"line {line}: more than {POINT_CAP} validation lines, rest not read")
-                self.num_points += 1
-            return
+            raise LogError(f"line {line}: more than {POINT_CAP} validations, the rest was not read")
         if point.step < self.step and self._is_echo(point.step, raw, line):
             return
         run = self._run(kind)
@@ -425,7 +444,10 @@ def parse_public(first: bytes, pieces: Iterator[bytes], name: str, loss_key: str
                     in_code, held_back = False, []
                 else:
                     code_hash.update(piece)
-                    if interesting and len(held_back) < POINT_CAP:
+                    if interesting:
+                        if len(held_back) == POINT_CAP:
+                            raise LogError(f"line {line}: more than {POINT_CAP} result lines in "
+                                           "the code, the rest was not read")
                         held_back.append((piece, line, ended))
             elif interesting:
                 read(piece, line, ended)
@@ -439,11 +461,15 @@ def parse_public(first: bytes, pieces: Iterator[bytes], name: str, loss_key: str
                 if not has_code and len(early) < 200:
                     early.append(piece)
                 if piece[:1] in b"R|":
-                    _environment_line(piece.decode(errors="replace"), environment, gpus)
+                    text = printable(piece.decode(errors="replace").rstrip("\r\n"))
+                    _environment_line(text, environment, gpus)
     except LogError as error:
         fault = str(error)
-    for raw, number, ended in held_back:
-        read(raw, number, ended)
+    try:
+        for raw, number, ended in held_back:
+            read(raw, number, ended)
+    except LogError as error:
+        fault = str(error)
     if fault:
         curve.fault(fault)
     runs = [r for r in curve.runs if r.points or r.faults or r.last_train_step is not None]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from records import history, rules
-from records.history import FOLDER, Curve, write
+from records.history import FOLDER, Curve, clock, count, write
 from records.parse import Run
 
 # colours that stay apart in grey and for colour-blind readers (Okabe and Ito)
@@ -109,13 +109,10 @@ def _chosen(curves: Sequence[Curve]) -> list[Curve]:
 
 
 def _curve(run: Run) -> Curve:
-    times = tuple(point.train_time_ms for point in run.points)
-    tokens = tuple(run.tokens_at(point.step) for point in run.points)
-    return Curve(label="", minutes=None,
-                 steps=tuple(point.step for point in run.points),
-                 losses=tuple(point.val_loss for point in run.points),
-                 times_ms=None if None in times else times,
-                 tokens=None if None in tokens else tokens)
+    steps, losses, times, tokens = zip(*(
+        (p.step, p.val_loss, p.train_time_ms, run.tokens_at(p.step)) for p in run.points))
+    return Curve("", None, steps, losses, None if None in times else times,
+                 None if None in tokens else tokens)
 
 
 def _xs(curve: Curve, unit: str) -> list[float] | None:
@@ -126,7 +123,7 @@ def _xs(curve: Curve, unit: str) -> list[float] | None:
 
 
 def _panel(axis, unit, groups, behind, track) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     floors, tops, starts, ends = [], [], [], []
 
@@ -169,7 +166,7 @@ def _panel(axis, unit, groups, behind, track) -> None:
             axis.plot(xs[-1:], curve.losses[-1:], "o", ms=3, color=color, zorder=4)
             tops.append(max(y for step, y in zip(curve.steps, curve.losses) if step > 0))
             first = False
-    if track is not None and track.target is not None:
+    if track is not None:
         axis.axhline(track.target, color="#444444", lw=0.8, ls=(0, (4, 3)), zorder=2)
         axis.annotate(
             f"target {track.target:g}", (0, track.target), xycoords=("axes fraction", "data"),
@@ -182,45 +179,13 @@ def _panel(axis, unit, groups, behind, track) -> None:
     # the part where runs differ; the first validations are far above all others
     height = min(max(tops, default=floor + 1) - floor, 1.5)
     axis.set_ylim(floor - 0.13 * height, floor + 1.04 * height)
-    logarithmic = max(ends) > 5 * min(ends)
-    names = {"time": "training time", "tokens": "training tokens", "steps": "steps"}
-    labels = {"time": _time_label, "tokens": _tokens_label, "steps": lambda x, _: f"{x:,.0f}"}
-    axis.set_xlabel(names[unit])
-    if logarithmic:
+    axis.set_xlabel({"time": "training time", "tokens": "training tokens", "steps": "steps"}[unit])
+    if max(ends) > 5 * min(ends):
         axis.set_xscale("log")
-        low, high = max(min(starts) * 0.8, max(ends) / 1000), max(ends) * 1.15
-        axis.set_xlim(low, high)
-        axis.xaxis.set_major_locator(FixedLocator(_ticks(low, high, unit)))
+        axis.set_xlim(max(min(starts) * 0.8, max(ends) / 1000), max(ends) * 1.15)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axis.xaxis.set_minor_locator(NullLocator())
     else:
         axis.set_xlim(0, max(ends) * 1.04)
-    axis.xaxis.set_major_formatter(FuncFormatter(labels[unit]))
-
-
-_TIMES = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 18_000, 36_000, 86_400)
-
-
-def _ticks(low: float, high: float, unit: str) -> list[float]:
-    """Round numbers of the unit on a logarithmic axis, far enough apart to be read."""
-    every = _TIMES if unit == "time" else [m * 10**e for e in range(13) for m in (1, 2, 5)]
-    chosen: list[float] = []
-    for x in every:
-        apart = not chosen or math.log(x / chosen[-1]) > 0.1 * math.log(high / low)
-        if low <= x <= high and apart:
-            chosen.append(x)
-    return chosen
-
-
-def _time_label(seconds: float, _: object = None) -> str:
-    if seconds < 60:
-        return f"{seconds:g} s"
-    if seconds < 7200:
-        return f"{seconds / 60:g} min"
-    return f"{seconds / 3600:g} h"
-
-
-def _tokens_label(tokens: float, _: object = None) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if tokens >= size:
-            return f"{tokens / size:g}{unit}"
-    return f"{tokens:g}"
+    words = count if unit != "time" else lambda seconds: clock(1000 * seconds)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: words(x)))

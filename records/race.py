@@ -1,14 +1,17 @@
 """A and B by turns on one machine: A B A B ..., same seeds, same data; which one is faster.
 
-The state is on disk after every run (race.json): the same command goes on where it stopped.
+The state is on disk after every run (race.json): the same command goes on where it stopped, as long
+as programs, options and data are the same. After an edit it is another race, in its own folder.
 Interleaving keeps slow changes of the machine (heat, other users) from favouring one side; Welch's
 test of the times does not assume equal spreads, and losses are compared seed by seed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -38,32 +41,31 @@ def race(
         raise ValueError(f"--runs: expected a whole number from 1, got {runs}")
     if nproc < 1:
         raise ValueError(f"--nproc: expected a whole number from 1, got {nproc}")
-    out = out or root.parent / "logs" / "race" / f"{_slug(a)}_vs_{_slug(b)}"
-    asked = {"a": a, "b": b, "seed": seed, "nproc": nproc, "options": options}
-    state = _resume(out, asked)
-    if not report_only:
-        places = {side: out / "programs" / side for side in "ab"}
-        both = tuple(shlex.split(options))
-        programs = {}
+    place = out or root.parent / "logs" / "race" / f"{_slug(a)}_vs_{_slug(b)}"
+    programs: dict[str, launch.Program] = {}
+    both = tuple(shlex.split(options))
+    try:
         for side, text in (("a", a), ("b", b)):
-            program = launch.find(text, places[side], root)
+            program = launch.find(text, place / "programs" / side, root)
             programs[side] = replace(program, options=launch.merged(program.options, both))
+        asked = {"a": a, "b": b, "seed": seed, "nproc": nproc, "options": options,
+                 "programs": {side: _digest(programs[side]) for side in "ab"}}
+        out = out or place / hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+        state = _resume(out, asked)
         labels = {side: programs[side].label for side in "ab"}
         if labels["a"] == labels["b"]:
             labels = {side: f"{side.upper()} ({labels[side]})" for side in "ab"}
         state["labels"] = labels
-        try:
+        if not report_only:
             _run_all(state, programs, labels, runs, seed, nproc, out)
-        except KeyboardInterrupt:
-            print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-            return 130
-        for side in "ab":
-            launch.forget(programs[side], places[side], root)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    finally:
+        for side in programs:
+            launch.forget(programs[side], place / "programs" / side, root)
     if not state["runs"]["a"] or not state["runs"]["b"]:
         raise ValueError(f"{out}: expected at least one run of each side, there is none yet")
-    finding = summary(state)
-    state |= finding
-    _save(out, state)
     print(report(state))
     print(f"\n{out / 'race.json'}")
     return 0
@@ -71,6 +73,20 @@ def race(
 
 def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")[:40] or "tree"
+
+
+def _digest(program: launch.Program) -> str:
+    """sha256 of a program's Python files and options, and of the names and dates in --data_dir."""
+    found = hashlib.sha256(json.dumps(program.options).encode())
+    for place, folders, files in os.walk(program.folder):
+        folders[:] = sorted(f for f in folders if f not in ("logs", "tests") and f[0] not in "._")
+        for path in (Path(place, file) for file in sorted(files) if file.endswith(".py")):
+            found.update(f"{path.relative_to(program.folder)}\0".encode() + path.read_bytes())
+    for name, words in launch.split_options(program.options):
+        folder = words[-1].partition("=")[2] or words[-1]
+        for path in sorted((program.folder / folder).glob("*")) if name == "--data_dir" else ():
+            found.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\0".encode())
+    return found.hexdigest()
 
 
 def _resume(out: Path, asked: dict) -> dict:
@@ -98,23 +114,21 @@ def _run_all(state, programs, labels, runs, seed, nproc, out) -> None:
     from tqdm import tqdm
 
     done = sum(min(runs, len(state["runs"][side])) for side in "ab")
-    bar = tqdm(total=2 * runs, initial=done, disable=None, leave=False,
-               bar_format="[{bar:24}] {desc}, {remaining} left")
-    with bar:
+    with tqdm(total=2 * runs, initial=done, disable=None, unit="run", dynamic_ncols=True,
+              desc="race") as bar:
         for i, side in itertools.product(range(runs), "ab"):
             if len(state["runs"][side]) > i:
                 continue
 
-            def show(fraction: float, done=done, label=labels[side][:24]) -> None:
-                bar.n = done + fraction
-                bar.set_description_str(f"{done}/{2 * runs} runs, {label} {fraction:4.0%}")
+            def show(fraction: float, label=labels[side][:24]) -> None:
+                bar.set_postfix_str(f"{label} {fraction:.0%}")
 
-            show(0.0)
             run = launch.execute(programs[side], seed + i, nproc, out / f"{side}_{i + 1:02d}.out",
                                  on_step=show)
             state["runs"][side].append(_keep(state, side, run, out, i))
-            _save(out, state)
+            write(out / "race.json", (json.dumps(state, indent=1) + "\n").encode())
             done += 1
+            bar.update()
             tqdm.write(f"{done}/{2 * runs}  {side.upper()} {labels[side][:30]}: val_loss "
                        f"{run.final_val_loss:.4f} in {clock(run.train_time_ms)}", file=sys.stderr)
 
@@ -150,57 +164,30 @@ def _keep(state: dict, side: str, run: Run, out: Path, i: int) -> dict:
     return entry
 
 
-def _save(out: Path, state: dict) -> None:
-    write(out / "race.json", (json.dumps(state, indent=1) + "\n").encode())
-
-
-def summary(state: dict) -> dict:
-    """The numbers of a race so far; sides are cut to the number of runs both have."""
-    num = min(len(state["runs"]["a"]), len(state["runs"]["b"]))
-    found: dict = {"num_runs": num}
-    for side in "ab":
-        entries = state["runs"][side][:num]
-        found[side] = {
-            "label": state["labels"][side],
-            "code_sha256": entries[0]["code_sha256"],
-            "recipe_sha256": entries[0]["recipe_sha256"],
-            "losses": [entry["loss"] for entry in entries],
-            "times_ms": [entry["time_ms"] for entry in entries],
-            "tokens": entries[0]["tokens"],
-        }
-    found["hardware"] = state["runs"]["a"][0]["hardware"]
-    found["track"] = state["runs"]["b"][0]["track"]
-    found["words"] = stats.comparison_words(found["a"], found["b"])
-    return found
-
-
 def report(state: dict) -> str:
-    """The race in words and numbers."""
-    num = state["num_runs"]
-    lines = [f"{side.upper()} = {state[side]['label']}" for side in "ab"]
-    lines += [
-        f"{num} run{'s' * (num > 1)} of each, by turns, on {state['hardware']}",
-        "",
-        f"   {'time':>9}  {'sd':>7}  {'loss':>7}  {'sd':>7}  {'tokens':>14}",
-    ]
-    for side in "ab":
-        time_, loss = (stats.Sample.of(state[side][key]) for key in ("times_ms", "losses"))
-        tokens = state[side]["tokens"]
-        lines.append(f"{side.upper()}  {time_.mean / 1000:8.3f}s  {_sd(time_.sd / 1000, 3)}  "
-                     f"{loss.mean:7.4f}  {_sd(loss.sd, 4)}  {f'{tokens:,}' if tokens else '-':>14}")
-    lines += ["", state["words"] + "."]
-    tokens = [state[side]["tokens"] for side in "ab"]
+    """The race in words and numbers; sides are cut to the number of runs that both have."""
+    num = min(len(state["runs"][side]) for side in "ab")
+    runs = {side: state["runs"][side][:num] for side in "ab"}
+    sides = {side: {"times_ms": [run["time_ms"] for run in runs[side]],
+                    "losses": [run["loss"] for run in runs[side]]} for side in "ab"}
+    lines = [f"{side.upper()} = {state['labels'][side]}" for side in "ab"]
+    lines += [f"{num} run{'s' * (num > 1)} of each, by turns, on {runs['a'][0]['hardware']}", "",
+              f"   {'time':>9}  {'sd':>7}  {'loss':>7}  {'sd':>7}  {'tokens':>14}"]
+    tokens = [runs[side][0]["tokens"] for side in "ab"]
+    for side, trained in zip("ab", tokens):
+        time_, loss = map(stats.Sample.of, sides[side].values())
+        cells = (f"{time_.sd / 1000:.3f}", f"{loss.sd:.4f}", f"{trained or 0:,}")
+        time_sd, loss_sd, shown = ("-" if cell in ("nan", "0") else cell for cell in cells)
+        lines.append(f"{side.upper()}  {time_.mean / 1000:8.3f}s  {time_sd:>7}  {loss.mean:7.4f}  "
+                     f"{loss_sd:>7}  {shown:>14}")
+    lines += ["", stats.comparison_words(sides["a"], sides["b"]) + "."]
     if all(tokens) and tokens[0] != tokens[1]:
         lines.append(f"B trains on {tokens[1] / tokens[0]:.3f} of A's tokens.")
-    name = state["track"]
-    target = rules.TRACKS[name].target if name in rules.TRACKS else None
-    if target is not None:
-        reached = [sum(state[side]["losses"]) / num <= target for side in "ab"]
-        verdict = {(True, True): "both reach", (False, False): "neither reaches",
-                   (True, False): "only A reaches", (False, True): "only B reaches"}
-        lines.append(f"By the mean, {verdict[tuple(reached)]} the target {target:g} of {name}.")
+    name = runs["b"][0]["track"]
+    if name in rules.TRACKS:
+        target = rules.TRACKS[name].target
+        who = "".join(s for s in "ab" if sum(sides[s]["losses"]) / num <= target)
+        words = {"ab": "both reach", "a": "only A reaches", "b": "only B reaches",
+                 "": "neither reaches"}
+        lines.append(f"By the mean, {words[who]} the target {target:g} of {name}.")
     return "\n".join(lines)
-
-
-def _sd(value: float, digits: int) -> str:
-    return f"{value:7.{digits}f}" if value == value else f"{'-':>7}"

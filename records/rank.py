@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from records.history import (
@@ -23,6 +24,7 @@ from records.history import (
     public_records,
     published_curves,
 )
+from records.parse import Run
 from records.rules import Track
 from records.rules import track as rules_of
 
@@ -66,10 +68,8 @@ def progress(
         fraction = step / num_iterations
         alike = [curve for curve in curves if curve.is_as_long(tokens, fraction)]
         parts.append(_finish(alike, val_loss, train_time_ms, target, fraction, history, step))
-    elif target is not None:
+    else:
         parts.append(_against(val_loss, target))
-    if target is None and (step is None or step == num_iterations):
-        parts.append("the target is not yet fixed")
     return f"{track}: " + "; ".join(parts)
 
 
@@ -89,12 +89,6 @@ def rank(
     if _other_data(rules, data_digest):
         return f"{track}: no place: the run is on other data than the track's"
     target = rules.target if target is None else target
-    if target is None:
-        values = {metric: _metric(rules, train_time_ms, tokens, steps, metric)
-                  for metric in rules.metric}
-        spent = " and ".join(amount(v, metric) for metric, v in values.items() if v is not None)
-        return (f"{track}: no place yet: the target of this track is not yet fixed "
-                f"(this run: {final_val_loss:.4f} after {spent})")
     if not final_val_loss <= target:
         return f"{track}: no place: {final_val_loss:.4f} is above the target {target:g}"
     value, metric = _metric(rules, train_time_ms, tokens, steps), rules.metric[0]
@@ -113,6 +107,16 @@ def rank(
             f"{rules.rule}")
 
 
+def record_of(run: Run, folder: Path = FOLDER) -> str | None:
+    """The record whose evidence this run is."""
+    facts = run.final_val_loss, run.train_time_ms, run.final_step
+    public = (f"#{r['number']}" for r in public_records(folder) if r["evidence"]["num_runs"] == 1
+              and (r["evidence"]["val_loss"], r["evidence"]["train_time_ms"], r["steps"]) == facts)
+    ours = (r["name"] for r in own_records(None, folder)
+            if run.digest and run.digest in r["logs"].values())
+    return next(chain(public, ours), None)
+
+
 def _other_data(rules: Track, digest: str | None) -> bool:
     return None not in (rules.data_digest, digest) and rules.data_digest != digest
 
@@ -129,9 +133,8 @@ def _table(rules: Track, folder: Path) -> list[tuple[float, str]]:
     return sorted(entries)
 
 
-def _metric(rules: Track, train_time_ms, tokens, steps, metric: str = "") -> float | None:
-    return {"train_time_ms": train_time_ms, "tokens": tokens,
-            "steps": steps}[metric or rules.metric[0]]
+def _metric(rules: Track, train_time_ms, tokens, steps) -> float | None:
+    return {"train_time_ms": train_time_ms, "tokens": tokens, "steps": steps}[rules.metric[0]]
 
 
 def _neighbours(
@@ -192,8 +195,7 @@ def _finish(curves, val_loss, train_time_ms, target, fraction, history, step) ->
         (s0, v0), (s1, v1) = points[0], points[-1]
         slope = (v1 - v0) / math.log(s1 / s0)
         projected, how = val_loss + slope * -math.log(fraction), " at this slope"
-    verdict = f", {_against(projected, target)}" if target is not None else ""
-    return f"heading for {projected:.2f}{how} at {end}{verdict}"
+    return f"heading for {projected:.2f}{how} at {end}, {_against(projected, target)}"
 
 
 def _against(loss: float, target: float) -> str:

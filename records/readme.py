@@ -25,11 +25,10 @@ def numbers(result: dict) -> str:
     """The table of a record's numbers, markers included."""
     track = rules.track(result["track"])
     loss, time = result["val_loss"], result["train_time_ms"]
-    target = "not yet fixed" if track.target is None else f"{track.target:g}"
     rows = [
         ("track", f"{track.name}: {track.title}"),
         ("validation loss", f"mean {_value(loss['mean'], '.4f')}, sd {_value(loss['sd'], '.4f')}, "
-                            f"n = {result['num_runs']}; target {target}"),
+                            f"n = {result['num_runs']}; target {track.target:g}"),
     ]
     if track.test == "fixed_sigma":
         rows.append(("rule", f"(target - mean) * sqrt(n) = {_value(result.get('margin'), '.5f')}, "

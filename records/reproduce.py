@@ -6,13 +6,15 @@ script at most, which is unpacked with a list of its requirements. `--dry-run` r
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 from records import check, launch, stats
-from records.history import FOLDER, clock
+from records.history import FOLDER, clock, read_result
 from records.log import SOURCE_CAP, parse, read_lines
 from records.parse import CODE, RULE, Run
 
@@ -30,7 +32,7 @@ def reproduce(
     """Unpack and run. Exit status 0 if the run ended as the log or the record leads to expect."""
     record = None
     if (path / "result.json").is_file():
-        record = check.read_result(path)
+        record = read_result(path)
         path = check.folder_logs(path)[0]
     runs = parse(path, keep_sources=True)
     if not runs:
@@ -83,6 +85,46 @@ def _compare(run: Run, again: Run, record: dict | None, seed: int | None) -> int
         return 0
     print(f"not as claimed: 99 of 100 further runs of this record should stay below {limit:.4f}")
     return 1
+
+
+FIRST_STEPS = 8  # rounding has not grown yet
+
+
+class _Enough(Exception):
+    """The replayed run is past its first validation after step 0."""
+
+
+def replay(log: Path, root: Path = FOLDER) -> list[str]:
+    """Run the program of a log of ours up to its second validation: losses that come out otherwise.
+
+    Compared are the validation before the first step and the first training losses.
+    """
+    def stop(fraction: float) -> None:
+        if fraction > 0:
+            raise _Enough
+
+    there = _first_losses(log)
+    run = parse(log, keep_sources=True)[0]
+    with tempfile.TemporaryDirectory(prefix="replay") as place:
+        program = launch.unpack(run, log.name, Path(place, "program"), root.parent.resolve(), ())
+        with contextlib.suppress(_Enough):
+            launch.execute(program, run.result["seed"], run.result.get("world_size") or 1,
+                           Path(place, "output"), stop)
+        here = _first_losses(max((program.folder / "logs").rglob("*.txt")))
+    return [f"{line}: the log has {loss:.4f}, its program gives {here[line]:.4f}"
+            for line, loss in there.items() if line in here and abs(here[line] - loss) > 0.005]
+
+
+def _first_losses(log: Path) -> dict[str, float]:
+    """The first losses of a log, by their line's step and field."""
+    found = {}
+    for raw in read_lines(log):
+        match = re.match(rb"(step:(\d{1,9})/\d{1,9} (?:val|train)_loss):(\d{1,6}\.\d+) ", raw)
+        if match and int(match[2]) <= FIRST_STEPS:
+            found[match[1].decode()] = float(match[3])
+        if found and match and int(match[2]) > FIRST_STEPS:
+            break
+    return found
 
 
 def _public(path: Path, run: Run, into: Path) -> int:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from records import check, history, readme, rules
 from records.check import Verdict
 from records.history import FOLDER, clock, count
 from records.log import source_path
+from records.parse import printable
 from records.rules import Track
 
 BEGIN = "<!-- records:begin -->"
@@ -23,28 +24,8 @@ END = "<!-- records:end -->"
 MILESTONE = 0.8  # a milestone takes at most this share of the time of the one before
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(SimpleNamespace):
     """One record, ours or public. Missing facts are None and shown as a dash."""
-
-    track: str
-    label: str  # "#12", or the name of a record of ours
-    own: bool
-    kind: str  # record, re-timing, baseline
-    date: str | None
-    time_ms: float | None
-    time_sd_ms: float | None
-    steps: int | None
-    tokens: int | None
-    num_runs: int
-    mean: float | None
-    sd: float | None
-    p: float | None
-    hardware: str | None
-    evidence: str  # the logs behind the row, or the outcome of check
-    changed: str
-    by: tuple[str, ...]
-    folder: str | None
 
 
 def rows(track: Track, root: Path = FOLDER) -> list[Row]:
@@ -60,65 +41,37 @@ def all_rows(root: Path = FOLDER) -> dict[str, list[Row]]:
 
 
 def _public(record: dict) -> Row:
-    evidence, minutes = record["evidence"], record["minutes"]
-    num = evidence["num_runs"]
+    evidence, ms, track = record["evidence"], record["minutes"] * 60_000, record["track"]
+    num, log_ms = evidence["num_runs"], evidence["train_time_ms"]
     words = f"{num} log{'s' * (num > 1)}" if num else "none"
-    log_ms = evidence["train_time_ms"]
-    if log_ms and abs(log_ms / (minutes * 60_000) - 1) > 0.03:
-        words += f", clock {log_ms / (minutes * 60_000) - 1:+.0%}"
+    if log_ms and abs(log_ms / ms - 1) > 0.03:
+        words += f", clock {log_ms / ms - 1:+.0%}"
     return Row(
-        track=record["track"],
-        label=f"#{record['number']}",
-        own=False,
-        kind=record["kind"],
-        date=record["date"],
-        time_ms=minutes * 60_000,
-        time_sd_ms=evidence.get("train_time_ms_sd"),
-        steps=record["steps"],
-        tokens=record["tokens"],
-        num_runs=num,
-        mean=evidence["val_loss"],
-        sd=evidence.get("val_loss_sd"),
-        p=evidence.get("p"),
-        hardware=_class(record["track"]),
-        evidence=words,
-        changed=record["title"] + (" (re-timed)" if record["kind"] == "re-timing" else ""),
+        track=track, label=f"#{record['number']}", own=False, kind=record["kind"],
+        date=record["date"], time_ms=ms, time_sd_ms=evidence.get("train_time_ms_sd"),
+        steps=record["steps"], tokens=record["tokens"], num_runs=num, mean=evidence["val_loss"],
+        sd=evidence.get("val_loss_sd"), p=evidence.get("p"), folder=None, evidence=words,
+        hardware=f"{rules.TRACKS[track].gpu_count}x {rules.TRACKS[track].gpu}",
+        changed=record["title"] + " (re-timed)" * (record["kind"] == "re-timing"),
         by=tuple(record["contributors"]),
-        folder=None,
     )
-
-
-def _class(name: str) -> str:
-    track = rules.track(name)
-    return f"{track.gpu_count}x {track.gpu}"
 
 
 def _own(record: dict, root: Path) -> Row:
     folder = root / record["folder"]
     names = check.check_folder(folder, root).names() - {"unwritten"}
     try:
-        changed = readme.changed(history.read_text(folder / "README.md"))
+        changed = printable(readme.changed(history.read_text(folder / "README.md")))
     except (OSError, ValueError):
         changed = ""
+    time, loss = record["train_time_ms"], record["val_loss"]
+    same = {key: record[key] for key in
+            ("track", "kind", "date", "steps", "tokens", "num_runs", "p", "hardware", "folder")}
     return Row(
-        track=record["track"],
-        label=record["name"],
-        own=True,
-        kind=record["kind"],
-        date=record["date"],
-        time_ms=record["train_time_ms"]["mean"],
-        time_sd_ms=record["train_time_ms"]["sd"],
-        steps=record["steps"],
-        tokens=record["tokens"],
-        num_runs=record["num_runs"],
-        mean=record["val_loss"]["mean"],
-        sd=record["val_loss"]["sd"],
-        p=record["p"],
-        hardware=record["hardware"],
+        **same, label=record["name"], own=True, time_ms=time["mean"], time_sd_ms=time["sd"],
+        mean=loss["mean"], sd=loss["sd"], by=tuple(record["by"]),
         evidence="re-derived" if not names else f"FAILS: {', '.join(sorted(names))}",
-        changed=changed + (" (baseline)" if record["kind"] == "baseline" else ""),
-        by=tuple(record["by"]),
-        folder=record["folder"],
+        changed=changed + " (baseline)" * (record["kind"] == "baseline"),
     )
 
 
@@ -160,23 +113,19 @@ COLUMNS = (
     ("by", lambda r: ", ".join(r.by), 9),
 )
 LEFT = {"record", "date", "hardware", "evidence", "what changed", "by"}
-CHANGED_MIN = 22
 
 
 def terminal(track: Track, found: list[Row], width: int) -> str:
     """The table of a track in `width` columns; columns that do not fit are left out."""
     head = f"{track.name}: {track.title}"
-    target = "target not yet fixed" if track.target is None else f"target {track.target:g}"
-    lines = [_fit(head, width), _fit(f"{target}; {track.rule}", width)]
+    lines = [_fit(head, width), _fit(f"target {track.target:g}; {track.rule}", width)]
     if not found:
         return "\n".join([*lines, "  no record yet"])
     cells = {name: [cell(row) for row in found] for name, cell, _ in COLUMNS}
     widths = {name: max(len(name), *map(len, cells[name])) for name in cells}
     natural = widths["what changed"]
-    widths["what changed"] = min(natural, CHANGED_MIN)
-    widths["record"] = min(widths["record"], 16)
-    widths["by"] = min(widths["by"], 24)
-    widths["evidence"] = min(widths["evidence"], 30)
+    for name, most in (("what changed", 22), ("record", 16), ("by", 24), ("evidence", 30)):
+        widths[name] = min(widths[name], most)
     shown = [name for name, _, importance in COLUMNS if importance == 0]
     first = {"train_time_ms": "time"}.get(track.metric[0], track.metric[0])
     for name, _, importance in sorted(COLUMNS, key=lambda c: 1 if c[0] == first else c[2]):
@@ -244,8 +193,7 @@ def compact(found: dict[str, list[Row]]) -> str:
                      "by"]
             if track.metric[0] == "train_time_ms":
                 names.remove("tokens")
-            target = f", target {track.target:g}" if track.target is not None else ""
-            parts.append(f"**{track.name}**: {track.title}{target}\n\n"
+            parts.append(f"**{track.name}**: {track.title}, target {track.target:g}\n\n"
                          + _markdown(names, ours[::-1], "records/"))
     short = rules.TRACKS["short"]
     public = milestones(found["short"])
@@ -271,8 +219,7 @@ def full(found: dict[str, list[Row]]) -> str:
         "everything is derived again from the logs in the folder.",
     ]
     for track in rules.TRACKS.values():
-        target = "not yet fixed" if track.target is None else f"{track.target:g}"
-        parts.append(f"## {track.name}\n\n{track.title}. Target {target}; {track.rule}.")
+        parts.append(f"## {track.name}\n\n{track.title}. Target {track.target:g}; {track.rule}.")
         names = [name for name, *_ in COLUMNS]
         here = found[track.name]
         parts.append(_markdown(names, here, "") if here else "No record yet.")
@@ -314,7 +261,7 @@ def write_markdown(root: Path = FOLDER) -> list[str]:
         path = folder / "README.md"
         if path.is_file() and (folder / "result.json").is_file():
             before = path.read_text()
-            done += _update(path, before, readme.renew(before, check.read_result(folder)))
+            done += _update(path, before, readme.renew(before, history.read_result(folder)))
     found = all_rows(root)
     path = root / "TABLES.md"
     done += _update(path, path.read_text() if path.is_file() else None, full(found))
@@ -354,8 +301,12 @@ def check_all(root: Path = FOLDER) -> list[tuple[str, Verdict]]:
             whole.add("broken-folder", str(name), f"{num} records have this name")
     known = {source_path(root / "sources", source.name, source.sha256)
              for _, verdict in verdicts for run in verdict.runs for source in run.sources.values()}
+    known |= {source_path(root / "sources", source.name, source.sha256)
+              for folder in check.record_folders(root)
+              for run in check.load(check.folder_logs(folder, "race"))[0]
+              for source in run.sources.values()}
     for path in sorted((root / "sources").rglob("*")):
-        if path.is_file() and path not in known:
+        if path.is_symlink() or (path.is_file() and path not in known):
             whole.add("broken-folder", str(path.relative_to(root)), "no log of a record names it")
     front = root.parent / "README.md"
     try:

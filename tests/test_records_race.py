@@ -14,7 +14,7 @@ import time
 import pytest
 
 from conftest import ROOT
-from records import launch
+from records import history, launch
 from records.__main__ import main
 from records.history import write
 from records.log import parse, source_path, without_sources
@@ -26,7 +26,8 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from records.log import RunLog, train_line, val_line
 parser = argparse.ArgumentParser()
-for name, default in (("record", 6), ("seed", 0), ("ms", 20.0), ("sleep", 0.0), ("fail", 0)):
+for name, default in (("record", 6), ("seed", 0), ("ms", 20.0), ("sleep", 0.0), ("fail", 0),
+                      ("data_dir", "")):
     parser.add_argument("--" + name, type=type(default), default=default)
 args = parser.parse_args()
 rng = random.Random(args.seed * 100 + args.record)
@@ -84,7 +85,8 @@ def test_a_race_by_turns_finds_the_faster_one(tree, capsys):
     assert out.startswith("A = #6\nB = #6 --ms 18\n3 runs of each")
     state = json.loads((tree / "r/race.json").read_text())
     assert [e["seed"] for e in state["runs"]["a"]] == [0, 1, 2]
-    assert state["a"]["losses"] == state["b"]["losses"]  # same seeds
+    losses = [[entry["loss"] for entry in state["runs"][side]] for side in "ab"]
+    assert losses[0] == losses[1]  # same seeds
     for side in "ab":
         for entry in state["runs"][side]:
             assert parse(tree / "r" / entry["log"])[0].digest == entry["digest"]
@@ -136,11 +138,27 @@ def test_a_revision_runs_in_a_worktree_that_is_gone_afterwards(tree, capsys):
     assert len(worktrees.splitlines()) == 1
 
 
-def test_a_program_that_changes_during_the_race_is_noticed(tree, capsys):
-    assert records(tree, "race", "6", "5", "--runs", "1", "--out", "r") == 0
-    (tree / "train_gpt.py").write_text((tree / "train_gpt.py").read_text() + "# changed\n")
-    assert records(tree, "race", "6", "5", "--runs", "2", "--out", "r") == 2
-    assert "A changed during the race (code_sha256)" in capsys.readouterr().err
+def test_a_second_idea_never_gets_the_first_ones_answer(tree, capsys):
+    race_it = ["race", "HEAD", ". --ms 10", "--runs", "2"]
+    text = (tree / "train_gpt.py").read_text()
+    for edit, words in ((".gauss(args.ms", "B is faster"), (".gauss(3 * args.ms", "B is slower"),
+                        (".gauss(args.ms", "B is faster")):  # and back again: the first one's
+        (tree / "train_gpt.py").write_text(text.replace(".gauss(args.ms", edit))
+        assert records(tree, *race_it) == 0
+        out, err = capsys.readouterr()
+        assert words in out
+    assert "2 of A and 2 of B are done" in err
+    assert len(list(tree.glob("logs/race/HEAD_vs_ms-10/*/race.json"))) == 2
+    data = tree / "tokens"
+    for size in (1, 2):  # other data under the same name
+        (data / "x.bin").parent.mkdir(exist_ok=True)
+        (data / "x.bin").write_bytes(bytes(size))
+        assert records(tree, "race", ".", ".", "--runs", "1", "--options=--data_dir tokens") == 0
+        assert "are done" not in capsys.readouterr().err
+    assert records(tree, *race_it, "--out", "r") == 0
+    (tree / "train_gpt.py").write_text(text + "# changed\n")
+    assert records(tree, *race_it, "--out", "r") == 2
+    assert "holds another race (programs differ)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("side, why", [
@@ -187,6 +205,19 @@ def test_a_log_is_reproduced(tree, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
+def test_check_deep_runs_the_first_steps_again(tree, capsys):
+    log = the_log(tree, "--seed", "3")
+    records(tree, "check", log, "--deep")
+    assert "not-reproduced" not in capsys.readouterr().out
+    text = re.sub(r"(?<=val_loss:)(\d\.\d+)", lambda m: f"{float(m[1]) - 0.1:.4f}", log.read_text())
+    text = text[: text.index("marks: ")]
+    log.write_text(f"{text}digest: {hashlib.sha256(text.encode()).hexdigest()}\n")
+    assert parse(log)[0].complete
+    assert records(tree, "check", log, "--deep") == 1
+    assert re.search(r"not-reproduced: \S+: step:0/10 val_loss: the log has 4\.8\d+, its program "
+                     r"gives 4\.9", capsys.readouterr().out)
+
+
 def test_a_dry_run_unpacks_and_runs_nothing(tree, capsys):
     log = the_log(tree)
     assert records(tree, "reproduce", log, "--into", "again", "--dry-run") == 0
@@ -202,9 +233,8 @@ def test_a_record_gives_back_its_program_and_its_log(tree, capsys):
     write(folder / "logs" / log.name, kept)
     path = source_path(tree / "records/sources", "train_gpt.py", hashlib.sha256(source).hexdigest())
     write(path, gzip.compress(source))
-    write(folder / "result.json", json.dumps({
-        "name": "one", "kind": "record", "date": "2026-11-20", "by": [], "differs": [],
-        "losses": [4.0, 4.1], "val_loss": {}, "train_time_ms": {}, "track": "pocket"}).encode())
+    result = history.own_records("pocket")[0] | {"name": "one", "losses": [4.0, 4.1]}
+    write(folder / "result.json", json.dumps(result).encode())
     assert records(tree, "reproduce", folder, "--into", "again") == 0
     assert "the losses are equal at every validation" in capsys.readouterr().out
     assert (tree / "again/train_gpt.py").read_bytes() == source
@@ -244,5 +274,6 @@ def test_a_race_shows_progress_on_a_terminal(tree, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert records(tree, "race", "6", "5", "--runs", "1", "--out", "r") == 0
     said = capsys.readouterr().err
-    assert "0/2 runs, #6  50%" in said and "1/2 runs, #5  50%" in said and " left" in said
+    assert re.search(r"race: +0%.* 0/2 .*#6 50%", said)
+    assert re.search(r"race: +50%.* 1/2 .*#5 50%", said)
     assert "2/2  B #5: val_loss" in said
