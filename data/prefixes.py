@@ -26,7 +26,7 @@ def longest_prefixes(tokens: Sequence[bytes]) -> np.ndarray:
 
 
 def from_ranks() -> np.ndarray:
-    """GPT-2's, from the bytes of its tokens. End-of-text is no text: it has no prefix and is none."""
+    """GPT-2's, from the bytes of its tokens. End-of-text is no text: it has none and is none."""
     encoding = fineweb.gpt2_encoding()
     return longest_prefixes(
         [encoding.decode_single_token_bytes(k) for k in range(fineweb.BOS)] + [b""])
