@@ -25,6 +25,13 @@ def longest_prefixes(tokens: Sequence[bytes]) -> np.ndarray:
         for token in tokens])
 
 
+def from_ranks() -> np.ndarray:
+    """GPT-2's, from the bytes of its tokens. End-of-text is no text: it has none and is none."""
+    encoding = fineweb.gpt2_encoding()
+    return longest_prefixes(
+        [encoding.decode_single_token_bytes(k) for k in range(fineweb.BOS)] + [b""])
+
+
 def token_prefixes(vocab_size: int) -> np.ndarray:
     """longest_prefixes of a vocabulary: GPT-2's, or that of bytes, none of which has any."""
     if vocab_size == corpus.VOCAB_SIZE:
@@ -32,15 +39,14 @@ def token_prefixes(vocab_size: int) -> np.ndarray:
     if vocab_size != fineweb.VOCAB_SIZE:
         raise ValueError(f"--prefix_weight: expected 0 or a vocabulary of {fineweb.VOCAB_SIZE} "
                          f"tokens (GPT-2's, whose prefixes are known), got {vocab_size}")
+    if not FILE.is_file():  # a program taken out of a log, which holds sources alone
+        return from_ranks()
     table = np.load(FILE).astype(np.int64)
     return np.where(table == NONE, -1, table)
 
 
 def main() -> None:
-    encoding = fineweb.gpt2_encoding()
-    # end-of-text is no text: it has no prefix and is none
-    tokens = [encoding.decode_single_token_bytes(k) for k in range(fineweb.BOS)] + [b""]
-    table = longest_prefixes(tokens)
+    table = from_ranks()
     np.save(FILE, np.where(table < 0, NONE, table).astype(np.uint16))
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data import fineweb
+from data import fineweb, prefixes
 from data.prefixes import longest_prefixes, token_prefixes
 
 
@@ -29,6 +29,23 @@ def test_gpt2s_table():
         for expected in shorter:
             token = table[token]
             assert token == expected
+
+
+def test_a_program_out_of_a_log_makes_the_table_from_the_ranks(monkeypatch, tmp_path):
+    """Here of made-up bytes, since the ranks need a network."""
+    class Encoding:
+        @staticmethod
+        def decode_single_token_bytes(k: int) -> bytes:
+            assert k < fineweb.BOS
+            return bytes([k % 256]) if k < 256 else b"a" + str(k).encode()
+
+    monkeypatch.setattr(prefixes, "FILE", tmp_path / "gone.npy")
+    monkeypatch.setattr(fineweb, "gpt2_encoding", Encoding)
+    table = prefixes.token_prefixes(fineweb.VOCAB_SIZE)
+    assert (table[:256] == -1).all() and table[50_256] == -1
+    assert table[256] == ord("a") and table[2560] == 256 and table[2600] == 260
+    prefixes.main()
+    assert (prefixes.token_prefixes(fineweb.VOCAB_SIZE) == table).all()
 
 
 def test_bytes_have_none_and_other_vocabularies_are_refused():
