@@ -166,6 +166,9 @@ def _check(args) -> int:
     folders = [p for p in args.paths if (p / "result.json").is_file()]
     verdicts = [(str(folder), check.check_folder(folder, args.root)) for folder in folders]
     places = [p for p in args.paths if p not in folders]
+    if not places and (args.claim or args.at is not None or args.loss != "val_loss"):
+        raise ValueError("--claim, --at, --loss: expected logs or a public folder; a record here "
+                         "is held to its result.json")
     if places:
         logs = [log for place in places for log in _logs(place)]
         texts = [sys.stdin.read()] if args.claim == "-" else [

@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+from conftest import ROOT
 from records_runs import write_logs
 
 from records import check, claim, history, rules
@@ -118,6 +119,12 @@ def test_a_pull_requests_text_comes_on_stdin(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("p=0.006, over 4 runs"))
     status, out = said(capsys, public(tmp_path / "a"), "--track", "short", "--claim", "-")
     assert status == 0 and "follows: p 0.006" in out and "follows: n 4" in out
+
+
+def test_options_for_logs_are_refused_for_a_record_that_has_its_own_numbers(capsys):
+    (folder, *_) = (ROOT / "records" / "pocket").glob("2026-*")
+    assert main(["check", str(folder), "--claim", "-"]) == 2
+    assert "held to its result.json" in capsys.readouterr().err
 
 
 def test_the_steps_track_is_judged_at_a_step_and_by_another_loss(tmp_path, capsys):
