@@ -4,9 +4,9 @@ import io
 import json
 
 import pytest
-from conftest import ROOT
 from records_runs import write_logs
 
+from conftest import ROOT
 from records import check, claim, history, rules
 from records.__main__ import main
 from records.log import parse
