@@ -55,10 +55,11 @@ class Known:
     values: dict[str, object] = field(default_factory=dict)     # text of an expression -> value
     sources: dict[str, str] = field(default_factory=dict)       # -> another text; with-item -> ""
     dropped: set[str] = field(default_factory=set)              # texts of statements
-    constants: dict[str, object] = field(default_factory=dict)  # found: NAME -> value
-    rejected: dict[str, set] = field(default_factory=dict)      # found: unit -> strings that a
-    chosen: dict[str, set] = field(default_factory=dict)        # decided value is not, and is
-    used: set[str] = field(default_factory=set)                 # found: texts that were met
+    # found while folding
+    constants: dict[str, object] = field(default_factory=dict)  # NAME -> value
+    chosen: dict[str, set] = field(default_factory=dict)    # unit -> strings that are a decided
+    rejected: dict[str, set] = field(default_factory=dict)  # value, and those that it is not
+    used: set[str] = field(default_factory=set)             # texts that were met
 
     def index(self) -> None:
         """The texts in one form, and by a mark that is cheaper to compare."""
@@ -263,10 +264,9 @@ class Decider:
         a, b = self.value(left), self.value(right)
         if a is TRUE or b is TRUE:
             raise Unknown
-        strings = {b} if isinstance(b, str) else {x for x in b if isinstance(x, str)} if (
-            isinstance(b, tuple)) else set()
-        self.rejected |= strings - {a}
-        self.chosen |= strings & {a}
+        for word in b if isinstance(b, tuple) else (b,):
+            if isinstance(word, str):
+                (self.chosen if word == a else self.rejected).add(word)
         return COMPARE[type(op)](a, b)
 
     def bool_op(self, node: ast.BoolOp) -> object:
@@ -486,6 +486,7 @@ class Scope:
         self.function, self.nodes = function, walk(function)
         self.reads, self.stores = names_read(self.nodes), names_stored(self.nodes)
         self.own = {a.arg for a in parameters_of(function)}
+        self.inner = {n.arg for n in self.nodes if isinstance(n, ast.arg)} - self.own
 
 
 def scopes(unit: ast.stmt) -> list[Scope]:
@@ -509,22 +510,22 @@ def propagate_locals(unit: ast.stmt) -> bool:
     """Locals that are assigned once, and are a constant or another name of something."""
     changed, fixed = False, fixed_attributes(unit)
     for scope in scopes(unit):
-        stores, own, strings = scope.stores, scope.own, in_strings(scope.nodes)
+        stores, own, hidden = scope.stores, scope.own, in_strings(scope.nodes) | scope.inner
         looped = {id(n) for loop in scope.nodes if isinstance(loop, ast.For | ast.While)
                   for body in blocks(loop) for n in body}
 
-        def is_alias(value: ast.expr, node: ast.stmt, stores=stores, own=own, looped=looped
-                     ) -> bool:
+        def is_alias(value: ast.expr, node: ast.stmt, scope=scope, looped=looped) -> bool:
             if isinstance(value, ast.Attribute):
                 return dotted(value) in fixed
             return isinstance(value, ast.Name) and id(node) not in looped and (
-                stores[value.id] == (value.id not in own))
+                value.id not in scope.inner) and (
+                scope.stores[value.id] == (value.id not in scope.own))
 
         values, body = {}, scope.function.body
         for node in scope.nodes:
             for target, value in pairs_of(node):
                 if not isinstance(target, ast.Name) or stores[target.id] != 1 or (
-                        target.id in strings) or not scope.reads[target.id] or (
+                        target.id in hidden) or not scope.reads[target.id] or (
                         target.id in own and not is_first(body, node, target.id)) or (
                         isinstance(value, ast.BinOp) and (node.above or node.beside)):
                     continue
@@ -638,9 +639,9 @@ def prune_enumerate(loop: ast.For | ast.comprehension, reads: Counter) -> bool:
             else:
                 return False
             return True
-        case ast.comprehension(iter=ast.Name(id="PLAN"), target=ast.Name(id=name)) if (
-                not reads[name]):
-            loop.target, loop.iter = ast.Name("_", ast.Store()), parsed("range(len(PLAN))")
+        case ast.comprehension(iter=ast.Name(id=table), target=ast.Name(id=name)) if (
+                table.isupper() and not reads[name]):
+            loop.target, loop.iter = ast.Name("_", ast.Store()), parsed(f"range(len({table}))")
             loop.dirty = True
             return True
     return False
@@ -792,7 +793,8 @@ def propagate_parameters(program: Program, calls: Calls) -> None:
             continue
         given = [calls.bound(name, call) for _, call in calls.calls[name]]
         nodes = [n for s in function.body for n in walk(s)]
-        reads, stores, strings = names_read(nodes), names_stored(nodes), in_strings(nodes)
+        reads, stores = names_read(nodes), names_stored(nodes)
+        hidden = in_strings(nodes) | {n.arg for n in nodes if isinstance(n, ast.arg)}
         gone, values = set(), {}
         for parameter in calls.parameters(name):
             word = parameter.arg
@@ -801,13 +803,25 @@ def propagate_parameters(program: Program, calls: Calls) -> None:
                 continue
             if not reads[word]:
                 gone.add(word)
-            elif word not in strings and all(map(is_simple, found)) and len(
-                    {ast.unparse(v) for v in found}) == 1:
-                values[word] = found[0]
+            elif word not in hidden and all(map(is_simple, found)):
+                if len({ast.unparse(v) for v in found}) == 1:
+                    values[word] = found[0]
+                elif decide_truth(function, word, found):
+                    program.touch(calls.unit[name])
         if values:
             function.body = [substitute(node, values) for node in function.body]
         if gone or values:
             drop_parameters(program, calls, name, {*gone, *values})
+
+
+def decide_truth(function: FUNCTION, word: str, values: list[ast.expr]) -> bool:
+    """`if word:` where all values of a parameter are true, or none is."""
+    truths = {bool(v.value) if isinstance(v, ast.Constant) else None for v in values}
+    tests = [n for body in blocks(function) for n in body
+             if isinstance(n, ast.If) and dotted(n.test) == word]
+    for node in tests if len(truths) == 1 and truths != {None} else ():
+        node.test = ast.Constant(*truths)
+    return bool(tests) and isinstance(tests[0].test, ast.Constant)
 
 
 def propagate_attributes(program: Program) -> None:
@@ -1043,27 +1057,6 @@ def prune_early_none(cls: ast.ClassDef) -> bool:
     return changed
 
 
-def prune_shared(program: Program) -> None:
-    """Entries of the dict `shared` that no layer reads."""
-    units = [unit for unit, facts in program.all() if "shared" in facts.names]
-    read = {ast.unparse(n.slice) for unit in units for n in walk(unit) if isinstance(
-        n, ast.Subscript) and dotted(n.value) == "shared" and isinstance(n.ctx, ast.Load)}
-    for unit in units:
-        for body in blocks(unit):
-            for node in list(body):
-                match node:
-                    case ast.Assign(targets=[ast.Name(id="shared")], value=ast.Dict() as made):
-                        kept = [p for p in zip(made.keys, made.values) if ast.unparse(p[0]) in read]
-                        if len(kept) < len(made.keys):
-                            made.keys, made.values = ([p[i] for p in kept] for i in (0, 1))
-                            made.dirty = True
-                            program.touch(unit)
-                    case ast.Assign(targets=[ast.Subscript(value=ast.Name(id="shared")) as target]):
-                        if ast.unparse(target.slice) not in read:
-                            without(body, node)
-                            program.touch(unit)
-
-
 def prune_empty(program: Program) -> None:
     """Calls of functions that do nothing."""
     empty = {n.name for n in program.tree.body if isinstance(n, FUNCTION) and all(
@@ -1116,7 +1109,6 @@ def fold(tree: ast.Module, known: Known, keep: set[str], comment: Callable) -> N
             unit.facts = None
         prune_unused(program)
         prune_empty(program)
-        prune_shared(program)
         prune_returns(program, Calls(program))
         propagate_attributes(program)
         propagate_parameters(program, Calls(program))

@@ -633,10 +633,9 @@ def descend(param: Tensor, update: Tensor, lr, weight_decay, cautious=False,
     weight_decay of itself, which anneals as the schedule squared (#43). `cautious`: only entries
     that the update shrinks as well decay (update * param >= 0 for True, > 0 for "strict")."""
     keep = 1 - lr * weight_decay * (lr * scale)
-    if cautious:
-        agree = update * param
-        agree = agree > 0 if cautious == "strict" else agree >= 0
-        keep = torch.where(agree, keep, 1.0)
+    agree = update * param
+    agree = agree > 0 if cautious == "strict" else agree >= 0
+    keep = torch.where(agree, keep, 1.0)
     param.mul_(keep)
     param.sub_(update, alpha=lr * scale)
 
