@@ -23,12 +23,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from flat.tree import (
+    FIELDS,
     Note,
     blocks,
     children,
     dotted,
     expression,
-    fields_of,
     is_docstring,
     settle,
     walk,
@@ -118,7 +118,7 @@ def mark(node: ast.AST) -> tuple:
 
 def mapped(node: ast.AST, change: Callable[[ast.AST], ast.AST]) -> ast.AST:
     """`node` with `change` applied to each of its children."""
-    for name in fields_of(type(node)):
+    for name in FIELDS[type(node)]:
         value = getattr(node, name)
         if type(value) is list:
             for i, item in enumerate(value):
