@@ -481,8 +481,9 @@ class Attention(nn.Module):
             q, k = paired_rotary(q, cos, sin), paired_rotary(k, cos, sin)
             # heads h and h + H/2 of token t become positions 2t and 2t+1 of one stream
             q, k, v = (x.reshape(x.size(0), -1, c.num_heads // 2, c.head_dim) for x in (q, k, v))
-        elif not c.learned_positions:  # (#2)
-            q, k = rotary(q, shared["cos"], shared["sin"]), rotary(k, shared["cos"], shared["sin"])
+        elif not c.learned_positions:
+            cos, sin = shared["cos"], shared["sin"]
+            q, k = rotary(q, cos, sin), rotary(k, cos, sin)  # (#2)
         if c.qk_norm == "after":  # (#5)
             q, k = norm(q, c.norm_eps), norm(k, c.norm_eps)
         if self.shifts_keys:  # (#49)
@@ -542,11 +543,10 @@ class Block(nn.Module):
             self.resid_lambda, self.x0_lambda = scalar(), scalar()
         if c.bigram:
             self.bigram_lambda = scalar()
-        self.attn = self.mlp = None
-        if not (c.drop_attention and index == dropped_attention(c)):  # (#17)
-            self.attn = Attention(c, layer)
-        if not (c.drop_mlp and index == 0):  # (#30)
-            self.mlp = MLP(c, triton_mlp)
+        silent = c.drop_attention and index == dropped_attention(c)  # (#17)
+        no_mlp = c.drop_mlp and index == 0  # (#30)
+        self.attn = None if silent else Attention(c, layer)
+        self.mlp = None if no_mlp else MLP(c, triton_mlp)
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
                 keys: Keys | None, skip_BTC: Tensor | None) -> Tensor:

@@ -23,12 +23,11 @@ import hashlib
 import itertools
 import math
 import os
-import subprocess
+import re
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,9 +41,9 @@ from torch.nn.attention.varlen import varlen_attn
 # <- constants
 
 MICRO_BATCH_TOKENS = 65_536     # per rank; more are accumulated
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if CUDA else torch.device("cpu")
 LOG = Path("logs") / f"{uuid.uuid4()}.txt"
 
 
@@ -127,7 +126,7 @@ def micro_batches(rows: np.ndarray) -> list[tuple[Tensor, Tensor]]:
     """(inputs, targets) of this rank's rows: consecutive runs, the first ranks' one row longer."""
     rows = np.array_split(rows, WORLD_SIZE)[RANK]
     num_rows = max(1, MICRO_BATCH_TOKENS // (rows.shape[1] - 1))
-    parts = (torch.from_numpy(rows[i:i + num_rows].astype(np.int64)).to(DEVICE)
+    parts = (torch.from_numpy(rows[i:i + num_rows].astype(np.int64))
              for i in range(0, len(rows), num_rows))
     return [(part[:, :-1], part[:, 1:]) for part in parts]
 
@@ -154,7 +153,9 @@ class Keys(NamedTuple):
     """Which keys the queries of packed rows see: their own document's, back to a window."""
 
     cu_seqlens: Tensor  # int32: where documents begin, in all rows laid end to end
-    window: Tensor      # on the CPU; an int here would make torch.compile build a graph for each
+    # on the CPU: ints here would make torch.compile build a graph for each
+    longest: Tensor     # document
+    window: Tensor
 
 
 def packed_keys(doc_BT: Tensor, window: int, dtype: torch.dtype, docs: Tensor | None) -> Keys:
@@ -164,10 +165,11 @@ def packed_keys(doc_BT: Tensor, window: int, dtype: torch.dtype, docs: Tensor | 
         starts_BT[:, 1:] = doc_BT[:, 1:] != doc_BT[:, :-1]
         starts = starts_BT.flatten().nonzero().flatten()
         cu_seqlens = F.pad(starts, (0, 1), value=doc_BT.numel()).int()
-        return Keys(cu_seqlens=cu_seqlens, window=torch.tensor(window))
-    i = torch.arange(doc_BT.size(1), device=doc_BT.device)
+        return Keys(cu_seqlens=cu_seqlens.to(DEVICE, non_blocking=True),
+                    longest=cu_seqlens.diff().max(), window=torch.tensor(window))
+    i = torch.arange(doc_BT.size(1))
     near_TT = (i[:, None] >= i) & (i[:, None] - i < window)
-    return (near_TT & (doc_BT[:, :, None] == doc_BT[:, None, :]))[:, None]
+    return (near_TT & (doc_BT[:, :, None] == doc_BT[:, None, :]))[:, None].to(DEVICE)
 
 
 @torch.compiler.disable
@@ -175,9 +177,9 @@ def packed_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, scale: floa
                      keys: Keys) -> Tensor:
     """Varlen flash attention; torch.compile fuses what is before and behind it."""
     q, k, v = (x.flatten(0, 1).contiguous() for x in (q_BTHD, k_BTHD, v_BTHD))
-    longest = int(keys.cu_seqlens.diff().max())
+    longest, window = int(keys.longest), int(keys.window)
     y = varlen_attn(q, k, v, keys.cu_seqlens, keys.cu_seqlens, longest, longest, scale=scale,
-                    window_size=(int(keys.window) - 1, 0))
+                    window_size=(window - 1, 0))
     return y.view_as(q_BTHD)
 
 
@@ -232,12 +234,20 @@ class Fp8Matmul(torch.autograd.Function):
         return dx, dw.to(ctx.w_dtype), None
 
 
+# <- parameters
+
+
+def parameter_entry(name: str) -> tuple:
+    return PARAMETERS[re.sub(r"\d+\.", "", name)]
+
+
 # <- model
 
 
 class GPT:
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor, divisor: float = 1.0) -> Tensor:
         """The summed cross-entropy, over `divisor`, of predicting targets from inputs."""
+        targets_BT = targets_BT.to(DEVICE, non_blocking=True)
         if r.val_row > 65_536:  # validation has longer rows, whose logits would not fit
             x_BTC = self.hidden(inputs_BT)
             parts = zip(x_BTC.split(MICRO_BATCH_TOKENS, 1), targets_BT.split(MICRO_BATCH_TOKENS, 1))
@@ -246,9 +256,10 @@ class GPT:
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """(B, T) tokens -> (B, T, C), normed, ready for the head."""
-        x_BTC, shared, values = self.embed_tokens(tokens_BT)
         if c.packed:
-            keys = self.attention_keys(tokens_BT)
+            keys = self.attention_keys(tokens_BT)  # on the CPU: a GPU would have to wait for it
+        tokens_BT = tokens_BT.to(DEVICE, non_blocking=True)
+        x_BTC, shared, values = self.embed_tokens(tokens_BT)
         outputs: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
             layer = self.plan[i]
@@ -288,7 +299,8 @@ class GPT:
 # --- optimizer ------------------------------------------------------------------------------------
 
 def normalize(G: Tensor, dim: tuple[int, ...], factor: float = 1.0, eps: float = 0.0) -> Tensor:
-    return G / (factor * G.norm(dim=dim, keepdim=True)).clamp(min=2.0**-126)
+    norm = factor * G.norm(dim=dim, keepdim=True)
+    return G / norm.clamp(min=2.0**-126)
 
 
 # <- muon
@@ -356,8 +368,12 @@ class Optimizer:
         self.completing, self.reductions = False, []
         if r.grad_clip is not None:  # the norm of all gradients of the mean loss together (#1)
             norm = torch.stack([p.grad.norm() for p in params]).norm()
+            if r.loss_divisor is None:
+                clip = r.grad_clip
+            else:
+                clip = r.grad_clip * num_tokens / divisor
             for p in params:
-                p.grad.mul_((r.grad_clip * num_tokens / divisor / (norm + 1e-6)).clamp(max=1.0))
+                p.grad.mul_((clip / (norm + 1e-6)).clamp(max=1.0))
 
         lr, sends = lr_multiplier(step), []
         for group in groups.values():
@@ -377,8 +393,9 @@ class Optimizer:
                 else:
                     self.adam_step(p, group, group["lr"] * lr)
                 p.grad = None
-        for send in sends:
-            send.wait()
+        if r.matrix_rule == "muon":
+            for send in sends:
+                send.wait()
 
     def muon_step(self, p: Tensor, muon: dict, lr: float) -> None:
         state, shape = self.state[p], (muon["split"], -1, p.size(-1))
@@ -434,7 +451,7 @@ def enter_phase(model: GPT, optimizer: Optimizer, step: int, evaluating: bool = 
         model.target_weights = torch.tensor(weights, device=DEVICE)
     if r.tie_first:
         if step == untie_step() and model.tied:  # (#53) the embedding leaves with table and state
-            model.untie()
+            model.embed.weight.data.copy_(model.lm_head.weight)
             optimizer.state[model.embed.weight] = {
                 key: x.clone() if isinstance(x, Tensor) else x
                 for key, x in optimizer.state[model.lm_head.weight].items()}
@@ -479,13 +496,15 @@ def compile_model(model: GPT, optimizer: Optimizer) -> None:
         block.compile()
     model.head_loss = torch.compile(model.head_loss)
     for step in GRAPH_STEPS:
-        enter_phase(model, optimizer, step, evaluating=True)
+        if PHASES:
+            enter_phase(model, optimizer, step, evaluating=True)
         if r.num_targets > 1:
             model.target_weights = torch.tensor(_target_weights(step), device=DEVICE)
         num_rows, T = batch_shape(step)
         rows = np.random.default_rng(0).integers(0, c.bos_id, (num_rows, T + 1))
         inputs_BT, targets_BT = micro_batches(rows)[0]
-        model(inputs_BT, targets_BT, 1.0).backward()
+        divisor = num_rows * T if r.loss_divisor is None else r.loss_divisor
+        model(inputs_BT, targets_BT, divisor).backward()
     model.zero_grad(set_to_none=True)
     torch.cuda.synchronize()
 
@@ -502,16 +521,14 @@ def start_log(files: list[Path], seed: int) -> None:
     """What a log in the public format begins with: source and environment."""
     hashes = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
     digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
-    rule, hardware, smi = "=" * 100, f"CPU with {os.cpu_count()} cores", ""
-    if CUDA:
-        hardware = torch.cuda.get_device_name()
-        smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+    rule = "=" * 100
+    hardware = torch.cuda.get_device_name() if CUDA else f"CPU with {os.cpu_count()} cores"
     LOG.parent.mkdir(exist_ok=True)
     LOG.write_text(
         f"{Path(__file__).read_text()}{rule}\nRunning Python {sys.version.split()[0]}\n"
         f"Running PyTorch {torch.version.__version__} compiled for CUDA {torch.version.cuda} on "
         f"{hardware} with world_size {WORLD_SIZE}\n"
-        f"Running for track {TRACK} with seed {seed} on data {digest}\n{smi}{rule}\n")
+        f"Running for track {TRACK} with seed {seed} on data {digest}\n{rule}\n")
 
 
 def train(train_files: list[Path], val_files: list[Path], seed: int) -> None:
@@ -532,7 +549,8 @@ def train(train_files: list[Path], val_files: list[Path], seed: int) -> None:
             if CUDA:
                 torch.cuda.synchronize()
             train_s += time.perf_counter() - t0
-            enter_phase(model, optimizer, step, evaluating=True)
+            if PHASES:
+                enter_phase(model, optimizer, step, evaluating=True)
             val_loss = evaluate(model, validation)
             log(f"step:{step}/{NUM_ITERATIONS} val_loss:{val_loss:.6f} "
                 f"train_time:{1000 * train_s:.0f}ms "
@@ -540,7 +558,8 @@ def train(train_files: list[Path], val_files: list[Path], seed: int) -> None:
             t0 = time.perf_counter()
         if last:
             break
-        enter_phase(model, optimizer, step)
+        if PHASES:
+            enter_phase(model, optimizer, step)
         train_step(model, optimizer, next(batches), step)
         elapsed_ms = 1000 * (train_s + time.perf_counter() - t0)
         log(f"step:{step + 1}/{NUM_ITERATIONS} train_time:{elapsed_ms:.0f}ms "

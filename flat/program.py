@@ -11,7 +11,6 @@ import gc
 import math
 import pickle
 import re
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -23,13 +22,20 @@ import recipes
 from flat.fold import TRUE, Known, fold, prune
 from flat.tidy import Docs
 from flat.tree import parse, show, walk, wrapped
-from model import GPT, Layer, layer_plan, parameter_entry
+from kernels import DTYPES
+from model import GPT, GPTConfig, Layer, backout_layer, dropped_attention, layer_plan, parameter_entry
 from recipes import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = re.compile(r"# -+ the program\n")
 TORCH_DTYPES = {"fp64": "torch.float64", "fp32": "torch.float32", "bf16": "torch.bfloat16"}
 KEEP = {"main"}
+# functions that are read better where they are called
+INLINED = {"document_ids", "relu_squared", "_gram", "_polynomial", "_ema", "_ema_", "attention",
+           "embed_tokens", "attention_keys", "final_norm", "momentum_average",
+           "steepest_direction", "adam_average", "normuon", "normalize", "rotary_frequencies",
+           "descend", "window_in_keys", "batch_tokens", "reduce",
+           "parameter_entry"}
 CONFIGS = {"Recipe", "GPTConfig", "RECORDS"}   # decided: only annotations name them
 
 
@@ -131,21 +137,25 @@ def groups_of(recipe: Recipe, model: GPT) -> dict[str, dict]:
 
 def known_of(recipe: Recipe, names: list[str], groups: dict[str, dict]) -> Known:
     """What the recipe decides; `names` of the model's parameters."""
-    c, r, known = recipe.model, recipe, Known()
-    known.objects |= dict.fromkeys(("c", "config", "self.config", "model.config"), c)
-    known.objects |= dict.fromkeys(("r", "recipe"), r)
-    known.objects |= {"recipe.model": c, "layer": uniform(layer_plan(c))}
+    c, r, known = recipe.model, recipe, Known(inlined=set(INLINED))
+    known.names = {"c": c, "r": r, "layer": uniform(layer_plan(c)), "DTYPES": DTYPES, "any": any,
+                   "backout_layer": backout_layer, "dropped_attention": dropped_attention}
+    known.sources |= {"config": "c", "self.config": "c", "model.config": "c", "recipe.model": "c",
+                      "recipe": "r"}
     full, wide = r.scale == "full", "float64" if c.compute_dtype == "fp64" else "float32"
     starts = [parameter_entry(name, c)[1] for name in names]
     known.values |= {
         "'relu2' in kernels": False,
-        "any(r.normuon.values())": any(r.normuon.values()),
         "isinstance(decay, Tensor)": False, "isinstance(lr, Tensor)": False,
         "wide": False, "G.ndim < 2": False,
         "G.numel() == 0": False, "X.dtype == torch.float64": c.compute_dtype == "fp64",
         "method == 'svd' and ns_coefficients is None": r.muon_method == "svd"}
-    if r.muon_method != "cubic":
-        known.values["c"] = TRUE    # of (a, b, c)
+    known.values["PHASES"] = bool(r.window_range or r.window_stages or r.num_targets > 1
+                                  or r.tie_first)
+    if not c.drop_attention:
+        known.values["self.attn is not None"] = True
+    if not c.drop_mlp:
+        known.values["self.mlp is not None"] = True
     if full:
         known.values["CUDA"] = True
     if not r.warmup_steps:
@@ -155,15 +165,11 @@ def known_of(recipe: Recipe, names: list[str], groups: dict[str, dict]) -> Known
     if all(g["second_moment"] for g in groups.values() if g["rule"] == "muon"):
         known.values["muon['second_moment']"] = TRUE
 
-    known.sources |= {f"DTYPES[c.{name}_dtype]": TORCH_DTYPES[getattr(c, f"{name}_dtype")]
-                      for name in ("compute", "stream", "embed", "head")}
     head = c.compute_dtype if c.head == "fp8" else c.head
     safety = 1.0 if r.matrix_rule == "adam" else muon.coefficients(r.muon_method, r.muon_steps)[1]
     on_gpu = "bfloat16" if r.muon_mode == "fast" else "float16"
     known.sources |= {
         "dtype if c.head == 'fp8' else DTYPES[c.head]": TORCH_DTYPES[head],
-        "backout_layer(c)": str(2 * c.num_layers // 3),
-        "dropped_attention(c)": str(7 * c.num_layers // 12),
         "layer_plan(c)": "PLAN", "len(PLAN)": "NUM_LAYERS", "c.softcap.div": "SOFTCAP_DIV",
         "self.phase.window or T": "self.window",
         "self.phase.short_window or T": "self.short_window",
@@ -206,8 +212,9 @@ def known_of(recipe: Recipe, names: list[str], groups: dict[str, dict]) -> Known
     if len(kinds) == 1:
         known.values["kind == 'uniform'"] = kinds == {"uniform"}
     if not r.extension_steps:
-        known.sources |= {f"{name}.scheduled_steps": f"{name}.num_iterations"
-                          for name in ("r", "recipe")}
+        known.sources |= {"r.scheduled_steps": "r.num_iterations"}
+    if r.window_range or r.window_stages:
+        known.sources["tuple[int, int] | None"] = "tuple[int, int]"
     if r.val_row == c.seq_len:
         known.sources["r.val_row"] = "c.seq_len"
     if not (r.momentum_warmup_steps or r.momentum_cooldown_steps):
@@ -241,6 +248,7 @@ class Folded(NamedTuple):
     tree: ast.Module
     known: Known
     groups: dict[str, dict]
+    names: list[str]    # of parameters
 
 
 def folded(recipe: Recipe) -> Folded:
@@ -250,7 +258,6 @@ def folded(recipe: Recipe) -> Folded:
     groups = groups_of(recipe, model)
     known = known_of(recipe, names, groups)
     tree = pickle.loads(assemble())
-    keep_rows(tree, names)
     docs = Docs(tree, known, recipe.record, vars(recipe.model) | vars(recipe))
     collects = gc.isenabled()
     gc.disable()  # it would look through the tree again and again
@@ -258,19 +265,20 @@ def folded(recipe: Recipe) -> Folded:
     if collects:
         gc.enable()
     docs.clean()
-    return Folded(tree, known, groups)
+    return Folded(tree, known, groups, names)
 
 
 def printed(recipe: Recipe, words: str) -> str:
     """The program of `recipe`; `words` are those after `python -m flat` that asked for it."""
-    c, (tree, known, groups) = recipe.model, folded(recipe)
+    c, (tree, known, groups, names) = recipe.model, folded(recipe)
     text = show(tree)
-    tables = {"plan": plan_text(recipe, text), "groups": groups_text(groups, text)}
-    tables["constants"] = constants_text(recipe, known, text + tables["groups"])
+    tables = {"plan": plan_text(recipe, text), "groups": groups_text(groups, text),
+              "parameters": parameters_text(recipe, names)}
+    tables["constants"] = constants_text(recipe, known, text + "".join(tables.values()))
     for name, table in tables.items():
         at = next(i for i, n in enumerate(tree.body) if getattr(n, "text", "") == f"# <- {name}")
         tree.body[at:at + 1] = parse(f"\n{table}").body
-    text = show(tree).replace("parameter_table in model.py", "parameter_table")
+    text = show(tree)
     if c.compute_dtype == "fp64":
         text = text.replace(".float()", ".double()")
     for name, value in {
@@ -287,13 +295,23 @@ def printed(recipe: Recipe, words: str) -> str:
     return text
 
 
-def keep_rows(tree: ast.Module, names: list[str]) -> None:
-    """In parameter_table, the rows of parameters that the model has."""
-    (table,) = (n for n in tree.body if getattr(n, "name", "") == "parameter_table")
-    (rows,) = (n for n in walk(table) if isinstance(n, ast.Dict))
-    kept = [(k, v) for k, v in zip(rows.keys, rows.values)
-            if any(fnmatchcase(name, k.value) for name in names)]
-    rows.keys, rows.values, rows.dirty = [k for k, _ in kept], [v for _, v in kept], True
+def parameters_text(recipe: Recipe, names: list[str]) -> str:
+    """PARAMETERS as a literal: what parameter_table says of each kind of parameter."""
+    rows = {re.sub(r"\d+\.", "", name): parameter_entry(name, recipe.model) for name in names}
+    return ("# Role (which is its optimizer group) and start of each kind of parameter: uniform or "
+            "normal with\n# a standard deviation, or a constant.\nPARAMETERS = {\n" + "".join(
+                f'    "{name}": ("{role}", ("{kind}", {std_text(number, recipe.model)})),\n'
+                for name, (role, (kind, number)) in rows.items()) + "}\n")
+
+
+def std_text(number: float, c: GPTConfig) -> str:
+    """A standard deviation, as a product with a root of a size where that is shorter."""
+    roots = {"": 1.0, " * MODEL_DIM ** -0.5": c.model_dim ** -0.5,
+             " * (MLP_RATIO * MODEL_DIM) ** -0.5": (c.mlp_ratio * c.model_dim) ** -0.5,
+             " * (2 * NUM_LAYERS) ** -0.5": (2 * c.num_layers) ** -0.5}
+    found = {root: literal(float(f"{number / size:.15g}")) for root, size in roots.items()}
+    root = min(found, key=lambda root: len(found[root]))
+    return (found[root] + root).removeprefix("1.0 * ")
 
 
 def literal(value: object) -> str:
@@ -339,11 +357,11 @@ def constants_text(recipe: Recipe, known: Known, text: str) -> str:
     if recipe.matrix_rule == "muon" and recipe.muon_method != "svd":
         made["NS_COEFFICIENTS"], made["NS_SAFETY"] = muon.coefficients(
             recipe.muon_method, recipe.muon_steps)
-    lines = []
+    lines, words = [], set(re.findall(r"\w+", text))
     order = {f.upper(): i for i, f in enumerate(
         [*vars(c), *vars(recipe), *dir(c), *dir(recipe)])}
     for name, value in sorted(made.items(), key=lambda item: order.get(item[0], 999)):
-        if re.search(rf"\b{name}\b", text):
+        if name in words:
             if name == "NS_COEFFICIENTS" and len(set(value)) > 1:
                 rows = "".join(f"    {row!r},\n" for row in value)
                 lines.append(f"{name} = (\n{rows})")
@@ -351,7 +369,7 @@ def constants_text(recipe: Recipe, known: Known, text: str) -> str:
                 lines.append(f"{name} = ({value[0]!r},) * {len(value)}")
             else:
                 lines.append(f"{name} = {literal(value)}")
-    if re.search(r"\bNS_DTYPE\b", text):
+    if "NS_DTYPE" in words:
         wide = "float64" if c.compute_dtype == "fp64" else "float32"
         on_gpu = "bfloat16" if recipe.muon_mode == "fast" else "float16"
         lines.append(f"NS_DTYPE = torch.{on_gpu} if torch.cuda.is_available() else torch.{wide}")

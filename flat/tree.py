@@ -94,8 +94,6 @@ def parse(text: str) -> ast.Module:
     for node in walk(tree):
         if isinstance(node, ast.expr):
             node.text = segment(code, node)
-            # a table: an entry a line
-            node.rows = isinstance(node, ast.Dict) and code[node.end_lineno - 1].strip() == "}"
         if not isinstance(node, ast.stmt):
             continue
         start = first = first_line(node)
@@ -312,10 +310,6 @@ def statement(node: ast.stmt, depth: int) -> list[str]:
         return [node.text]
     if is_docstring(node) or isinstance(node, ast.Try):
         return [f"{pad}{line}".rstrip() for line in node.lines]
-    if isinstance(node, ast.Return) and getattr(node.value, "rows", False) and node.dirty:
-        rows = (f"{pad}    {expression(k)}: {expression(v)},"
-                for k, v in zip(node.value.keys, node.value.values))
-        return [f"{pad}return {{", *rows, f"{pad}}}"]
     if is_plain(node):
         return laid_out(node, expression(node) if node.dirty else joined(node.lines), pad)
     found = [f"{pad}@{expression(d)}" for d in getattr(node, "decorator_list", [])]
