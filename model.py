@@ -310,8 +310,8 @@ class Linear(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype,
                  dtype: torch.dtype | None = None, bias: bool = False, factor: bool = False):
         super().__init__()
-        dtype = dtype or torch.promote_types(compute_dtype, torch.float32)
-        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=dtype))
+        stored = dtype or torch.promote_types(compute_dtype, torch.float32)
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=stored))
         self.bias = nn.Parameter(torch.empty(out_dim)) if bias else None
         self.factor = scalar() if factor else None
         self.compute_dtype = compute_dtype

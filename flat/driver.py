@@ -42,8 +42,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 MICRO_BATCH_TOKENS = 65_536     # per rank; more are accumulated
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if CUDA else torch.device("cpu")
+LOCAL_RANK, CUDA = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.is_available()
+DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
 LOG = Path("logs") / f"{uuid.uuid4()}.txt"
 
 
@@ -165,8 +165,9 @@ def packed_keys(doc_BT: Tensor, window: int, dtype: torch.dtype, docs: Tensor | 
         starts_BT[:, 1:] = doc_BT[:, 1:] != doc_BT[:, :-1]
         starts = starts_BT.flatten().nonzero().flatten()
         cu_seqlens = F.pad(starts, (0, 1), value=doc_BT.numel()).int()
-        return Keys(cu_seqlens=cu_seqlens.to(DEVICE, non_blocking=True),
-                    longest=cu_seqlens.diff().max(), window=torch.tensor(window))
+        longest, cu_seqlens = cu_seqlens.diff().max(), cu_seqlens.to(DEVICE, non_blocking=True)
+        torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for any number of documents
+        return Keys(cu_seqlens=cu_seqlens, longest=longest, window=torch.tensor(window))
     i = torch.arange(doc_BT.size(1))
     near_TT = (i[:, None] >= i) & (i[:, None] - i < window)
     return (near_TT & (doc_BT[:, :, None] == doc_BT[:, None, :]))[:, None].to(DEVICE)
@@ -260,14 +261,18 @@ class GPT:
             keys = self.attention_keys(tokens_BT)  # on the CPU: a GPU would have to wait for it
         tokens_BT = tokens_BT.to(DEVICE, non_blocking=True)
         x_BTC, shared, values = self.embed_tokens(tokens_BT)
-        outputs: dict[int, Tensor] = {}
-        for i, block in enumerate(self.blocks):
-            layer = self.plan[i]
-            x_BTC = block(
-                x_BTC, shared, values.get(layer.value_table) if c.value_embeds != "none" else None,
-                keys[layer.keys] if c.packed else None,
-                outputs.get(layer.skip_from) if c.unet != "none" else None)
-            if c.unet != "none" or c.backout:
+        if LAYERS_ALIKE:
+            for block in self.blocks:
+                x_BTC = block(x_BTC, shared, None, None, None)
+        else:
+            outputs: dict[int, Tensor] = {}
+            for i, block in enumerate(self.blocks):
+                layer = self.plan[i]
+                x_BTC = block(
+                    x_BTC, shared,
+                    values.get(layer.value_table) if c.value_embeds != "none" else None,
+                    keys[layer.keys] if c.packed else None,
+                    outputs.get(layer.skip_from) if c.unet != "none" else None)
                 outputs[i] = x_BTC
         return self.final_norm(x_BTC, outputs)
 
@@ -318,10 +323,14 @@ class Optimizer:
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         if r.adam_every > 1:
             self.group_of: dict[Tensor, dict] = {}
+        if r.matrix_rule == "muon":
+            self.owner: dict[Tensor, int] = {}  # the rank that updates a matrix
         self.reductions = []
         self.completing = False     # whether this backward pass is the last one of its step
         for name, p in model.named_parameters():
             role, _ = parameter_entry(name)
+            if r.matrix_rule == "muon":
+                self.owner[p] = len(self.groups[role]["params"]) % WORLD_SIZE
             self.groups[role]["params"].append(p)
             self.state[p] = {}
             if r.adam_every > 1:
@@ -379,15 +388,15 @@ class Optimizer:
         for group in groups.values():
             if r.momentum_warmup_steps or r.momentum_cooldown_steps:
                 group["momentum"] = momentum(step)
-            for i, p in enumerate(group["params"]):
+            for p in group["params"]:
                 if p.grad is None:
                     continue
                 if r.matrix_rule == "muon":
                     if group["rule"] == "muon":
-                        if i % WORLD_SIZE == RANK:
+                        if self.owner[p] == RANK:
                             self.muon_step(p, group, group["lr"] * lr)
                         if WORLD_SIZE > 1:
-                            sends.append(dist.broadcast(p.data, i % WORLD_SIZE, async_op=True))
+                            sends.append(dist.broadcast(p.data, self.owner[p], async_op=True))
                     else:
                         self.adam_step(p, group, group["lr"] * lr)
                 else:
@@ -502,6 +511,8 @@ def compile_model(model: GPT, optimizer: Optimizer) -> None:
             model.target_weights = torch.tensor(_target_weights(step), device=DEVICE)
         num_rows, T = batch_shape(step)
         rows = np.random.default_rng(0).integers(0, c.bos_id, (num_rows, T + 1))
+        if c.packed:
+            rows[:, ::500] = c.bos_id
         inputs_BT, targets_BT = micro_batches(rows)[0]
         divisor = num_rows * T if r.loss_divisor is None else r.loss_divisor
         model(inputs_BT, targets_BT, divisor).backward()

@@ -18,12 +18,11 @@ methods of one name, and touch attributes by their names alone.
 
 import ast
 import copy
-import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from flat.tree import FIELDS, Note, blocks, children, dotted, is_docstring, settle, walk
+from flat.tree import FIELDS, Note, blocks, children, dotted, is_docstring, walk
 
 FUNCTION = ast.FunctionDef
 ENDS = ast.Return | ast.Continue | ast.Break | ast.Raise
@@ -31,18 +30,6 @@ ENDS = ast.Return | ast.Continue | ast.Break | ast.Raise
 
 class Unknown(Exception):
     """The configuration does not decide this expression."""
-
-
-class Truth:
-    """A value of which is known only that it is true."""
-
-    def __eq__(self, other: object) -> bool:
-        raise Unknown
-
-    __hash__ = None
-
-
-TRUE = Truth()
 
 
 @dataclass
@@ -278,8 +265,8 @@ class Decider:
                     return kept[0] if len(kept) == 1 else ast.BoolOp(node.op, kept)
             case ast.UnaryOp(op=ast.Not(), operand=ast.Compare(ops=[ast.Eq()]) as inner):
                 return ast.Compare(inner.left, [ast.NotEq()], inner.comparators)
-            case ast.Call(func=ast.Attribute(attr="linear"), args=[*most, ast.Constant(value=None)]):
-                return ast.Call(node.func, most, node.keywords)
+            case ast.Call(func=ast.Attribute(attr="linear"), args=[x, w, ast.Constant(value=None)]):
+                return ast.Call(node.func, [x, w], node.keywords)
         return node
 
     # --- statements
@@ -359,20 +346,14 @@ def lifted(node: ast.stmt, body: list[ast.stmt], note: str, above: list[str] | N
 
 def simpler_product(node: ast.BinOp) -> ast.expr:
     """x * 1.0 and x + 0.0 are x, x * 0.0 is 0.0."""
-    left, right = ((n.value if isinstance(n, ast.Constant) else None)
-                   for n in (node.left, node.right))
-    match node.op:
-        case ast.Mult() if 0 in (left, right):
-            return ast.Constant(0.0)
-        case ast.Mult() | ast.Div() if right == 1:
-            return node.left
-        case ast.Add() | ast.Sub() if right == 0:
-            return node.left
-        case ast.Mult() if left == 1:
-            return node.right
-        case ast.Add() if left == 0:
-            return node.right
-    return node
+    left, right = (getattr(side, "value", None) if isinstance(side, ast.Constant) else None
+                   for side in (node.left, node.right))
+    op, neutral = type(node.op), {ast.Mult: 1, ast.Div: 1, ast.Add: 0, ast.Sub: 0}
+    if op is ast.Mult and 0 in (left, right):
+        return ast.Constant(0.0)
+    if op in neutral and right == neutral[op]:
+        return node.left
+    return node.right if op in (ast.Mult, ast.Add) and left == neutral[op] else node
 
 
 # --- inside a function ----------------------------------------------------------------------------
@@ -417,75 +398,32 @@ class Scope:
         self.inner = {n.arg for n in self.nodes if isinstance(n, ast.arg)} - self.own
 
 
-def fixed_attributes(unit: ast.stmt) -> set[str]:
-    """self.x that nothing but __init__ assigns."""
-    stored: dict[str, set[str]] = {}
-    for method in unit.body if isinstance(unit, ast.ClassDef) else ():
-        for n in walk(method):
-            if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store):
-                stored.setdefault(dotted(n), set()).add(getattr(method, "name", ""))
-    return {name for name, methods in stored.items() if methods == {"__init__"}}
-
-
 def propagate_locals(unit: ast.stmt) -> bool:
-    """Locals that are assigned once, and are a constant or another name of something."""
-    changed, fixed = False, fixed_attributes(unit)
+    """Locals that are assigned once, and are a constant or another name of a local."""
+    changed = False
     for scope in map(Scope, functions_in(unit)):
         looped = {id(n) for loop in scope.nodes if isinstance(loop, ast.For | ast.While)
                   for body in blocks(loop) for n in body}
-        hidden, body = in_strings(scope.nodes) | scope.inner, scope.function.body
-
-        def is_alias(value: ast.expr, node: ast.stmt, scope=scope, looped=looped) -> bool:
-            if isinstance(value, ast.Attribute):
-                return dotted(value) in fixed
-            return isinstance(value, ast.Name) and id(node) not in looped and (
-                value.id not in scope.inner) and (
-                scope.stores[value.id] == (value.id not in scope.own))
-
-        values = {}
+        hidden, values = in_strings(scope.nodes) | scope.inner | scope.own, {}
         for node in scope.nodes:
             for target, value in pairs_of(node):
-                name = getattr(target, "id", None)
-                if scope.stores[name] == 1 and scope.reads[name] and name not in hidden and (
-                        name not in scope.own or is_first(body, node, name)) and not (
-                        isinstance(value, ast.BinOp) and (node.above or node.beside)) and (
-                        is_simple(value) or is_alias(value, node)):
+                name, other = getattr(target, "id", None), getattr(value, "id", None)
+                once = scope.stores[name] == 1 and scope.reads[name] and name not in hidden
+                alias = other not in {None, *scope.inner} and id(node) not in looped and (
+                    scope.stores[other] == (other not in scope.own))
+                told = isinstance(value, ast.BinOp) and (node.above or node.beside)
+                if once and not told and (alias or is_simple(value)):
                     values[name] = value
         values = {name: value for name, value in values.items()
                   if not (names_read(walk(value)).keys() & values.keys())}
         if values:
-            body[:] = [substitute(node, values) for node in body]
+            scope.function.body = [substitute(node, values) for node in scope.function.body]
             changed = True
     return changed
 
 
-def is_first(body: list[ast.stmt], node: ast.stmt, name: str) -> bool:
-    """Whether a statement of `body` comes before all that read `name`."""
-    for other in body:
-        if other is node or names_read(walk(other))[name]:
-            return other is node
-    return False
-
-
-def return_at_once(unit: ast.stmt) -> bool:
-    """`x = ...; return x` is `return ...`."""
-    changed = False
-    for body in blocks(unit):
-        for first, last in itertools.pairwise(body):
-            match first, last:
-                case (ast.Assign(targets=[ast.Name(id=name)]),
-                      ast.Return(value=ast.Name(id=other))) if name == other and not last.above:
-                    last.value, last.dirty = first.value, True
-                    last.above, last.blank = first.above, first.blank
-                    last.beside = last.beside or first.beside
-                    body.remove(first)
-                    changed = True
-                    break
-    return changed
-
-
 def prune_locals(unit: ast.stmt) -> bool:
-    """Locals, and the numbers of enumerate, that nothing reads."""
+    """Locals that nothing reads."""
     changed = False
     for scope in map(Scope, functions_in(unit)):
         def unread(target: ast.expr, reads=scope.reads) -> bool:
@@ -498,9 +436,6 @@ def prune_locals(unit: ast.stmt) -> bool:
                     changed = True
                 else:
                     changed |= prune_assignment(body, node, unread)
-        for node in scope.nodes:
-            for loop in getattr(node, "generators", [node] if isinstance(node, ast.For) else []):
-                changed |= prune_enumerate(loop, names_read(walk(node)))
     return changed
 
 
@@ -526,24 +461,6 @@ def prune_assignment(body: list[ast.stmt], node: ast.stmt, unread: Callable) -> 
     else:
         node.targets[0].elts, node.value.elts = ([*side] for side in zip(*kept))
         node.targets[0].dirty = node.value.dirty = True
-    return True
-
-
-def prune_enumerate(loop: ast.For | ast.comprehension, reads: Counter) -> bool:
-    """The number or the item of an enumerate, or the item of a table, that nothing reads."""
-    match loop.iter, loop.target:
-        case ast.Call(func=ast.Name(id="enumerate"), args=[items]), ast.Tuple(elts=[number, item]):
-            if not reads[number.id]:
-                loop.target, loop.iter = item, items
-            elif isinstance(item, ast.Name) and not reads[item.id]:
-                loop.target, loop.iter = number, parsed(f"range(len({ast.unparse(items)}))")
-            else:
-                return False
-        case ast.Name(id=table), ast.Name(id=name) if table.isupper() and not reads[name]:
-            loop.target, loop.iter = ast.Name("_", ast.Store()), parsed(f"range(len({table}))")
-        case _:
-            return False
-    loop.dirty = True
     return True
 
 
@@ -814,7 +731,7 @@ def inline(program: Program, calls: Calls, comment: Callable) -> None:
             reads, stores = names_read(nodes), names_stored(nodes)
             first = []
             for word, value in list(bound.items()):
-                if stores[word] or reads[word] > 1 and not is_short(value):
+                if stores[word] or (reads[word] > 1 and not is_short(value)):
                     del bound[word]
                     first.append(statement(f"{word} = 0"))
                     first[-1].value = value
@@ -874,8 +791,7 @@ def fold(tree: ast.Module, known: Known, keep: set[str], comment: Callable) -> N
             while unit in tree.body:
                 decider = Decider(known, unit)
                 decider.statement(unit)
-                if not (decider.changed | propagate_locals(unit) | return_at_once(unit)
-                        | prune_locals(unit)):
+                if not (decider.changed | propagate_locals(unit) | prune_locals(unit)):
                     break
             unit.facts = None
         prune_unused(program)

@@ -19,11 +19,19 @@ import torch
 
 import muon
 import recipes
-from flat.fold import TRUE, Known, fold, prune
+from flat.fold import Known, fold, prune
 from flat.tidy import Docs
-from flat.tree import parse, show, walk, wrapped
+from flat.tree import parse, show, wrapped
 from kernels import DTYPES
-from model import GPT, GPTConfig, Layer, backout_layer, dropped_attention, layer_plan, parameter_entry
+from model import (
+    GPT,
+    GPTConfig,
+    Layer,
+    backout_layer,
+    dropped_attention,
+    layer_plan,
+    parameter_entry,
+)
 from recipes import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,6 +158,11 @@ def known_of(recipe: Recipe, names: list[str], groups: dict[str, dict]) -> Known
         "wide": False, "G.ndim < 2": False,
         "G.numel() == 0": False, "X.dtype == torch.float64": c.compute_dtype == "fp64",
         "method == 'svd' and ns_coefficients is None": r.muon_method == "svd"}
+    alike = len({*layer_plan(c)}) == 1 and not (c.packed or c.drop_mlp or c.backout)
+    known.values["LAYERS_ALIKE"] = alike
+    if alike:
+        known.sources["(Block(c, i, layer, 'relu2' in kernels) for i, layer in "
+                      "enumerate(self.plan))"] = "(Block() for _ in range(NUM_LAYERS))"
     known.values["PHASES"] = bool(r.window_range or r.window_stages or r.num_targets > 1
                                   or r.tie_first)
     if not c.drop_attention:
@@ -162,15 +175,14 @@ def known_of(recipe: Recipe, names: list[str], groups: dict[str, dict]) -> Known
         known.values["step < r.warmup_steps"] = False
     if not r.tie_first:
         known.values["self.tied"] = False
-    if all(g["second_moment"] for g in groups.values() if g["rule"] == "muon"):
-        known.values["muon['second_moment']"] = TRUE
 
     head = c.compute_dtype if c.head == "fp8" else c.head
     safety = 1.0 if r.matrix_rule == "adam" else muon.coefficients(r.muon_method, r.muon_steps)[1]
     on_gpu = "bfloat16" if r.muon_mode == "fast" else "float16"
     known.sources |= {
         "dtype if c.head == 'fp8' else DTYPES[c.head]": TORCH_DTYPES[head],
-        "layer_plan(c)": "PLAN", "len(PLAN)": "NUM_LAYERS", "c.softcap.div": "SOFTCAP_DIV",
+        "Embedding": "nn.Embedding",    # its own initialisation takes seconds, lines as well
+        "layer_plan(c)": "PLAN", "c.softcap.div": "SOFTCAP_DIV",
         "self.phase.window or T": "self.window",
         "self.phase.short_window or T": "self.short_window",
         "torch.promote_types(compute_dtype, torch.float32)": f"torch.{wide}",
@@ -206,8 +218,6 @@ def known_of(recipe: Recipe, names: list[str], groups: dict[str, dict]) -> Known
     if c.embed_dtype == c.stream_dtype:
         table = "F.embedding(tokens_BT, table.weight)"
         known.sources[f"{table}.to(stream)"] = table
-    if c.value_embeds == "none" and not c.bigram:  # no tables that take long to draw
-        known.sources["Embedding"] = "nn.Embedding"
     kinds = {start.kind for start in starts if start.number} - {"constant"}
     if len(kinds) == 1:
         known.values["kind == 'uniform'"] = kinds == {"uniform"}
@@ -384,7 +394,8 @@ def plan_text(recipe: Recipe, text: str) -> str:
     kept = re.findall(r"^    (\w+): ", match[1], re.M)
     rows = []
     for layer in layer_plan(recipe.model):
-        inside = ", ".join(f"{name}={getattr(layer, name)!r}" for name in kept
-                           if getattr(layer, name) != Layer._field_defaults[name])
-        rows.append(f"    Layer({inside}),\n".replace("'", '"'))
-    return "PLAN = [\n" + "".join(rows) + "]\n"
+        values = [getattr(layer, name) for name in kept]
+        while values and values[-1] == Layer._field_defaults[kept[len(values) - 1]]:
+            del values[-1]
+        rows.append(f"Layer({', '.join(map(literal, values))})")
+    return wrapped(f"PLAN = [{', '.join(rows)}]") + "\n"

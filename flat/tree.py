@@ -29,16 +29,10 @@ LEAVES = {"ctx", "op", "ops", "id", "attr", "kind", "arg", "name", "level", "mod
           "conversion", "is_async", "simple", "type_comment", "type_ignores", "type_params"}
 
 
-class Fields(dict):
-    """Kind of node -> its fields that hold nodes."""
-
-    def __missing__(self, kind: type) -> tuple[str, ...]:
-        self[kind] = () if kind is ast.Constant else tuple(
-            name for name in kind._fields if name not in LEAVES)
-        return self[kind]
-
-
-FIELDS = Fields()
+# Kind of node -> its fields that hold nodes.
+FIELDS = {kind: tuple(name for name in kind._fields if name not in LEAVES)
+          for kind in (Note, *vars(ast).values())
+          if isinstance(kind, type) and issubclass(kind, ast.AST)} | {ast.Constant: ()}
 
 
 def children(node: ast.AST) -> list[ast.AST]:
@@ -197,9 +191,11 @@ def shell(node: ast.AST, parent: ast.AST | None) -> ast.AST:
             bare = isinstance(parent, ast.stmt | ast.comprehension | ast.Subscript | None) and (
                 node.elts and not in_parentheses(node) and node is not getattr(parent, "iter", 0))
             return ast.Name(inside if bare else f"({inside})")
-        case ast.Constant(value=str() as value) if node.dirty:
+        case ast.JoinedStr() | ast.Constant() if hasattr(node, "text"):
+            return ast.Name(node.text)
+        case ast.Constant(value=str() as value):
             return ast.Name(f'"{value}"')
-        case ast.Constant() if node.dirty:
+        case ast.Constant():
             return ast.Name(repr(node.value).replace("e-0", "e-"))
         case ast.UnaryOp(op=ast.USub()) if power:
             inside = expression(node.operand)
@@ -273,14 +269,13 @@ def laid_out(node: ast.stmt, text: str, pad: str) -> list[str]:
         return [pad + line for line in written]
     if len(pad + text + beside) <= WIDTH:
         return [pad + text + beside]
-    above = []
-    if node.beside and not (len(written) > 1 and len(pad + written[-1] + beside) <= WIDTH):
-        above, beside = [pad + node.beside], ""
     if len(pad + text) > WIDTH and written and all(len(pad + line) <= WIDTH for line in written):
         shown = [pad + line for line in written]
     else:
         shown = wrapped(pad + text).split("\n")
-    return [*above, *shown[:-1], shown[-1] + beside]
+    if node.beside and (len(shown) == 1 or len(shown[-1] + beside) > WIDTH):
+        return [pad + node.beside, *shown]
+    return [*shown[:-1], shown[-1] + beside]
 
 
 def block(body: list[ast.stmt], depth: int, owner: ast.AST) -> list[str]:

@@ -43,7 +43,8 @@ WARMUP_STEPS = 700
 
 MICRO_BATCH_TOKENS = 65_536     # per rank; more are accumulated
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+DEVICE = torch.device("cuda", LOCAL_RANK)
 LOG = Path("logs") / f"{uuid.uuid4()}.txt"
 
 
@@ -136,8 +137,9 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
         bias = None if self.bias is None else self.bias.to(torch.bfloat16)
-        return F.linear(x.to(torch.bfloat16), self.weight.to(torch.bfloat16), bias)
+        return F.linear(x.to(torch.bfloat16), weight.to(torch.bfloat16), bias)
 
 
 class Attention(nn.Module):
@@ -187,7 +189,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         x_BTC = self.attn(x_BTC)
-        return self.mlp(x_BTC)
+        x_BTC = self.mlp(x_BTC)
+        return x_BTC
 
 
 class GPT(nn.Module):
@@ -214,7 +217,8 @@ class GPT(nn.Module):
         """(B, T) tokens -> (B, T, C), normed, ready for the head."""
         tokens_BT = tokens_BT.to(DEVICE, non_blocking=True)
         # The embedding and what all layers share.
-        x_BTC = F.embedding(tokens_BT, self.embed.weight)
+        table = self.embed
+        x_BTC = F.embedding(tokens_BT, table.weight)
         x_BTC = x_BTC + self.position.weight[:tokens_BT.size(1)]  # (#1)
 
         for block in self.blocks:
@@ -258,8 +262,8 @@ class Optimizer:
     @torch.no_grad()
     def step(self, step: int) -> None:
         """The update of `step`."""
-        params = [p for group in self.groups.values()
-                  for p in group["params"] if p.grad is not None]
+        groups = self.groups
+        params = [p for group in groups.values() for p in group["params"] if p.grad is not None]
         if WORLD_SIZE > 1:
             for p in params:
                 self.reductions.append(dist.all_reduce(p.grad, async_op=True))
@@ -272,7 +276,7 @@ class Optimizer:
             p.grad.mul_((GRAD_CLIP / (norm + 1e-6)).clamp(max=1.0))
 
         lr = lr_multiplier(step)
-        for group in self.groups.values():
+        for group in groups.values():
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -310,7 +314,8 @@ def lr_multiplier(step: int) -> float:
     if step < WARMUP_STEPS:
         return (step + 1) / WARMUP_STEPS
     left = min(1.0, max(0, NUM_ITERATIONS - step) / COOLDOWN_STEPS)
-    return (1 - math.cos(math.pi * left)) / 2
+    left = (1 - math.cos(math.pi * left)) / 2
+    return left
 
 
 # --- training -------------------------------------------------------------------------------------

@@ -58,7 +58,8 @@ NS_COEFFICIENTS = ((3.4445, -4.775, 2.0315),) * 5
 
 MICRO_BATCH_TOKENS = 65_536     # per rank; more are accumulated
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+DEVICE = torch.device("cuda", LOCAL_RANK)
 LOG = Path("logs") / f"{uuid.uuid4()}.txt"
 
 
@@ -128,8 +129,9 @@ def packed_keys(doc_BT: Tensor, window: int) -> Keys:
     starts_BT[:, 1:] = doc_BT[:, 1:] != doc_BT[:, :-1]
     starts = starts_BT.flatten().nonzero().flatten()
     cu_seqlens = F.pad(starts, (0, 1), value=doc_BT.numel()).int()
-    return Keys(cu_seqlens=cu_seqlens.to(DEVICE, non_blocking=True),
-                longest=cu_seqlens.diff().max(), window=torch.tensor(window))
+    longest, cu_seqlens = cu_seqlens.diff().max(), cu_seqlens.to(DEVICE, non_blocking=True)
+    torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for any number of documents
+    return Keys(cu_seqlens=cu_seqlens, longest=longest, window=torch.tensor(window))
 
 
 @torch.compiler.disable
@@ -228,14 +230,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(torch.bfloat16), self.weight.to(torch.bfloat16))
-
-
-class Embedding(nn.Embedding):
-    """nn.Embedding without its default initialisation (7 s for the tables of record 62)."""
-
-    def reset_parameters(self) -> None:
-        pass
+        weight = self.weight
+        return F.linear(x.to(torch.bfloat16), weight.to(torch.bfloat16))
 
 
 def scalar() -> nn.Parameter:
@@ -324,7 +320,8 @@ class Block(nn.Module):
         x_BTC = self.resid_lambda * x_BTC + self.x0_lambda * shared["x0"]
         if self.attn is not None:
             x_BTC = self.attn(x_BTC, shared, ve_BTHD, keys)
-        return self.mlp(x_BTC)
+        x_BTC = self.mlp(x_BTC)
+        return x_BTC
 
 
 class GPT(nn.Module):
@@ -332,10 +329,10 @@ class GPT(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed = Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
+        self.embed = nn.Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
         tables = {layer.value_table for layer in PLAN} - {None}
         self.value_embeds = nn.ModuleDict({
-            str(i): Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
+            str(i): nn.Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
             for i in sorted(tables)})
         self.blocks = nn.ModuleList(Block(i, layer) for i, layer in enumerate(PLAN))
         # fp8 matmuls (#19) are for training; validation takes compute_dtype
@@ -373,14 +370,14 @@ class GPT(nn.Module):
         keys["short"] = packed_keys(doc_BT, short)  # (#20)
         tokens_BT = tokens_BT.to(DEVICE, non_blocking=True)
         # The embedding and what all layers share. The value embeddings by their table (#14).
-        x_BTC = F.embedding(tokens_BT, self.embed.weight)
+        table = self.embed
+        x_BTC = F.embedding(tokens_BT, table.weight)
         x_BTC = norm(x_BTC)  # (#8)
 
         shared = {"cos": self.cos, "sin": self.sin}
         shared["x0"] = x_BTC  # (#9)
-        # (#14)
         values = {int(i): embed(tokens_BT).to(torch.bfloat16).unflatten(-1, (-1, HEAD_DIM))
-                  for i, embed in self.value_embeds.items()}
+                  for i, embed in self.value_embeds.items()}  # (#14)
         outputs: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
             layer = PLAN[i]
@@ -402,20 +399,9 @@ class GPT(nn.Module):
         return F.cross_entropy(z_NV, targets_BT.flatten(), reduction="sum") / divisor
 
 
-PLAN = [
-    Layer(value_table=0),
-    Layer(keys="short", value_table=1),
-    Layer(keys="short", value_table=2),
-    Layer(keys="short"),
-    Layer(),
-    Layer(keys="short"),
-    Layer(keys="short", skip_from=5),
-    Layer(keys="short", skip_from=4),
-    Layer(keys="short", skip_from=3),
-    Layer(keys="short", value_table=0, skip_from=2),
-    Layer(keys="short", value_table=1, skip_from=1),
-    Layer(value_table=2, skip_from=0),
-]
+PLAN = [Layer("long", 0), Layer("short", 1), Layer("short", 2), Layer("short"), Layer(),
+        Layer("short"), Layer("short", None, 5), Layer("short", None, 4), Layer("short", None, 3),
+        Layer("short", 0, 2), Layer("short", 1, 1), Layer("long", 2, 0)]
 
 
 # --- optimizer ------------------------------------------------------------------------------------
@@ -459,10 +445,12 @@ class Optimizer:
     def __init__(self, model: nn.Module):
         self.groups = {role: dict(options, params=[]) for role, options in GROUPS.items()}
         self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self.owner: dict[Tensor, int] = {}  # the rank that updates a matrix
         self.reductions = []
         self.completing = False     # whether this backward pass is the last one of its step
         for name, p in model.named_parameters():
             role, _ = PARAMETERS[re.sub(r"\d+\.", "", name)]
+            self.owner[p] = len(self.groups[role]["params"]) % WORLD_SIZE
             self.groups[role]["params"].append(p)
             self.state[p] = {}
             if WORLD_SIZE > 1:
@@ -477,22 +465,23 @@ class Optimizer:
     @torch.no_grad()
     def step(self, step: int) -> None:
         """The update of `step`."""
+        groups = self.groups
         if WORLD_SIZE > 1:
             for reduction in self.reductions:
                 reduction.wait()
         self.completing, self.reductions = False, []
 
         lr, sends = lr_multiplier(step), []
-        for group in self.groups.values():
+        for group in groups.values():
             group["momentum"] = momentum(step)
-            for i, p in enumerate(group["params"]):
+            for p in group["params"]:
                 if p.grad is None:
                     continue
                 if group["rule"] == "muon":
-                    if i % WORLD_SIZE == RANK:
+                    if self.owner[p] == RANK:
                         self.muon_step(p, group, group["lr"] * lr)
                     if WORLD_SIZE > 1:
-                        sends.append(dist.broadcast(p.data, i % WORLD_SIZE, async_op=True))
+                        sends.append(dist.broadcast(p.data, self.owner[p], async_op=True))
                 else:
                     self.adam_step(p, group, group["lr"] * lr)
                 p.grad = None
@@ -508,7 +497,6 @@ class Optimizer:
         momentum, buffer = muon["momentum"], state["momentum_buffer"]
         buffer.lerp_(grad, 1 - momentum)
         update = buffer.lerp(grad, 1 - momentum)
-        # Of unit norm for every matrix: orthogonal under the spectral norm.
         update = orthogonalize(update)
         # param -= lr * scale * update, after weight decay.
         param.sub_(update, alpha=lr * muon["scale"])
@@ -611,6 +599,7 @@ def compile_model(model: GPT) -> None:
     model.head_loss = torch.compile(model.head_loss)
     enter_phase(model, 0)
     rows = np.random.default_rng(0).integers(0, BOS_ID, (NUM_ROWS, SEQ_LEN + 1))
+    rows[:, ::500] = BOS_ID
     inputs_BT, targets_BT = micro_batches(rows)[0]
     model(inputs_BT, targets_BT, LOSS_DIVISOR).backward()
     model.zero_grad(set_to_none=True)

@@ -44,7 +44,8 @@ NS_COEFFICIENTS = ((3.4445, -4.775, 2.0315),) * 5
 
 MICRO_BATCH_TOKENS = 65_536     # per rank; more are accumulated
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+DEVICE = torch.device("cuda", LOCAL_RANK)
 LOG = Path("logs") / f"{uuid.uuid4()}.txt"
 
 
@@ -132,7 +133,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(torch.bfloat16), self.weight.to(torch.bfloat16))
+        weight = self.weight
+        return F.linear(x.to(torch.bfloat16), weight.to(torch.bfloat16))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -197,7 +199,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor]) -> Tensor:
         x_BTC = self.attn(x_BTC, shared)
-        return self.mlp(x_BTC)
+        x_BTC = self.mlp(x_BTC)
+        return x_BTC
 
 
 class GPT(nn.Module):
@@ -231,7 +234,8 @@ class GPT(nn.Module):
         """(B, T) tokens -> (B, T, C), normed, ready for the head."""
         tokens_BT = tokens_BT.to(DEVICE, non_blocking=True)
         # The embedding and what all layers share.
-        x_BTC = F.embedding(tokens_BT, self.embed.weight)
+        table = self.embed
+        x_BTC = F.embedding(tokens_BT, table.weight)
 
         shared = {"cos": self.cos, "sin": self.sin}
         for block in self.blocks:
@@ -282,10 +286,12 @@ class Optimizer:
     def __init__(self, model: nn.Module):
         self.groups = {role: dict(options, params=[]) for role, options in GROUPS.items()}
         self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self.owner: dict[Tensor, int] = {}  # the rank that updates a matrix
         self.reductions = []
         self.completing = False     # whether this backward pass is the last one of its step
         for name, p in model.named_parameters():
             role, _ = PARAMETERS[re.sub(r"\d+\.", "", name)]
+            self.owner[p] = len(self.groups[role]["params"]) % WORLD_SIZE
             self.groups[role]["params"].append(p)
             self.state[p] = {}
             if WORLD_SIZE > 1:
@@ -300,21 +306,22 @@ class Optimizer:
     @torch.no_grad()
     def step(self, step: int) -> None:
         """The update of `step`."""
+        groups = self.groups
         if WORLD_SIZE > 1:
             for reduction in self.reductions:
                 reduction.wait()
         self.completing, self.reductions = False, []
 
         lr, sends = lr_multiplier(step), []
-        for group in self.groups.values():
-            for i, p in enumerate(group["params"]):
+        for group in groups.values():
+            for p in group["params"]:
                 if p.grad is None:
                     continue
                 if group["rule"] == "muon":
-                    if i % WORLD_SIZE == RANK:
+                    if self.owner[p] == RANK:
                         self.muon_step(p, group, group["lr"] * lr)
                     if WORLD_SIZE > 1:
-                        sends.append(dist.broadcast(p.data, i % WORLD_SIZE, async_op=True))
+                        sends.append(dist.broadcast(p.data, self.owner[p], async_op=True))
                 else:
                     self.adam_step(p, group, group["lr"] * lr)
                 p.grad = None
@@ -330,7 +337,6 @@ class Optimizer:
         buffer = state["momentum_buffer"]
         buffer.mul_(MUON_MOMENTUM).add_(grad)  # heavy ball: the EMA's buffer over 1 - momentum
         update = grad + buffer * MUON_MOMENTUM
-        # Of unit norm for every matrix: orthogonal under the spectral norm.
         update = orthogonalize(update)
         # param -= lr * scale * update, after weight decay.
         param.sub_(update, alpha=lr * muon["scale"])
@@ -357,7 +363,8 @@ class Optimizer:
 
 def lr_multiplier(step: int) -> float:
     """What the learning rates are multiplied by at the update of `step` (0-based)."""
-    return min(1.0, max(0, NUM_ITERATIONS - step) / COOLDOWN_STEPS)
+    left = min(1.0, max(0, NUM_ITERATIONS - step) / COOLDOWN_STEPS)
+    return left
 
 
 # --- training -------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ NS_SAFETY = 1.02
 
 MICRO_BATCH_TOKENS = 65_536     # per rank; more are accumulated
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+DEVICE = torch.device("cuda", LOCAL_RANK)
 LOG = Path("logs") / f"{uuid.uuid4()}.txt"
 
 
@@ -159,8 +160,9 @@ def packed_keys(doc_BT: Tensor, window: int) -> Keys:
     starts_BT[:, 1:] = doc_BT[:, 1:] != doc_BT[:, :-1]
     starts = starts_BT.flatten().nonzero().flatten()
     cu_seqlens = F.pad(starts, (0, 1), value=doc_BT.numel()).int()
-    return Keys(cu_seqlens=cu_seqlens.to(DEVICE, non_blocking=True),
-                longest=cu_seqlens.diff().max(), window=torch.tensor(window))
+    longest, cu_seqlens = cu_seqlens.diff().max(), cu_seqlens.to(DEVICE, non_blocking=True)
+    torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for any number of documents
+    return Keys(cu_seqlens=cu_seqlens, longest=longest, window=torch.tensor(window))
 
 
 @torch.compiler.disable
@@ -267,21 +269,14 @@ class Linear(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, dtype: torch.dtype | None = None,
                  factor: bool = False):
         super().__init__()
-        dtype = dtype or torch.float32
-        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=dtype))
+        stored = dtype or torch.float32
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=stored))
         self.factor = scalar() if factor else None
 
     def forward(self, x: Tensor) -> Tensor:
         # (#47) on QKV the factor acts on the values alone, because q and k are normed
         weight = self.weight if self.factor is None else self.factor * self.weight
         return F.linear(x.to(torch.bfloat16), weight.to(torch.bfloat16))
-
-
-class Embedding(nn.Embedding):
-    """nn.Embedding without its default initialisation (7 s for the tables of record 62)."""
-
-    def reset_parameters(self) -> None:
-        pass
 
 
 def scalar() -> nn.Parameter:
@@ -444,7 +439,8 @@ class Block(nn.Module):
         x_BTC = x_BTC + self.bigram_lambda * shared["bigram"]  # (#62)
         if self.attn is not None:
             x_BTC = self.attn(x_BTC, shared, ve_BTHD, keys)
-        return self.mlp(x_BTC)
+        x_BTC = self.mlp(x_BTC)
+        return x_BTC
 
 
 class GPT(nn.Module):
@@ -452,17 +448,17 @@ class GPT(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed = Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
+        self.embed = nn.Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
         self.smear_gate, self.smear_lambda = gate_weight(1), scalar()
         tables = {layer.value_table for layer in PLAN} - {None}
         self.value_embeds = nn.ModuleDict({
-            str(i): Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
+            str(i): nn.Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
             for i in sorted(tables)})
         self.blocks = nn.ModuleList(Block(i, layer) for i, layer in enumerate(PLAN))
         self.backout_lambda = scalar()
         # fp8 matmuls (#19) are for training; validation takes compute_dtype
         self.lm_head = Linear(MODEL_DIM, PADDED_VOCAB_SIZE, torch.bfloat16)
-        self.bigram = Embedding(BIGRAM_ROWS, MODEL_DIM, dtype=torch.bfloat16)
+        self.bigram = nn.Embedding(BIGRAM_ROWS, MODEL_DIM, dtype=torch.bfloat16)
 
         # Rotary tables of every position.
         # Two positions a token where heads share a stream (#58).
@@ -509,9 +505,8 @@ class GPT(nn.Module):
         shared = {"cos": self.cos, "sin": self.sin}
         shared["x0"] = x_BTC  # (#9)
         shared["bigram"] = self.bigram(bigram_hash(tokens_BT)).to(torch.bfloat16)  # (#62)
-        # (#14)
         values = {int(i): embed(tokens_BT).to(torch.bfloat16).unflatten(-1, (-1, HEAD_DIM))
-                  for i, embed in self.value_embeds.items()}
+                  for i, embed in self.value_embeds.items()}  # (#14)
         outputs: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
             layer = PLAN[i]
@@ -541,19 +536,9 @@ class GPT(nn.Module):
         return loss / divisor
 
 
-PLAN = [
-    Layer(keys="paired", value_table=1),
-    Layer(keys="short", value_table=2),
-    Layer(keys="paired"),
-    Layer(),
-    Layer(keys="short"),
-    Layer(keys="paired"),
-    Layer(keys="short", skip_from=3),
-    Layer(keys="short"),
-    Layer(keys="short", value_table=0),
-    Layer(keys="paired", value_table=1),
-    Layer(value_table=2),
-]
+PLAN = [Layer("paired", 1), Layer("short", 2), Layer("paired"), Layer(), Layer("short"),
+        Layer("paired"), Layer("short", None, 3), Layer("short"), Layer("short", 0),
+        Layer("paired", 1), Layer("long", 2)]
 
 
 # --- optimizer ------------------------------------------------------------------------------------
@@ -603,10 +588,12 @@ class Optimizer:
         self.groups = {role: dict(options, params=[]) for role, options in GROUPS.items()}
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         self.group_of: dict[Tensor, dict] = {}
+        self.owner: dict[Tensor, int] = {}  # the rank that updates a matrix
         self.reductions = []
         self.completing = False     # whether this backward pass is the last one of its step
         for name, p in model.named_parameters():
             role, _ = PARAMETERS[re.sub(r"\d+\.", "", name)]
+            self.owner[p] = len(self.groups[role]["params"]) % WORLD_SIZE
             self.groups[role]["params"].append(p)
             self.state[p] = {}
             self.group_of[p] = self.groups[role]
@@ -635,14 +622,14 @@ class Optimizer:
         lr, sends = lr_multiplier(step), []
         for group in groups.values():
             group["momentum"] = momentum(step)
-            for i, p in enumerate(group["params"]):
+            for p in group["params"]:
                 if p.grad is None:
                     continue
                 if group["rule"] == "muon":
-                    if i % WORLD_SIZE == RANK:
+                    if self.owner[p] == RANK:
                         self.muon_step(p, group, group["lr"] * lr)
                     if WORLD_SIZE > 1:
-                        sends.append(dist.broadcast(p.data, i % WORLD_SIZE, async_op=True))
+                        sends.append(dist.broadcast(p.data, self.owner[p], async_op=True))
                 else:
                     self.adam_step(p, group, group["lr"] * lr)
                 p.grad = None
@@ -661,10 +648,12 @@ class Optimizer:
         buffer.lerp_(grad, 1 - momentum)
         update = buffer.lerp(grad, 1 - momentum)
         update = orthogonalize(update)
-        squares = update.square().mean(-1 if muon["second_moment"] == "row" else -2, keepdim=True)
-        weight = state["second_moment"].lerp_(squares, 1 - 0.95).clamp(min=1e-10).reciprocal()
-        before, after = (x.sum((-2, -1), keepdim=True) for x in (squares, squares * weight))
-        update = update * (weight * before / after.clamp(min=1e-30)).sqrt()
+        if muon["second_moment"]:
+            squares = update.square().mean(-1 if muon["second_moment"] == "row" else -2,
+                                           keepdim=True)
+            weight = state["second_moment"].lerp_(squares, 1 - 0.95).clamp(min=1e-10).reciprocal()
+            before, after = (x.sum((-2, -1), keepdim=True) for x in (squares, squares * weight))
+            update = update * (weight * before / after.clamp(min=1e-30)).sqrt()
         # Param loses lr * (lr * scale) * weight_decay of itself, which anneals as the schedule
         # squared (#43).
         scale = muon["scale"]
@@ -829,6 +818,7 @@ def compile_model(model: GPT, optimizer: Optimizer) -> None:
         model.target_weights = torch.tensor(target_weights(step), device=DEVICE)
         num_rows, T = batch_shape(step)
         rows = np.random.default_rng(0).integers(0, BOS_ID, (num_rows, T + 1))
+        rows[:, ::500] = BOS_ID
         inputs_BT, targets_BT = micro_batches(rows)[0]
         model(inputs_BT, targets_BT, LOSS_DIVISOR).backward()
     model.zero_grad(set_to_none=True)
