@@ -298,9 +298,24 @@ def page(tmp_path_factory):
     return path
 
 
+OLD = r'<span class="line old"[^>]*>[^<]*</span>'     # lines of the other program
+
+
 def test_the_text_of_a_page_is_the_program(page):
     (inside,) = re.findall(r"<pre>(.*)</pre>", page.read_text(), re.S)
-    assert html.unescape(re.sub(r"<[^>]*>", "", inside)) == full(6)
+    assert html.unescape(re.sub(r"<[^>]*>", "", re.sub(OLD, "", inside))) == full(6)
+    old = "".join(re.findall(OLD, inside))
+    assert "        q, k = norm(q), norm(k)  # (#5)\n" in html.unescape(old)
+
+
+def test_a_page_says_what_the_record_gained(page):
+    """The minutes are published, the losses are those of records/LADDER.md."""
+    (row,) = re.findall(r"(?m)^\| 6 \|.*", (ROOT / "records" / "LADDER.md").read_text())
+    minutes, loss, gain = (row.split(" | ")[n] for n in (2, 4, 6))
+    error = gain.split("± ")[1]
+    (said,) = re.findall(r"<p>(Published.*?)</p>", page.read_text())
+    assert f"{minutes} minutes on 8 H100, after 15.2 of #5" in said
+    assert f"loss {loss}, {-float(gain.split(' ')[0]):+.4f} ± {error} against #5" in said
 
 
 def test_a_page_marks_new_lines_and_links_to_functions(page):
@@ -320,7 +335,8 @@ def test_a_page_marks_new_lines_and_links_to_functions(page):
 def test_a_page_fits_its_window(page, width):
     """In a browser: nothing is wider than the window, and the text is the program's."""
     script = ("<script>document.title = document.documentElement.scrollWidth + ' ' + "
-              "(document.querySelector('pre').textContent.length)</script>")
+              "[...document.querySelectorAll('.line:not(.old)')]"
+              ".reduce((n, line) => n + line.textContent.length, 0)</script>")
     probe = page.with_name(f"{width}.html")
     probe.write_text(page.read_text() + script)
     done = subprocess.run(
