@@ -579,8 +579,8 @@ def batch_shape(step: int, recipe: Recipe) -> tuple[int, int]:
 def lr_multiplier(step: int, recipe: Recipe) -> float:
     """What the learning rates are multiplied by at the update of `step` (0-based).
 
-    Linear warm-up over warmup_steps. Then constant, and at last down to final_lr_frac, reached
-    where the schedule ends.
+    Linear warm-up over warmup_steps. Constant, and at last down to final_lr_frac, reached where the
+    schedule ends.
     """
     r = recipe
     if step < r.warmup_steps:

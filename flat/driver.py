@@ -454,10 +454,13 @@ def enter_phase(model: GPT, optimizer: Optimizer, step: int, evaluating: bool = 
         short, long = windows(step, last=last)
         model.window, model.short_window = window_in_keys(long), window_in_keys(short)
         if c.yarn:
-            model.set_rotary(_yarn_windows(step, r, last))
+            so_far = _yarn_windows(step, r, last)
+            if so_far != getattr(model, "yarn_windows", None):
+                model.set_rotary(so_far)
+                model.yarn_windows = so_far
     if r.num_targets > 1:
-        weights = (1.0,) if evaluating else _target_weights(step)
-        model.target_weights = torch.tensor(weights, device=DEVICE)
+        weights = torch.tensor((1.0,) if evaluating else _target_weights(step))
+        model.target_weights = weights.to(DEVICE, non_blocking=True)
     if r.tie_first:
         if step == untie_step() and model.tied:  # (#53) the embedding leaves with table and state
             model.embed.weight.data.copy_(model.lm_head.weight)
@@ -508,7 +511,7 @@ def compile_model(model: GPT, optimizer: Optimizer) -> None:
         if PHASES:
             enter_phase(model, optimizer, step, evaluating=True)
         if r.num_targets > 1:
-            model.target_weights = torch.tensor(_target_weights(step), device=DEVICE)
+            model.target_weights = torch.tensor(_target_weights(step)).to(DEVICE)
         num_rows, T = batch_shape(step)
         rows = np.random.default_rng(0).integers(0, c.bos_id, (num_rows, T + 1))
         if c.packed:

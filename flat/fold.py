@@ -736,7 +736,8 @@ def inline(program: Program, calls: Calls, comment: Callable) -> None:
                     first.append(statement(f"{word} = 0"))
                     first[-1].value = value
             new = [*first, *(substitute(node, bound) for node in new)]
-            new[0].above = [*around.above, *comment(function), *new[0].above]
+            said = [line for line in comment(function) if line not in around.above]
+            new[0].above = [*around.above, *said, *new[0].above]
             new[0].blank, last = around.blank, new[-1]
             if isinstance(last, ast.Return):
                 around.blank, around.above = last.blank, last.above

@@ -160,9 +160,6 @@ def known_of(recipe: Recipe, names: list[str], groups: dict[str, dict]) -> Known
         "method == 'svd' and ns_coefficients is None": r.muon_method == "svd"}
     alike = len({*layer_plan(c)}) == 1 and not (c.packed or c.drop_mlp or c.backout)
     known.values["LAYERS_ALIKE"] = alike
-    if alike:
-        known.sources["(Block(c, i, layer, 'relu2' in kernels) for i, layer in "
-                      "enumerate(self.plan))"] = "(Block() for _ in range(NUM_LAYERS))"
     known.values["PHASES"] = bool(r.window_range or r.window_stages or r.num_targets > 1
                                   or r.tie_first)
     if not c.drop_attention:
@@ -281,14 +278,15 @@ def folded(recipe: Recipe) -> Folded:
 def printed(recipe: Recipe, words: str) -> str:
     """The program of `recipe`; `words` are those after `python -m flat` that asked for it."""
     c, (tree, known, groups, names) = recipe.model, folded(recipe)
-    text = show(tree)
+    alike = "Block() for i, layer in enumerate(PLAN)", "Block() for _ in range(NUM_LAYERS)"
+    text = show(tree).replace(*alike)
     tables = {"plan": plan_text(recipe, text), "groups": groups_text(groups, text),
               "parameters": parameters_text(recipe, names)}
     tables["constants"] = constants_text(recipe, known, text + "".join(tables.values()))
     for name, table in tables.items():
         at = next(i for i, n in enumerate(tree.body) if getattr(n, "text", "") == f"# <- {name}")
         tree.body[at:at + 1] = parse(f"\n{table}").body
-    text = show(tree)
+    text = show(tree).replace(*alike)
     if c.compute_dtype == "fp64":
         text = text.replace(".float()", ".double()")
     for name, value in {
@@ -367,11 +365,13 @@ def constants_text(recipe: Recipe, known: Known, text: str) -> str:
     if recipe.matrix_rule == "muon" and recipe.muon_method != "svd":
         made["NS_COEFFICIENTS"], made["NS_SAFETY"] = muon.coefficients(
             recipe.muon_method, recipe.muon_steps)
-    lines, words = [], set(re.findall(r"\w+", text))
-    order = {f.upper(): i for i, f in enumerate(
-        [*vars(c), *vars(recipe), *dir(c), *dir(recipe)])}
-    for name, value in sorted(made.items(), key=lambda item: order.get(item[0], 999)):
-        if name in words:
+    lines, words = ["# model"], set(re.findall(r"\w+", text))
+    order = list(dict.fromkeys(map(str.upper, [*vars(c), *dir(c), "end", *vars(recipe),
+                                               *dir(recipe), *made])))
+    for name, value in sorted((made | {"END": 0}).items(), key=lambda item: order.index(item[0])):
+        if name == "END":
+            lines.append("# training")
+        elif name in words:
             if name == "NS_COEFFICIENTS" and len(set(value)) > 1:
                 rows = "".join(f"    {row!r},\n" for row in value)
                 lines.append(f"{name} = (\n{rows})")

@@ -60,7 +60,11 @@ class Docs:
             kept = self.sentences(paragraph, node)
             if kept:
                 paragraphs.append(kept)
-        return "\n\n".join(paragraphs).rstrip()
+        def shown(match: re.Match) -> str:
+            name = match[0].upper()
+            return name if name in self.known.constants else match[0]
+
+        return re.sub(r"\b[a-z]+_\w+\b", shown, "\n\n".join(paragraphs)).rstrip()
 
     def sentences(self, paragraph: str, owner: ast.AST) -> str:
         def inside(match: re.Match) -> str:

@@ -26,20 +26,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BOS_ID = 50_256
-HEAD_DIM = 64
-MLP_RATIO = 4
-MODEL_DIM = 768
+# model
 NUM_LAYERS = 12
-PADDED_VOCAB_SIZE = 50_257
+HEAD_DIM = 64
 SEQ_LEN = 1024
+MLP_RATIO = 4
+BOS_ID = 50_256
+MODEL_DIM = 768
+PADDED_VOCAB_SIZE = 50_257
+# training
+NUM_ITERATIONS = 19_560
+WARMUP_STEPS = 700
 COOLDOWN_STEPS = 18_860
 GRAD_CLIP = 1.0
-NUM_ITERATIONS = 19_560
-NUM_ROWS = 512
-VAL_EVERY = 250
 VAL_TOKENS = 10_485_760
-WARMUP_STEPS = 700
+VAL_EVERY = 250
+NUM_ROWS = 512
 
 MICRO_BATCH_TOKENS = 65_536     # per rank; more are accumulated
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -309,7 +311,7 @@ class Optimizer:
 def lr_multiplier(step: int) -> float:
     """What the learning rates are multiplied by at the update of `step` (0-based).
 
-    Linear warm-up over warmup_steps.
+    Linear warm-up over WARMUP_STEPS.
     """
     if step < WARMUP_STEPS:
         return (step + 1) / WARMUP_STEPS

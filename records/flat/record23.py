@@ -28,32 +28,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-ATTN_SCALE = 0.12
-BOS_ID = 50_256
-FP8_FACTORS = (16.165807537309522, 56 / 3, 448.0)
+# model
 HEAD_DIM = 128
-LOGIT_SOFTCAP = 30.0
+SEQ_LEN = 49_152
 MAX_SEQ_LEN = 262_144
 MLP_RATIO = 4
-MODEL_DIM = 768
-NORM_EPS = 2.0**-23
-PADDED_VOCAB_SIZE = 50_304
 ROTARY_BASE = 2.0**10
-SEQ_LEN = 49_152
+ATTN_SCALE = 0.12
+NORM_EPS = 2.0**-23
+LOGIT_SOFTCAP = 30.0
 SOFTCAP_DIV = 43200 ** 0.5
+FP8_FACTORS = (16.165807537309522, 56 / 3, 448.0)
+BOS_ID = 50_256
+MODEL_DIM = 768
+PADDED_VOCAB_SIZE = 50_304
+# training
+NUM_ITERATIONS = 1770
+LOSS_DIVISOR = 8
 COOLDOWN_STEPS = 708
 FINAL_LR_FRAC = 0.1
-LOSS_DIVISOR = 8
+MUON_MOMENTUM = 0.95
 MOMENTUM_START = 0.85
 MOMENTUM_WARMUP_STEPS = 300
-MUON_MOMENTUM = 0.95
-NUM_ITERATIONS = 1770
-NUM_ROWS = 8
-VAL_EVERY = 125
-VAL_ROW = 262_144
-VAL_TOKENS = 10_485_760
-WINDOW_BLOCK = 128
 WINDOW_RANGE = (128, 1856, 128)
+WINDOW_BLOCK = 128
+VAL_TOKENS = 10_485_760
+VAL_EVERY = 125
+NUM_ROWS = 8
+VAL_ROW = 262_144
 NS_COEFFICIENTS = ((3.4445, -4.775, 2.0315),) * 5
 
 MICRO_BATCH_TOKENS = 65_536     # per rank; more are accumulated
@@ -529,14 +531,14 @@ class Optimizer:
 def lr_multiplier(step: int) -> float:
     """What the learning rates are multiplied by at the update of `step` (0-based).
 
-    Then constant, and at last down to final_lr_frac, reached where the schedule ends.
+    Constant, and at last down to FINAL_LR_FRAC, reached where the schedule ends.
     """
     left = min(1.0, max(0, NUM_ITERATIONS - step) / COOLDOWN_STEPS)
     return left + FINAL_LR_FRAC * (1 - left)
 
 
 def momentum(step: int) -> float:
-    """Muon's momentum at the update of `step`: linear warm-up to muon_momentum."""
+    """Muon's momentum at the update of `step`: linear warm-up to MUON_MOMENTUM."""
     risen = min(1.0, step / MOMENTUM_WARMUP_STEPS)
     return MOMENTUM_START + (MUON_MOMENTUM - MOMENTUM_START) * risen
 

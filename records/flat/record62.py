@@ -29,44 +29,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-ATTN_SCALE = 0.1
-BIGRAM_ROWS = 251_520
-BOS_ID = 50_256
-FP8_FACTORS = (4.48, 280.0, 1792 / 3)
+# model
+NUM_HEADS = 6
 HEAD_DIM = 128
-LOGIT_SOFTCAP = 23.0
 MAX_SEQ_LEN = 262_144
 MLP_RATIO = 4
-MODEL_DIM = 768
-NORM_EPS = 2.0**-23
-NUM_HEADS = 6
-PADDED_VOCAB_SIZE = 50_304
 ROTARY_BASE = 2.0**10
+ATTN_SCALE = 0.1
+NORM_EPS = 2.0**-23
+LOGIT_SOFTCAP = 23.0
 SOFTCAP_DIV = 7.5
 SOFTCAP_SHIFT = 5.0
-ADAM_EVERY = 2
+FP8_FACTORS = (4.48, 280.0, 1792 / 3)
+BIGRAM_ROWS = 251_520
+BOS_ID = 50_256
+MODEL_DIM = 768
+PADDED_VOCAB_SIZE = 50_304
+# training
+NUM_ITERATIONS = 1600
 BATCH_STAGES = (131_072, 262_144, 393_216)
-COOLDOWN_STEPS = 858
-EXTENSION_WINDOW = 13
-FINAL_LONG = 20
-FINAL_LR_FRAC = 0.1
-LOSS_DIVISOR = 8
-LR_STAGE_ENDS = (1 / 3, 2 / 3)
-LR_STAGES = (1.0, 1.52, 1.73)
 MAX_DOC_LEN = 2048
-MOMENTUM_COOLDOWN_STEPS = 50
+LOSS_DIVISOR = 8
+COOLDOWN_STEPS = 858
+FINAL_LR_FRAC = 0.1
+LR_STAGES = (1.0, 1.52, 1.73)
+LR_STAGE_ENDS = (1 / 3, 2 / 3)
+MUON_MOMENTUM = 0.95
 MOMENTUM_START = 0.85
 MOMENTUM_WARMUP_STEPS = 300
-MUON_MOMENTUM = 0.95
-NUM_ITERATIONS = 1600
-NUM_ROWS = 8
-NUM_TARGETS = 3
-SCHEDULED_STEPS = 1560
-VAL_EVERY = 250
-VAL_ROW = 262_144
-VAL_TOKENS = 10_485_760
-WINDOW_BLOCK = 128
+MOMENTUM_COOLDOWN_STEPS = 50
+ADAM_EVERY = 2
 WINDOW_STAGES = (3, 7, 11)
+WINDOW_BLOCK = 128
+EXTENSION_WINDOW = 13
+FINAL_LONG = 20
+NUM_TARGETS = 3
+VAL_TOKENS = 10_485_760
+VAL_EVERY = 250
+NUM_ROWS = 8
+SCHEDULED_STEPS = 1560
+VAL_ROW = 262_144
 NS_COEFFICIENTS = (
     (8.156554524902464, -22.483292925577945, 15.878769915207453),
     (4.042929935166728, -2.8089174659087064, 0.5000178451051301),
@@ -709,7 +711,7 @@ def batch_shape(step: int) -> tuple[int, int]:
 def lr_multiplier(step: int) -> float:
     """What the learning rates are multiplied by at the update of `step` (0-based).
 
-    Then constant, and at last down to final_lr_frac, reached where the schedule ends.
+    Constant, and at last down to FINAL_LR_FRAC, reached where the schedule ends.
     """
     left = min(1.0, max(0, SCHEDULED_STEPS - step) / COOLDOWN_STEPS)
     stages_over = sum(step / SCHEDULED_STEPS > over for over in LR_STAGE_ENDS)
@@ -718,8 +720,8 @@ def lr_multiplier(step: int) -> float:
 
 
 def momentum(step: int) -> float:
-    """Muon's momentum at the update of `step`: linear warm-up to muon_momentum. Linear cooldown at
-    the end (#40)."""
+    """Muon's momentum at the update of `step`: linear warm-up to MUON_MOMENTUM. Linear cooldown
+    at the end (#40)."""
     risen = min(1.0, step / MOMENTUM_WARMUP_STEPS)
     into = step - (NUM_ITERATIONS - MOMENTUM_COOLDOWN_STEPS)
     fallen = max(0, into) / MOMENTUM_COOLDOWN_STEPS
@@ -769,11 +771,13 @@ def enter_phase(model: GPT, optimizer: Optimizer, step: int, evaluating: bool = 
     last = evaluating and step == NUM_ITERATIONS
     short, long = windows(step, last=last)
     # One more, since flash attention counts the keys before the query (#29 on).
-    # One more, since flash attention counts the keys before the query (#29 on).
     model.window, model.short_window = long + 1, short + 1
-    model.set_rotary(yarn_windows(step))
-    weights = (1.0,) if evaluating else target_weights(step)
-    model.target_weights = torch.tensor(weights, device=DEVICE)
+    so_far = yarn_windows(step)
+    if so_far != getattr(model, "yarn_windows", None):
+        model.set_rotary(so_far)
+        model.yarn_windows = so_far
+    weights = torch.tensor((1.0,) if evaluating else target_weights(step))
+    model.target_weights = weights.to(DEVICE, non_blocking=True)
     if step == untie_step() and model.tied:  # (#53) the embedding leaves with table and state
         model.embed.weight.data.copy_(model.lm_head.weight)
         optimizer.state[model.embed.weight] = {
@@ -815,7 +819,7 @@ def compile_model(model: GPT, optimizer: Optimizer) -> None:
     model.head_loss = torch.compile(model.head_loss)
     for step in (0, NUM_ITERATIONS // 2, NUM_ITERATIONS - 1):
         enter_phase(model, optimizer, step, evaluating=True)
-        model.target_weights = torch.tensor(target_weights(step), device=DEVICE)
+        model.target_weights = torch.tensor(target_weights(step)).to(DEVICE)
         num_rows, T = batch_shape(step)
         rows = np.random.default_rng(0).integers(0, BOS_ID, (num_rows, T + 1))
         rows[:, ::500] = BOS_ID
