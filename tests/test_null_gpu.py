@@ -1,5 +1,5 @@
-"""bench/null_gpu.c by itself: what it counts is what it was asked for. With torch it needs a CUDA
-build, which CI does not have: with one flat programs run on it, and bench/null_gpu.py itself."""
+"""bench/null_gpu.c by itself: what it counts is what it was asked for. Flat programs on it need a
+CUDA build of torch, which CI does not have; bench/null_gpu.py trains on it."""
 
 import ctypes
 import shutil
