@@ -424,8 +424,8 @@ class Linear(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, compute_dtype: torch.dtype,
                  dtype: torch.dtype | None = None, bias: bool = False, factor: bool = False):
         super().__init__()
-        dtype = dtype or torch.promote_types(compute_dtype, torch.float32)
-        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=dtype))
+        stored = dtype or torch.promote_types(compute_dtype, torch.float32)
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=stored))
         self.bias = nn.Parameter(torch.empty(out_dim)) if bias else None
         self.factor = scalar() if factor else None
         self.compute_dtype = compute_dtype
@@ -658,7 +658,7 @@ class Attention(nn.Module):
         self.out = Linear(dim, dim, dtype, bias=c.biases, factor=c.qkv_lambda)
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
-                keys: Keys | None, extras: Extras) -> Tensor:
+                keys: Keys | None, extras: Extras | None) -> Tensor:
         """`x_BTC`: what attention reads, the stream or an earlier one (#77)."""
         c = self.config
         h_BTC = self.ln(x_BTC) if c.layer_norm else norm(x_BTC, c.norm_eps)
@@ -700,8 +700,9 @@ class Attention(nn.Module):
             q, k = paired_rotary(q, cos, sin), paired_rotary(k, cos, sin)
             # heads h and h + H/2 of token t become positions 2t and 2t+1 of one stream
             q, k, v = (x.reshape(x.size(0), -1, c.num_heads // 2, c.head_dim) for x in (q, k, v))
-        elif not c.learned_positions:  # (#2)
-            q, k = rotary(q, shared["cos"], shared["sin"]), rotary(k, shared["cos"], shared["sin"])
+        elif not c.learned_positions:
+            cos, sin = shared["cos"], shared["sin"]
+            q, k = rotary(q, cos, sin), rotary(k, cos, sin)  # (#2)
         if c.qk_norm == "after":  # (#5)
             q, k = norm(q, c.norm_eps), norm(k, c.norm_eps)
         if self.shifts_keys:  # (#49)
@@ -769,6 +770,7 @@ class Block(nn.Module):
             if c.unet == "gate":
                 self.skip_gate = gate_weight(1)
         attends = not (c.drop_attention and index == dropped_attention(c))  # (#17)
+        no_mlp = c.drop_mlp and index == 0  # (#30)
         self.mudd = None
         if c.mudd and index == c.num_layers - 1:  # (#81)
             self.mudd = Mixer(c.model_dim, 14, DTYPES[c.compute_dtype])
@@ -784,15 +786,12 @@ class Block(nn.Module):
                 self.resid_lambda, self.x0_lambda = scalar(), scalar()
             if c.bigram:
                 self.bigram_lambda = scalar()
-        self.attn = self.mlp = None
-        if attends:
-            self.attn = Attention(c, layer, index == c.num_layers - 1)
-        if not (c.drop_mlp and index == 0):  # (#30)
-            self.mlp = MLP(c, triton_mlp)
+        self.attn = Attention(c, layer, index == c.num_layers - 1) if attends else None
+        self.mlp = None if no_mlp else MLP(c, triton_mlp)
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
                 keys: Keys | None, skip_BTC: Tensor | None, late_BTC: Tensor | None,
-                extras: Extras) -> Tensor:
+                extras: Extras | None) -> Tensor:
         c = self.config
         if skip_BTC is not None:  # output of an earlier layer (U-net, #11)
             if c.unet == "weight":  # (#11)
@@ -820,7 +819,7 @@ class Block(nn.Module):
         return x_BTC
 
     def weighed(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
-                keys: Keys | None, late_BTC: Tensor | None, extras: Extras) -> Tensor:
+                keys: Keys | None, late_BTC: Tensor | None, extras: Extras | None) -> Tensor:
         """Attention and MLP with a factor for the stream and one for what is added (#73); the
         embeddings enter between them."""
         c = self.config
@@ -1047,7 +1046,7 @@ class GPT(nn.Module):
             layer, block = self.plan[i], self.blocks[i]
             inputs = (x_BTC, shared, values.get(layer.value_table), keys[layer.keys],
                       outputs.get(layer.skip_from), outputs.get(layer.attn_from),
-                      extras.get(i, Extras()))
+                      extras.get(i, Extras()) if c.mudd else None)
             if i < self.recomputed and torch.is_grad_enabled():
                 # keeps its input alone: a third more work, a tenth of the memory
                 x_BTC = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -708,8 +708,8 @@ def max_doc_len(step: int, recipe: Recipe) -> int | None:
 def lr_multiplier(step: int, recipe: Recipe) -> float:
     """What the learning rates are multiplied by at the update of `step` (0-based).
 
-    Linear warm-up over warmup_steps. Then constant, and at last down to final_lr_frac, reached
-    where the schedule ends.
+    Linear warm-up over warmup_steps. Constant, and at last down to final_lr_frac, reached where the
+    schedule ends.
     """
     r = recipe
     if step < r.warmup_steps:

@@ -3,7 +3,8 @@
     python -m flat 6 > record6.py
     python -m flat 6 --scale pocket --num_iterations 50
     python -m flat 5 --diff 6           what record 6 changed, as a diff of two programs
-    python -m flat 6 --html > 6.html    the program as a page; with --diff 5 its new lines marked
+    python -m flat 6 --html > 6.html    the program as a page, with what the record gained
+    python -m flat 6 --html --diff 5    the same; lines that it has and #5 has not, and the reverse
 
 Options are the trainer's: --scale, and fields of the recipe.
 """
@@ -34,6 +35,22 @@ def program(record: str, words: list[str]) -> str:
     return printed(recipe, " ".join([record, *words]))
 
 
+def gains(record: int) -> str:
+    """What a record gained over the one before that the ladder has: published, and at pocket scale
+    (records/data/ladder.jsonl)."""
+    from records import ladder  # a second for scipy, which programs do without
+
+    before, said = None, ""
+    for row in ladder.rungs(ladder.read(ladder.ROOT / "records" / "data" / "ladder.jsonl")):
+        if row["record"] == record and before:
+            said = (f"Published: {row['published']['minutes']} minutes on 8 H100, after "
+                    f"{before['published']['minutes']} of #{before['record']}. At pocket scale: "
+                    f"loss {row['loss']:.4f}, {-row['gain']:+.4f} ± {row['error']:.4f} against "
+                    f"#{before['record']}.")
+        before = row
+    return said
+
+
 def main(words: list[str]) -> int:
     if not words or "--help" in words or "-h" in words:
         print(__doc__.strip())
@@ -51,9 +68,10 @@ def main(words: list[str]) -> int:
         before = program(other, rest) if other is not None else None
         if as_page:
             title = f"Record {record}: {RECORDS[int(record)].title}"
-            note = f"{len(text.splitlines())} lines, printed by python -m flat {' '.join(words)}"
-            note += f"; marked: what record {other} has not" * (before is not None)
-            text = page(text, title, note, before)
+            note = f"{len(text.splitlines())} lines, printed by python -m flat {' '.join(words)}."
+            if other is not None:
+                note += f" Green: what #{other} has not; red: what it had instead."
+            text = page(text, title, [gains(int(record)), note], before)
         elif before is not None:
             names = [f"record{record}.py", f"record{other}.py"]
             text = "".join(difflib.unified_diff(

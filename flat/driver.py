@@ -23,12 +23,11 @@ import hashlib
 import itertools
 import math
 import os
-import subprocess
+import re
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,9 +41,9 @@ from torch.nn.attention.varlen import varlen_attn
 # <- constants
 
 MICRO_BATCH_TOKENS = 65_536     # per rank; more are accumulated
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
+RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+LOCAL_RANK, CUDA = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.is_available()
+DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
 LOG = Path("logs") / f"{uuid.uuid4()}.txt"
 
 
@@ -138,7 +137,7 @@ def micro_batches(rows: np.ndarray) -> list[tuple[Tensor, Tensor]]:
     """(inputs, targets) of this rank's rows: consecutive runs, the first ranks' one row longer."""
     rows = np.array_split(rows, WORLD_SIZE)[RANK]
     num_rows = max(1, MICRO_BATCH_TOKENS // (rows.shape[1] - 1))
-    parts = (torch.from_numpy(rows[i:i + num_rows].astype(np.int64)).to(DEVICE)
+    parts = (torch.from_numpy(rows[i:i + num_rows].astype(np.int64))
              for i in range(0, len(rows), num_rows))
     return [(part[:, :-1], part[:, 1:]) for part in parts]
 
@@ -165,7 +164,9 @@ class Keys(NamedTuple):
     """Which keys the queries of packed rows see: their own document's, back to a window."""
 
     cu_seqlens: Tensor  # int32: where documents begin, in all rows laid end to end
-    window: Tensor      # on the CPU; an int here would make torch.compile build a graph for each
+    # on the CPU: ints here would make torch.compile build a graph for each
+    longest: Tensor     # document
+    window: Tensor
 
 
 def packed_keys(doc_BT: Tensor, window: int, dtype: torch.dtype, docs: Tensor | None) -> Keys:
@@ -175,10 +176,12 @@ def packed_keys(doc_BT: Tensor, window: int, dtype: torch.dtype, docs: Tensor | 
         starts_BT[:, 1:] = doc_BT[:, 1:] != doc_BT[:, :-1]
         starts = starts_BT.flatten().nonzero().flatten()
         cu_seqlens = F.pad(starts, (0, 1), value=doc_BT.numel()).int()
-        return Keys(cu_seqlens=cu_seqlens, window=torch.tensor(window))
-    i = torch.arange(doc_BT.size(1), device=doc_BT.device)
+        longest, cu_seqlens = cu_seqlens.diff().max(), cu_seqlens.to(DEVICE, non_blocking=True)
+        torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for any number of documents
+        return Keys(cu_seqlens=cu_seqlens, longest=longest, window=torch.tensor(window))
+    i = torch.arange(doc_BT.size(1))
     near_TT = (i[:, None] >= i) & (i[:, None] - i < window)
-    return (near_TT & (doc_BT[:, :, None] == doc_BT[:, None, :]))[:, None]
+    return (near_TT & (doc_BT[:, :, None] == doc_BT[:, None, :]))[:, None].to(DEVICE)
 
 
 @torch.compiler.disable
@@ -186,9 +189,9 @@ def packed_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, scale: floa
                      keys: Keys) -> Tensor:
     """Varlen flash attention; torch.compile fuses what is before and behind it."""
     q, k, v = (x.flatten(0, 1).contiguous() for x in (q_BTHD, k_BTHD, v_BTHD))
-    longest = int(keys.cu_seqlens.diff().max())
+    longest, window = int(keys.longest), int(keys.window)
     y = varlen_attn(q, k, v, keys.cu_seqlens, keys.cu_seqlens, longest, longest, scale=scale,
-                    window_size=(int(keys.window) - 1, 0))
+                    window_size=(window - 1, 0))
     return y.view_as(q_BTHD)
 
 
@@ -243,12 +246,20 @@ class Fp8Matmul(torch.autograd.Function):
         return dx, dw.to(ctx.w_dtype), None
 
 
+# <- parameters
+
+
+def parameter_entry(name: str) -> tuple:
+    return PARAMETERS[re.sub(r"\d+\.", "", name)]
+
+
 # <- model
 
 
 class GPT:
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor, divisor: float = 1.0) -> Tensor:
         """The summed cross-entropy, over `divisor`, of predicting targets from inputs."""
+        targets_BT = targets_BT.to(DEVICE, non_blocking=True)
         if r.val_row > 65_536:  # validation has longer rows, whose logits would not fit
             x_BTC = self.hidden(inputs_BT)
             parts = zip(x_BTC.split(MICRO_BATCH_TOKENS, 1), targets_BT.split(MICRO_BATCH_TOKENS, 1))
@@ -257,24 +268,33 @@ class GPT:
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """(B, T) tokens -> (B, T, C), normed, ready for the head."""
-        x_BTC, shared, values = self.embed_tokens(tokens_BT)
         if c.packed:
-            keys = self.attention_keys(tokens_BT)
-        if c.token_gates:
-            extras = by_layer(shared["gates"], self.plan_early)
-        outputs: dict[int, Tensor] = {}
-        for i, block in enumerate(self.blocks):
-            layer = self.plan[i]
-            if c.token_gates:  # (#85)
-                if i == gates_layer(c):
-                    extras |= by_layer(self.gates_late(x_BTC), self.plan_late)
-            x_BTC = block(
-                x_BTC, shared, values.get(layer.value_table) if c.value_embeds != "none" else None,
-                keys[layer.keys] if c.packed else None,
-                outputs.get(layer.skip_from) if c.unet != "none" else None,
-                outputs.get(layer.attn_from) if c.late_input else None,
-                extras.get(i, Extras()) if c.token_gates else Extras())
-            if c.unet != "none" or c.backout or c.mudd:
+            keys = self.attention_keys(tokens_BT)  # on the CPU: a GPU would have to wait for it
+        tokens_BT = tokens_BT.to(DEVICE, non_blocking=True)
+        x_BTC, shared, values = self.embed_tokens(tokens_BT)
+        if LAYERS_ALIKE:
+            for block in self.blocks:
+                x_BTC = block(x_BTC, shared, None, None, None, None, None)
+        else:
+            if c.token_gates:
+                extras = by_layer(shared["gates"], self.plan_early)
+            outputs: dict[int, Tensor] = {}
+            for i, block in enumerate(self.blocks):
+                layer = self.plan[i]
+                if c.token_gates:  # (#85)
+                    if i == gates_layer(c):
+                        extras |= by_layer(self.gates_late(x_BTC), self.plan_late)
+                if c.mudd:
+                    own = extras.get(i, Extras()) if c.token_gates else Extras()
+                else:
+                    own = None
+                x_BTC = block(
+                    x_BTC, shared,
+                    values.get(layer.value_table) if c.value_embeds != "none" else None,
+                    keys[layer.keys] if c.packed else None,
+                    outputs.get(layer.skip_from) if c.unet != "none" else None,
+                    outputs.get(layer.attn_from) if c.late_input else None,
+                    own)
                 outputs[i] = x_BTC
         return self.final_norm(x_BTC, shared, values, outputs)
 
@@ -314,7 +334,8 @@ class GPT:
 # --- optimizer ------------------------------------------------------------------------------------
 
 def normalize(G: Tensor, dim: tuple[int, ...], factor: float = 1.0, eps: float = 0.0) -> Tensor:
-    return G / (factor * G.norm(dim=dim, keepdim=True)).clamp(min=2.0**-126)
+    norm = factor * G.norm(dim=dim, keepdim=True)
+    return G / norm.clamp(min=2.0**-126)
 
 
 # <- muon
@@ -332,10 +353,14 @@ class Optimizer:
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         if r.adam_every > 1:
             self.group_of: dict[Tensor, dict] = {}
+        if r.matrix_rule == "muon":
+            self.owner: dict[Tensor, int] = {}  # the rank that updates a matrix
         self.reductions = []
         self.completing = False     # whether this backward pass is the last one of its step
         for name, p in model.named_parameters():
             role, _ = parameter_entry(name)
+            if r.matrix_rule == "muon":
+                self.owner[p] = len(self.groups[role]["params"]) % WORLD_SIZE
             self.groups[role]["params"].append(p)
             self.state[p] = {}
             if r.adam_every > 1:
@@ -382,29 +407,34 @@ class Optimizer:
         self.completing, self.reductions = False, []
         if r.grad_clip is not None:  # the norm of all gradients of the mean loss together (#1)
             norm = torch.stack([p.grad.norm() for p in params]).norm()
+            if r.loss_divisor is None:
+                clip = r.grad_clip
+            else:
+                clip = r.grad_clip * num_tokens / divisor
             for p in params:
-                p.grad.mul_((r.grad_clip * num_tokens / divisor / (norm + 1e-6)).clamp(max=1.0))
+                p.grad.mul_((clip / (norm + 1e-6)).clamp(max=1.0))
 
         lr, sends = lr_multiplier(step), []
         for group in groups.values():
             if r.momentum_warmup_steps or r.momentum_cooldown_steps:
                 group["momentum"] = momentum(step)
-            for i, p in enumerate(group["params"]):
+            for p in group["params"]:
                 if p.grad is None:
                     continue
                 if r.matrix_rule == "muon":
                     if group["rule"] == "muon":
-                        if i % WORLD_SIZE == RANK:
+                        if self.owner[p] == RANK:
                             self.muon_step(p, group, group["lr"] * lr)
                         if WORLD_SIZE > 1:
-                            sends.append(dist.broadcast(p.data, i % WORLD_SIZE, async_op=True))
+                            sends.append(dist.broadcast(p.data, self.owner[p], async_op=True))
                     else:
                         self.adam_step(p, group, group["lr"] * lr)
                 else:
                     self.adam_step(p, group, group["lr"] * lr)
                 p.grad = None
-        for send in sends:
-            send.wait()
+        if r.matrix_rule == "muon":
+            for send in sends:
+                send.wait()
 
     def muon_step(self, p: Tensor, muon: dict, lr: float) -> None:
         state, shape = self.state[p], (muon["split"], -1, p.size(-1))
@@ -454,17 +484,20 @@ def enter_phase(model: GPT, optimizer: Optimizer, step: int, evaluating: bool = 
         short, long = windows(step, last=last)
         model.window, model.short_window = window_in_keys(long), window_in_keys(short)
         if c.yarn:
-            model.set_rotary(_yarn_windows(step, r, last))
+            so_far = _yarn_windows(step, r, last)
+            if so_far != getattr(model, "yarn_windows", None):
+                model.set_rotary(so_far)
+                model.yarn_windows = so_far
     if r.num_targets > 1:
         weights = (1.0,) if evaluating else _target_weights(step)
         if r.prefix_weight:  # (#88)
             model.num_ahead = len(weights)
             if not evaluating and _prefix_weight(step) > 0:
                 weights += (_prefix_weight(step),)
-        model.target_weights = torch.tensor(weights, device=DEVICE)
+        model.target_weights = torch.tensor(weights).to(DEVICE, non_blocking=True)
     if r.tie_first:
         if step == untie_step() and model.tied:  # (#53) the embedding leaves with table and state
-            model.untie()
+            model.embed.weight.data.copy_(model.lm_head.weight)
             optimizer.state[model.embed.weight] = {
                 key: x.clone() if isinstance(x, Tensor) else x
                 for key, x in optimizer.state[model.lm_head.weight].items()}
@@ -509,18 +542,22 @@ def compile_model(model: GPT, optimizer: Optimizer) -> None:
         block.compile()
     model.head_loss = torch.compile(model.head_loss)
     for step in GRAPH_STEPS:
-        enter_phase(model, optimizer, step, evaluating=True)
+        if PHASES:
+            enter_phase(model, optimizer, step, evaluating=True)
         if r.num_targets > 1:
             weights = _target_weights(step)
             if r.prefix_weight:
                 model.num_ahead = len(weights)
                 if _prefix_weight(step) > 0:
                     weights += (_prefix_weight(step),)
-            model.target_weights = torch.tensor(weights, device=DEVICE)
+            model.target_weights = torch.tensor(weights).to(DEVICE)
         num_rows, T = batch_shape(step)
         rows = np.random.default_rng(0).integers(0, c.bos_id, (num_rows, T + 1))
+        if c.packed:
+            rows[:, ::500] = c.bos_id
         inputs_BT, targets_BT = micro_batches(rows)[0]
-        model(inputs_BT, targets_BT, 1.0).backward()
+        divisor = num_rows * T if r.loss_divisor is None else r.loss_divisor
+        model(inputs_BT, targets_BT, divisor).backward()
     model.zero_grad(set_to_none=True)
     torch.cuda.synchronize()
 
@@ -537,16 +574,14 @@ def start_log(files: list[Path], seed: int) -> None:
     """What a log in the public format begins with: source and environment."""
     hashes = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
     digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
-    rule, hardware, smi = "=" * 100, f"CPU with {os.cpu_count()} cores", ""
-    if CUDA:
-        hardware = torch.cuda.get_device_name()
-        smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+    rule = "=" * 100
+    hardware = torch.cuda.get_device_name() if CUDA else f"CPU with {os.cpu_count()} cores"
     LOG.parent.mkdir(exist_ok=True)
     LOG.write_text(
         f"{Path(__file__).read_text()}{rule}\nRunning Python {sys.version.split()[0]}\n"
         f"Running PyTorch {torch.version.__version__} compiled for CUDA {torch.version.cuda} on "
         f"{hardware} with world_size {WORLD_SIZE}\n"
-        f"Running for track {TRACK} with seed {seed} on data {digest}\n{smi}{rule}\n")
+        f"Running for track {TRACK} with seed {seed} on data {digest}\n{rule}\n")
 
 
 def train(train_files: list[Path], val_files: list[Path], seed: int) -> None:
@@ -569,7 +604,8 @@ def train(train_files: list[Path], val_files: list[Path], seed: int) -> None:
             if CUDA:
                 torch.cuda.synchronize()
             train_s += time.perf_counter() - t0
-            enter_phase(model, optimizer, step, evaluating=True)
+            if PHASES:
+                enter_phase(model, optimizer, step, evaluating=True)
             val_loss = evaluate(model, validation)
             log(f"step:{step}/{NUM_ITERATIONS} val_loss:{val_loss:.6f} "
                 f"train_time:{1000 * train_s:.0f}ms "
@@ -577,7 +613,8 @@ def train(train_files: list[Path], val_files: list[Path], seed: int) -> None:
             t0 = time.perf_counter()
         if last:
             break
-        enter_phase(model, optimizer, step)
+        if PHASES:
+            enter_phase(model, optimizer, step)
         train_step(model, optimizer, next(batches), step)
         elapsed_ms = 1000 * (train_s + time.perf_counter() - t0)
         log(f"step:{step + 1}/{NUM_ITERATIONS} train_time:{elapsed_ms:.0f}ms "

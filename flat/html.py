@@ -1,4 +1,4 @@
-"""A flat program as one static page: colours, a table of contents, new lines marked."""
+"""A flat program as one static page: colours, a table of contents, what changed."""
 
 import ast
 import builtins
@@ -17,10 +17,11 @@ PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; --back: #fff; --text: #1f2328; --soft: #656d76; --line: #d8dee4;
-  --keyword: #a3104f; --string: #0a4a8f; --number: #0550ae; --name: #6639ba; --new: #dafbe1; }}
+  --keyword: #a3104f; --string: #0a4a8f; --number: #0550ae; --name: #6639ba;
+  --new: #dafbe1; --old: #ffebe9; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --back: #0d1117; --text: #e6edf3; --soft: #8b949e;
   --line: #30363d; --keyword: #ff7b9c; --string: #a5d6ff; --number: #79c0ff; --name: #d2a8ff;
-  --new: #12351f; }} }}
+  --new: #12351f; --old: #3c1618; }} }}
 body {{ margin: 0; background: var(--back); color: var(--text); display: grid;
   font: 15px/1.5 system-ui, sans-serif; grid-template-columns: 15rem minmax(0, 1fr); }}
 header {{ grid-column: 1 / 3; padding: 1rem 1.5rem; border-bottom: 1px solid var(--line); }}
@@ -39,6 +40,8 @@ pre {{ margin: 0; padding: 1rem 1.5rem 3rem 0; font: 13px/1.5 ui-monospace, Menl
   float: left; width: 3em; margin-left: -4.2em; text-align: right; user-select: none; }}
 .line:target {{ outline: 1px solid var(--soft); }}
 .new {{ background: var(--new); }}
+.old {{ background: var(--old); color: var(--soft); }}
+.old::before {{ counter-increment: none; content: "-"; }}
 .keyword {{ color: var(--keyword); }} .string {{ color: var(--string); }}
 .number {{ color: var(--number); }} .name {{ color: var(--name); }}
 .comment {{ color: var(--soft); font-style: italic; }}
@@ -51,7 +54,7 @@ pre {{ margin: 0; padding: 1rem 1.5rem 3rem 0; font: 13px/1.5 ui-monospace, Menl
   .rule {{ white-space: pre; overflow: hidden; }}
   .line::before {{ content: none; }} }}
 </style>
-<header><h1>{title}</h1><p>{note}</p></header>
+<header><h1>{title}</h1>{notes}</header>
 <nav>{contents}</nav>
 <pre>{program}</pre>
 </html>
@@ -90,13 +93,23 @@ def coloured(text: str) -> list[str]:
     return found
 
 
-def page(text: str, title: str, note: str, other: str | None = None) -> str:
-    """The page of a program; lines that the program `other` has not are marked."""
-    lines, new = text.splitlines(), set()
+def line_html(line: str, html: str, kind: str, name: str = "") -> str:
+    kinds = f"line {kind}".strip() + " rule" * bool(RULE.match(line))
+    inside = f' style="--in:{len(line) - len(line.lstrip())}"' * line.startswith(" ")
+    return f'<span class="{kinds}"{name}{inside}>{html}\n</span>'
+
+
+def page(text: str, title: str, notes: list[str], other: str | None = None) -> str:
+    """The page of a program, beside the program `other`: what it has not is marked as new, what it
+    has instead stands above as old."""
+    lines, new, old = text.splitlines(), set(), {}
     if other is not None:
-        matcher = difflib.SequenceMatcher(None, other.splitlines(), lines, autojunk=False)
-        for what, _, _, first, last in matcher.get_opcodes():
-            new |= set(range(first + 1, last + 1)) if what in ("insert", "replace") else set()
+        before = other.splitlines()
+        matcher = difflib.SequenceMatcher(None, before, lines, autojunk=False)
+        for what, i, j, first, last in matcher.get_opcodes():
+            if what != "equal":
+                new |= set(range(first + 1, last + 1))
+                old[first + 1] = before[i:j]
     contents = [(n, f'<a class="section" href="#L{n}">{line.strip("# -")}</a>')
                 for n, line in enumerate(lines, 1) if RULE.match(line)]
     for node in ast.walk(ast.parse(text)):
@@ -107,8 +120,8 @@ def page(text: str, title: str, note: str, other: str | None = None) -> str:
                                           f'href="#L{node.lineno}">{node.name}</a>'))
     program = ""
     for n, (line, html) in enumerate(zip(lines, coloured(text)), 1):
-        names = "line" + " new" * (n in new) + " rule" * bool(RULE.match(line))
-        inside = f' style="--in:{len(line) - len(line.lstrip())}"' * line.startswith(" ")
-        program += f'<span class="{names}" id="L{n}"{inside}>{html}\n</span>'
-    return PAGE.format(title=escape(title), note=escape(note), program=program,
+        program += "".join(line_html(gone, escape(gone), "old") for gone in old.get(n, ()))
+        program += line_html(line, html, "new" * (n in new), f' id="L{n}"')
+    return PAGE.format(title=escape(title), program=program,
+                       notes="".join(f"<p>{escape(note)}</p>" for note in notes if note),
                        contents="".join(link for _, link in sorted(contents)))

@@ -11,7 +11,6 @@ import gc
 import math
 import pickle
 import re
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -20,12 +19,16 @@ import torch
 
 import muon
 import recipes
-from flat.fold import TRUE, Known, fold, prune
+from flat.fold import Known, fold, prune
 from flat.tidy import Docs
-from flat.tree import parse, show, walk, wrapped
+from flat.tree import parse, show, wrapped
+from kernels import DTYPES
 from model import (
     GPT,
+    GPTConfig,
     Layer,
+    backout_layer,
+    dropped_attention,
     gates_layer,
     late_layer,
     layer_plan,
@@ -38,6 +41,12 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKER = re.compile(r"# -+ the program\n")
 TORCH_DTYPES = {"fp64": "torch.float64", "fp32": "torch.float32", "bf16": "torch.bfloat16"}
 KEEP = {"main"}
+# functions that are read better where they are called
+INLINED = {"document_ids", "relu_squared", "_gram", "_polynomial", "_ema", "_ema_", "attention",
+           "embed_tokens", "attention_keys", "final_norm", "momentum_average",
+           "steepest_direction", "adam_average", "normuon", "normalize", "rotary_frequencies",
+           "descend", "window_in_keys", "batch_tokens", "reduce",
+           "parameter_entry"}
 CONFIGS = {"Recipe", "GPTConfig", "RECORDS"}   # decided: only annotations name them
 
 
@@ -139,43 +148,42 @@ def groups_of(recipe: Recipe, model: GPT) -> dict[str, dict]:
 
 def known_of(recipe: Recipe, names: list[str], groups: dict[str, dict]) -> Known:
     """What the recipe decides; `names` of the model's parameters."""
-    c, r, known = recipe.model, recipe, Known()
-    known.objects |= dict.fromkeys(("c", "config", "self.config", "model.config"), c)
-    known.objects |= dict.fromkeys(("r", "recipe"), r)
-    known.objects |= {"recipe.model": c, "layer": uniform(layer_plan(c))}
+    c, r, known = recipe.model, recipe, Known(inlined=set(INLINED))
+    known.names = {"c": c, "r": r, "layer": uniform(layer_plan(c)), "DTYPES": DTYPES, "any": any,
+                   "backout_layer": backout_layer, "dropped_attention": dropped_attention,
+                   "gates_layer": gates_layer, "late_layer": late_layer, "skip_layer": skip_layer}
+    known.sources |= {"config": "c", "self.config": "c", "model.config": "c", "recipe.model": "c",
+                      "recipe": "r"}
     full, wide = r.scale == "full", "float64" if c.compute_dtype == "fp64" else "float32"
     starts = [parameter_entry(name, c)[1] for name in names]
     known.values |= {
         "'relu2' in kernels": False,
-        "any(r.normuon.values())": any(r.normuon.values()),
         "isinstance(decay, Tensor)": False, "isinstance(lr, Tensor)": False,
         "wide": False, "G.ndim < 2": False,
         "G.numel() == 0": False, "X.dtype == torch.float64": c.compute_dtype == "fp64",
         "method == 'svd' and ns_coefficients is None": r.muon_method == "svd"}
-    if r.muon_method != "cubic":
-        known.values["c"] = TRUE    # of (a, b, c)
+    alike = len({*layer_plan(c)}) == 1 and not (c.packed or c.drop_mlp or c.backout)
+    known.values["LAYERS_ALIKE"] = alike
+    known.values["PHASES"] = bool(r.window_range or r.window_stages or r.num_targets > 1
+                                  or r.tie_first)
+    if not c.drop_attention:
+        known.values["self.attn is not None"] = True
+    if not c.drop_mlp:
+        known.values["self.mlp is not None"] = True
     if full:
         known.values["CUDA"] = True
     if not r.warmup_steps:
         known.values["step < r.warmup_steps"] = False
     if not r.tie_first:
         known.values["self.tied"] = False
-    if all(g["second_moment"] for g in groups.values() if g["rule"] == "muon"):
-        known.values["muon['second_moment']"] = TRUE
 
-    known.sources |= {f"DTYPES[c.{name}_dtype]": TORCH_DTYPES[getattr(c, f"{name}_dtype")]
-                      for name in ("compute", "stream", "embed", "head")}
     head = c.compute_dtype if c.head == "fp8" else c.head
     safety = 1.0 if r.matrix_rule == "adam" else muon.coefficients(r.muon_method, r.muon_steps)[1]
     on_gpu = "bfloat16" if r.muon_mode == "fast" else "float16"
     known.sources |= {
         "dtype if c.head == 'fp8' else DTYPES[c.head]": TORCH_DTYPES[head],
-        "backout_layer(c)": str(2 * c.num_layers // 3),
-        "dropped_attention(c)": str(7 * c.num_layers // 12),
-        "late_layer(c)": str(late_layer(c)), "skip_layer(c)": str(skip_layer(c)),
-        "dropped_attention(config)": str(7 * c.num_layers // 12),
-        "gates_layer(c)": str(gates_layer(c)), "layer_plan(config)": "PLAN",
-        "layer_plan(c)": "PLAN", "len(PLAN)": "NUM_LAYERS", "c.softcap.div": "SOFTCAP_DIV",
+        "Embedding": "nn.Embedding",    # its own initialisation takes seconds, lines as well
+        "layer_plan(config)": "PLAN", "layer_plan(c)": "PLAN", "c.softcap.div": "SOFTCAP_DIV",
         "self.phase.window or T": "self.window",
         "self.phase.short_window or T": "self.short_window",
         "torch.promote_types(compute_dtype, torch.float32)": f"torch.{wide}",
@@ -211,14 +219,13 @@ def known_of(recipe: Recipe, names: list[str], groups: dict[str, dict]) -> Known
     if c.embed_dtype == c.stream_dtype:
         table = "F.embedding(tokens_BT, table.weight)"
         known.sources[f"{table}.to(stream)"] = table
-    if c.value_embeds == "none" and not c.bigram:  # no tables that take long to draw
-        known.sources["Embedding"] = "nn.Embedding"
     kinds = {start.kind for start in starts if start.number} - {"constant"}
     if len(kinds) == 1:
         known.values["kind == 'uniform'"] = kinds == {"uniform"}
     if not r.extension_steps:
-        known.sources |= {f"{name}.scheduled_steps": f"{name}.num_iterations"
-                          for name in ("r", "recipe")}
+        known.sources |= {"r.scheduled_steps": "r.num_iterations"}
+    if r.window_range or r.window_stages:
+        known.sources["tuple[int, int] | None"] = "tuple[int, int]"
     if r.val_row == c.seq_len:
         known.sources["r.val_row"] = "c.seq_len"
     if not (r.momentum_warmup_steps or r.momentum_cooldown_steps):
@@ -235,6 +242,12 @@ def known_of(recipe: Recipe, names: list[str], groups: dict[str, dict]) -> Known
         "self.set_phase(Phase())", "self.phase: Phase | None = None", "self.recomputed = 0",
         "self.segments = [range(c.num_layers)]",
         "self.loss_bodies = KERNELS if 'loss' in kernels else REFERENCES"}
+    if not r.prefix_weight:
+        known.dropped.add("self.register_buffer('prefixes', None, persistent=False)")
+    if c.bigram and c.bigram_frac == 1:
+        known.sources["c.bigram_dim"] = "c.model_dim"
+    if not any(isinstance(start.number, tuple) for start in starts):
+        known.sources["p.copy_(torch.tensor(number, dtype=torch.float64))"] = "p.fill_(number)"
     if c.value_embeds == "none" and not c.value_residual:
         known.dropped.add("v_BTHD = v_BTHD.type_as(q_BTHD)")
     for rule in ("muon", "adam"):
@@ -252,6 +265,7 @@ class Folded(NamedTuple):
     tree: ast.Module
     known: Known
     groups: dict[str, dict]
+    names: list[str]    # of parameters
 
 
 def folded(recipe: Recipe) -> Folded:
@@ -261,7 +275,10 @@ def folded(recipe: Recipe) -> Folded:
     groups = groups_of(recipe, model)
     known = known_of(recipe, names, groups)
     tree = pickle.loads(assemble())
-    keep_rows(tree, names)
+    for unit in tree.body:  # fields that all layers share are known
+        if isinstance(unit, ast.ClassDef) and unit.name == "Layer":
+            unit.body = [node for node in unit.body if not isinstance(node, ast.AnnAssign)
+                         or not hasattr(known.names["layer"], node.target.id)]
     docs = Docs(tree, known, recipe.record, vars(recipe.model) | vars(recipe))
     collects = gc.isenabled()
     gc.disable()  # it would look through the tree again and again
@@ -269,19 +286,21 @@ def folded(recipe: Recipe) -> Folded:
     if collects:
         gc.enable()
     docs.clean()
-    return Folded(tree, known, groups)
+    return Folded(tree, known, groups, names)
 
 
 def printed(recipe: Recipe, words: str) -> str:
     """The program of `recipe`; `words` are those after `python -m flat` that asked for it."""
-    c, (tree, known, groups) = recipe.model, folded(recipe)
-    text = show(tree)
-    tables = {"plan": plan_text(recipe, text), "groups": groups_text(groups, text)}
-    tables["constants"] = constants_text(recipe, known, text + tables["groups"])
+    c, (tree, known, groups, names) = recipe.model, folded(recipe)
+    alike = "Block() for i, layer in enumerate(PLAN)", "Block() for _ in range(NUM_LAYERS)"
+    text = show(tree).replace(*alike)
+    tables = {"plan": plan_text(recipe, text), "groups": groups_text(groups, text),
+              "parameters": parameters_text(recipe, names)}
+    tables["constants"] = constants_text(recipe, known, text + "".join(tables.values()))
     for name, table in tables.items():
         at = next(i for i, n in enumerate(tree.body) if getattr(n, "text", "") == f"# <- {name}")
         tree.body[at:at + 1] = parse(f"\n{table}").body
-    text = show(tree).replace("parameter_table in model.py", "parameter_table")
+    text = show(tree).replace(*alike)
     if c.compute_dtype == "fp64":
         text = text.replace(".float()", ".double()")
     for name, value in {
@@ -298,13 +317,26 @@ def printed(recipe: Recipe, words: str) -> str:
     return text
 
 
-def keep_rows(tree: ast.Module, names: list[str]) -> None:
-    """In parameter_table, the rows of parameters that the model has."""
-    (table,) = (n for n in tree.body if getattr(n, "name", "") == "parameter_table")
-    (rows,) = (n for n in walk(table) if isinstance(n, ast.Dict))
-    kept = [(k, v) for k, v in zip(rows.keys, rows.values)
-            if any(fnmatchcase(name, k.value) for name in names)]
-    rows.keys, rows.values, rows.dirty = [k for k, _ in kept], [v for _, v in kept], True
+def parameters_text(recipe: Recipe, names: list[str]) -> str:
+    """PARAMETERS as a literal: what parameter_table says of each kind of parameter."""
+    rows = {re.sub(r"\d+\.", "", name): parameter_entry(name, recipe.model) for name in names}
+    lines = (f'    "{name}": ("{role}", ("{kind}", {std_text(number, recipe.model)})),'
+             for name, (role, (kind, number)) in rows.items())
+    return ("# Role (which is its optimizer group) and start of each kind of parameter: uniform or "
+            "normal with\n# a standard deviation, or a constant.\nPARAMETERS = {\n"
+            + "".join(f"{wrapped(line)}\n" for line in lines) + "}\n")
+
+
+def std_text(number: float | tuple[float, ...], c: GPTConfig) -> str:
+    """A start; a standard deviation as a product with a root of a size where that is shorter."""
+    if isinstance(number, tuple):
+        return literal(tuple(float(f"{x:.15g}") for x in number))
+    roots = {"": 1.0, " * MODEL_DIM ** -0.5": c.model_dim ** -0.5,
+             " * (MLP_RATIO * MODEL_DIM) ** -0.5": (c.mlp_ratio * c.model_dim) ** -0.5,
+             " * (2 * NUM_LAYERS) ** -0.5": (2 * c.num_layers) ** -0.5}
+    found = {root: literal(float(f"{number / size:.15g}")) for root, size in roots.items()}
+    root = min(found, key=lambda root: len(found[root]))
+    return (found[root] + root).removeprefix("1.0 * ")
 
 
 def literal(value: object) -> str:
@@ -350,11 +382,13 @@ def constants_text(recipe: Recipe, known: Known, text: str) -> str:
     if recipe.matrix_rule == "muon" and recipe.muon_method != "svd":
         made["NS_COEFFICIENTS"], made["NS_SAFETY"] = muon.coefficients(
             recipe.muon_method, recipe.muon_steps)
-    lines = []
-    order = {f.upper(): i for i, f in enumerate(
-        [*vars(c), *vars(recipe), *dir(c), *dir(recipe)])}
-    for name, value in sorted(made.items(), key=lambda item: order.get(item[0], 999)):
-        if re.search(rf"\b{name}\b", text):
+    lines, words = ["# model"], set(re.findall(r"\w+", text))
+    order = list(dict.fromkeys(map(str.upper, [*vars(c), *dir(c), "end", *vars(recipe),
+                                               *dir(recipe), *made])))
+    for name, value in sorted((made | {"END": 0}).items(), key=lambda item: order.index(item[0])):
+        if name == "END":
+            lines.append("# training")
+        elif name in words:
             if name == "NS_COEFFICIENTS" and len(set(value)) > 1:
                 rows = "".join(f"    {row!r},\n" for row in value)
                 lines.append(f"{name} = (\n{rows})")
@@ -362,7 +396,7 @@ def constants_text(recipe: Recipe, known: Known, text: str) -> str:
                 lines.append(f"{name} = ({value[0]!r},) * {len(value)}")
             else:
                 lines.append(f"{name} = {literal(value)}")
-    if re.search(r"\bNS_DTYPE\b", text):
+    if "NS_DTYPE" in words:
         wide = "float64" if c.compute_dtype == "fp64" else "float32"
         on_gpu = "bfloat16" if recipe.muon_mode == "fast" else "float16"
         lines.append(f"NS_DTYPE = torch.{on_gpu} if torch.cuda.is_available() else torch.{wide}")
@@ -377,7 +411,8 @@ def plan_text(recipe: Recipe, text: str) -> str:
     kept = re.findall(r"^    (\w+): ", match[1], re.M)
     rows = []
     for layer in layer_plan(recipe.model):
-        inside = ", ".join(f"{name}={getattr(layer, name)!r}" for name in kept
-                           if getattr(layer, name) != Layer._field_defaults[name])
-        rows.append(f"    Layer({inside}),\n".replace("'", '"'))
-    return "PLAN = [\n" + "".join(rows) + "]\n"
+        values = [getattr(layer, name) for name in kept]
+        while values and values[-1] == Layer._field_defaults[kept[len(values) - 1]]:
+            del values[-1]
+        rows.append(f"Layer({', '.join(map(literal, values))})")
+    return wrapped(f"PLAN = [{', '.join(rows)}]") + "\n"

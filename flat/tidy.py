@@ -60,7 +60,11 @@ class Docs:
             kept = self.sentences(paragraph, node)
             if kept:
                 paragraphs.append(kept)
-        return "\n\n".join(paragraphs).rstrip()
+        def shown(match: re.Match) -> str:
+            name = match[0].upper()
+            return name if name in self.known.constants else match[0]
+
+        return re.sub(r"\b[a-z]+_\w+\b", shown, "\n\n".join(paragraphs)).rstrip()
 
     def sentences(self, paragraph: str, owner: ast.AST) -> str:
         def inside(match: re.Match) -> str:
@@ -86,11 +90,14 @@ class Docs:
             text = text[:1].upper() + text[1:]
         return re.sub(r";$", ".", text)
 
-    def comment(self, function: FUNCTION) -> str | None:
-        if not is_docstring(function.body[0]):
-            return ""
+    def comment(self, function: FUNCTION) -> list[str]:
+        """Its docstring as comment lines; of a longer one what gives a source."""
+        if not is_docstring(function.body[0]) or function.name.startswith("_"):
+            return []
         text = " ".join(self.docstring(function).split())
-        return text and (f"# {text}" if len(text) <= WIDTH - 10 else None)
+        if len(text) > WIDTH - 10:
+            text = " ".join(s for s in re.split(r"(?<=\.) ", text) if "#" in s)
+        return [f"# {line}" for line in fill(text, WIDTH - 10).splitlines() if line]
 
     def clean(self) -> None:
         """All comments and docstrings of the tree; rules of sections that are empty."""

@@ -10,7 +10,7 @@ written. Joined strings are never looked into.
 """
 
 import ast
-import functools
+import copy
 import io
 import re
 import tokenize
@@ -29,21 +29,21 @@ LEAVES = {"ctx", "op", "ops", "id", "attr", "kind", "arg", "name", "level", "mod
           "conversion", "is_async", "simple", "type_comment", "type_ignores", "type_params"}
 
 
-@functools.cache
-def fields_of(kind: type) -> tuple[str, ...]:
-    """Fields of a kind of node that hold nodes."""
-    return () if kind is ast.Constant else tuple(n for n in kind._fields if n not in LEAVES)
+# Kind of node -> its fields that hold nodes.
+FIELDS = {kind: tuple(name for name in kind._fields if name not in LEAVES)
+          for kind in (Note, *vars(ast).values())
+          if isinstance(kind, type) and issubclass(kind, ast.AST)} | {ast.Constant: ()}
 
 
 def children(node: ast.AST) -> list[ast.AST]:
     found = []
-    for name in fields_of(type(node)):
+    for name in FIELDS[type(node)]:
         value = getattr(node, name)
         if type(value) is list:
-            found += [item for item in value if item is not None]
-        elif value is not None:
+            found += value
+        else:
             found.append(value)
-    return found
+    return [child for child in found if child is not None]
 
 
 def walk(node: ast.AST) -> list[ast.AST]:
@@ -88,8 +88,6 @@ def parse(text: str) -> ast.Module:
     for node in walk(tree):
         if isinstance(node, ast.expr):
             node.text = segment(code, node)
-            # a table: an entry a line
-            node.rows = isinstance(node, ast.Dict) and code[node.end_lineno - 1].strip() == "}"
         if not isinstance(node, ast.stmt):
             continue
         start = first = first_line(node)
@@ -163,21 +161,9 @@ def head_end(node: ast.stmt) -> int:
 
 # --- show -----------------------------------------------------------------------------------------
 
-OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//",
-             ast.Mod: "%", ast.Pow: "**", ast.MatMult: "@", ast.BitOr: "|", ast.BitAnd: "&",
-             ast.LShift: "<<", ast.RShift: ">>", ast.USub: "-", ast.Not: "not ", ast.Invert: "~",
-             ast.And: " and ", ast.Or: " or ", ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<",
-             ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Is: "is", ast.IsNot: "is not",
-             ast.In: "in", ast.NotIn: "not in"}
-BINDS = {ast.Lambda: 1, ast.IfExp: 1, ast.Or: 2, ast.And: 3, ast.Not: 4, ast.Compare: 5,
-         ast.BitOr: 6, ast.BitAnd: 8, ast.LShift: 9, ast.RShift: 9, ast.Add: 10, ast.Sub: 10,
-         ast.Mult: 11, ast.Div: 11, ast.FloorDiv: 11, ast.Mod: 11, ast.MatMult: 11, ast.USub: 12,
-         ast.Invert: 12, ast.Pow: 13}
-ATOM = 15
-
-
-def binds(node: ast.expr) -> int:
-    return BINDS.get(type(getattr(node, "op", node)), ATOM)
+ATOMS = (ast.Name | ast.Attribute | ast.Call | ast.Subscript | ast.Constant | ast.JoinedStr
+         | ast.List | ast.Dict | ast.Set | ast.ListComp | ast.SetComp | ast.DictComp)
+LOOSE = ast.stmt | ast.Call | ast.keyword | ast.List | ast.Set | ast.Dict | ast.Subscript
 
 
 def settle(node: ast.AST) -> bool:
@@ -190,14 +176,49 @@ def settle(node: ast.AST) -> bool:
     return node.dirty
 
 
-def expression(node: ast.expr, level: int = 0) -> str:
-    """Its text, in parentheses where it binds less than `level`."""
-    if isinstance(node, ast.Tuple) and (level or node.dirty):
-        inside = ", ".join(expression(e, 1) for e in node.elts)
-        inside += "," if len(node.elts) == 1 else ""
-        return f"({inside})" if level or not node.elts or in_parentheses(node) else inside
-    text = structure(node) if node.dirty else node.text
-    return f"({text})" if binds(node) < level else text
+def expression(node: ast.AST) -> str:
+    """An expression or a simple statement on one line."""
+    return ast.unparse(shell(node, None))
+
+
+def shell(node: ast.AST, parent: ast.AST | None) -> ast.AST:
+    """A copy for ast.unparse, which prints the id of a Name as it is: there we put the text of what
+    did not change, and of what ast.unparse writes in another way than people do."""
+    power = isinstance(parent, ast.BinOp) and isinstance(parent.op, ast.Pow)
+    match node:
+        case ast.Tuple():
+            inside = ", ".join(map(expression, node.elts)) + "," * (len(node.elts) == 1)
+            bare = isinstance(parent, ast.stmt | ast.comprehension | ast.Subscript | None) and (
+                node.elts and not in_parentheses(node) and node is not getattr(parent, "iter", 0))
+            return ast.Name(inside if bare else f"({inside})")
+        case ast.JoinedStr() | ast.Constant() if hasattr(node, "text"):
+            return ast.Name(node.text)
+        case ast.Constant(value=str() as value):
+            return ast.Name(f'"{value}"')
+        case ast.Constant():
+            return ast.Name(repr(node.value).replace("e-0", "e-"))
+        case ast.UnaryOp(op=ast.USub()) if power:
+            inside = expression(node.operand)
+            return ast.Name(f"-{inside}" if isinstance(node.operand, ATOMS) else f"-({inside})")
+        case ast.GeneratorExp() if isinstance(parent, ast.Call) and not (
+                parent.args[1:] or parent.keywords):
+            text = ast.unparse(copied(node)) if node.dirty else node.text
+            return ast.Name(text[1:-1])
+    clean = isinstance(node, ast.expr) and not node.dirty
+    if clean and (parent is None or isinstance(node, ATOMS) or isinstance(parent, LOOSE)):
+        return ast.Name(node.text)
+    return copied(node)
+
+
+def copied(node: ast.AST) -> ast.AST:
+    new = copy.copy(node)
+    for name in FIELDS[type(node)]:
+        value = getattr(node, name)
+        if type(value) is list:
+            setattr(new, name, [item and shell(item, node) for item in value])
+        elif value is not None:
+            setattr(new, name, shell(value, node))
+    return new
 
 
 def in_parentheses(node: ast.Tuple) -> bool:
@@ -209,135 +230,29 @@ def in_parentheses(node: ast.Tuple) -> bool:
         return False
 
 
-def structure(node: ast.expr) -> str:
-    match node:
-        case ast.Name():
-            return node.id
-        case ast.Attribute():
-            return f"{expression(node.value, ATOM)}.{node.attr}"
-        case ast.Constant(value=str() as value):
-            return f'"{value}"'
-        case ast.Constant() | ast.JoinedStr():
-            return getattr(node, "text", None) or repr(node.value).replace("e-0", "e-")
-        case ast.Call():
-            parts = [expression(a, 1) for a in node.args]
-            if len(parts) == 1 and isinstance(node.args[0], ast.GeneratorExp) and not node.keywords:
-                parts = [parts[0][1:-1]]
-            parts += [f"{k.arg}={expression(k.value, 1)}" if k.arg
-                      else f"**{expression(k.value, 7)}" for k in node.keywords]
-            return f"{expression(node.func, ATOM)}({', '.join(parts)})"
-        case ast.Subscript():
-            return f"{expression(node.value, ATOM)}[{expression(node.slice)}]"
-        case ast.Slice():
-            parts = [part and expression(part, 1) for part in (node.lower, node.upper, node.step)]
-            return ":".join(part or "" for part in (parts if node.step else parts[:2]))
-        case ast.Starred():
-            return f"*{expression(node.value, 7)}"
-        case ast.BinOp():
-            own, power = binds(node), isinstance(node.op, ast.Pow)
-            left = expression(node.left, own + power)
-            right = expression(node.right, own - power if power else own + 1)
-            return f"{left} {OPERATORS[type(node.op)]} {right}"
-        case ast.UnaryOp():
-            return OPERATORS[type(node.op)] + expression(node.operand, binds(node))
-        case ast.BoolOp():
-            parts = (expression(value, 4) for value in node.values)
-            return OPERATORS[type(node.op)].join(parts)
-        case ast.Compare():
-            rest = (f" {OPERATORS[type(op)]} {expression(right, 6)}"
-                    for op, right in zip(node.ops, node.comparators))
-            return expression(node.left, 6) + "".join(rest)
-        case ast.IfExp():
-            parts = (expression(part, level) for part, level in (
-                (node.body, 2), (node.test, 2), (node.orelse, 1)))
-            return "{} if {} else {}".format(*parts)
-        case ast.Lambda():
-            return f"lambda {', '.join(signature(node.args))}: {expression(node.body, 1)}"
-        case ast.List():
-            return f"[{', '.join(expression(e, 1) for e in node.elts)}]"
-        case ast.Set():
-            return f"{{{', '.join(expression(e, 1) for e in node.elts)}}}"
-        case ast.Dict():
-            pairs = (f"{expression(k, 1)}: {expression(v, 1)}" if k else f"**{expression(v, 7)}"
-                     for k, v in zip(node.keys, node.values))
-            return f"{{{', '.join(pairs)}}}"
-        case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
-            first = (f"{expression(node.key, 1)}: {expression(node.value, 1)}"
-                     if isinstance(node, ast.DictComp) else expression(node.elt, 1))
-            loops = "".join(
-                f" for {expression(loop.target)} in {expression(loop.iter, 2)}"
-                + "".join(f" if {expression(test, 2)}" for test in loop.ifs)
-                for loop in node.generators)
-            opened, closed = {ast.ListComp: "[]", ast.GeneratorExp: "()"}.get(type(node), "{}")
-            return f"{opened}{first}{loops}{closed}"
-        case ast.Yield():
-            return f"yield {expression(node.value)}" if node.value else "yield"
-    raise NotImplementedError(ast.dump(node))
-
-
-def signature(arguments: ast.arguments) -> list[str]:
-    """Parameters with their annotations and defaults."""
-    def shown(a: ast.arg, default: ast.expr | None) -> str:
-        text = f"{a.arg}: {expression(a.annotation)}" if a.annotation else a.arg
-        equals = " = " if a.annotation else "="
-        return f"{text}{equals}{expression(default, 1)}" if default else text
-
-    missing = [None] * (len(arguments.args) - len(arguments.defaults))
-    parts = [shown(*pair) for pair in zip(arguments.args, [*missing, *arguments.defaults])]
-    if arguments.vararg:
-        parts.append(f"*{shown(arguments.vararg, None)}")
-    elif arguments.kwonlyargs:
-        parts.append("*")
-    parts += [shown(*pair) for pair in zip(arguments.kwonlyargs, arguments.kw_defaults)]
-    return [*parts, f"**{shown(arguments.kwarg, None)}"] if arguments.kwarg else parts
-
-
-def simple(node: ast.stmt) -> str:
-    """A dirty simple statement on one line."""
-    match node:
-        case ast.Expr():
-            return expression(node.value)
-        case ast.Assign():
-            return " = ".join(expression(part) for part in (*node.targets, node.value))
-        case ast.AugAssign():
-            operator = OPERATORS[type(node.op)]
-            return f"{expression(node.target)} {operator}= {expression(node.value)}"
-        case ast.AnnAssign():
-            text = f"{expression(node.target)}: {expression(node.annotation)}"
-            return f"{text} = {expression(node.value)}" if node.value else text
-        case ast.Return():
-            return f"return {expression(node.value)}" if node.value else "return"
-        case ast.Raise():
-            return f"raise {expression(node.exc)}"
-        case ast.Import() | ast.ImportFrom() | ast.Pass() | ast.Break() | ast.Continue():
-            return ast.unparse(node)
-    raise NotImplementedError(ast.dump(node))
-
-
 def head(node: ast.stmt) -> str:
     """The first line of a compound statement."""
     if hasattr(node, "lines") and not node.head_dirty:
         return joined(node.lines).removeprefix("el")
-    match node:
-        case ast.If():
-            return f"if {expression(node.test)}:"
-        case ast.While():
-            return f"while {expression(node.test)}:"
-        case ast.For():
-            return f"for {expression(node.target)} in {expression(node.iter, 1)}:"
-        case ast.With():
-            items = (expression(item.context_expr) + (
-                f" as {expression(item.optional_vars)}" if item.optional_vars else "")
-                for item in node.items)
-            return f"with {', '.join(items)}:"
-        case ast.ClassDef():
-            parts = [*node.bases]
-            inside = ", ".join(map(expression, parts))
-            return f"class {node.name}({inside}):" if inside else f"class {node.name}:"
-        case ast.FunctionDef():
-            returns = f" -> {expression(node.returns)}" if node.returns else ""
-            return f"def {node.name}({', '.join(signature(node.args))}){returns}:"
-    raise NotImplementedError(ast.dump(node))
+    if isinstance(node, ast.FunctionDef):
+        returns = f" -> {expression(node.returns)}" if node.returns else ""
+        return f"def {node.name}({', '.join(signature(node.args))}){returns}:"
+    first = copy.copy(node)
+    first.body, first.orelse, first.decorator_list = [], [], []
+    return expression(first)
+
+
+def signature(arguments: ast.arguments) -> list[str]:
+    """Parameters with their annotations and defaults."""
+    missing = [None] * (len(arguments.args) - len(arguments.defaults))
+    parts = []
+    for arg, default in (*zip(arguments.args, [*missing, *arguments.defaults]),
+                         *zip(arguments.kwonlyargs, arguments.kw_defaults)):
+        parts += ["*"] * (arg in arguments.kwonlyargs[:1])
+        equals = " = " if arg.annotation else "="
+        text = f"{arg.arg}: {expression(arg.annotation)}" if arg.annotation else arg.arg
+        parts.append(f"{text}{equals}{expression(default)}" if default else text)
+    return parts
 
 
 def is_docstring(node: ast.stmt) -> bool:
@@ -354,14 +269,13 @@ def laid_out(node: ast.stmt, text: str, pad: str) -> list[str]:
         return [pad + line for line in written]
     if len(pad + text + beside) <= WIDTH:
         return [pad + text + beside]
-    above = []
-    if node.beside and not (len(written) > 1 and len(pad + written[-1] + beside) <= WIDTH):
-        above, beside = [pad + node.beside], ""
     if len(pad + text) > WIDTH and written and all(len(pad + line) <= WIDTH for line in written):
         shown = [pad + line for line in written]
     else:
         shown = wrapped(pad + text).split("\n")
-    return [*above, *shown[:-1], shown[-1] + beside]
+    if node.beside and (len(shown) == 1 or len(shown[-1] + beside) > WIDTH):
+        return [pad + node.beside, *shown]
+    return [*shown[:-1], shown[-1] + beside]
 
 
 def block(body: list[ast.stmt], depth: int, owner: ast.AST) -> list[str]:
@@ -391,12 +305,8 @@ def statement(node: ast.stmt, depth: int) -> list[str]:
         return [node.text]
     if is_docstring(node) or isinstance(node, ast.Try):
         return [f"{pad}{line}".rstrip() for line in node.lines]
-    if isinstance(node, ast.Return) and getattr(node.value, "rows", False) and node.dirty:
-        rows = (f"{pad}    {expression(k)}: {expression(v, 1)},"
-                for k, v in zip(node.value.keys, node.value.values))
-        return [f"{pad}return {{", *rows, f"{pad}}}"]
     if is_plain(node):
-        return laid_out(node, simple(node) if node.dirty else joined(node.lines), pad)
+        return laid_out(node, expression(node) if node.dirty else joined(node.lines), pad)
     found = [f"{pad}@{expression(d)}" for d in getattr(node, "decorator_list", [])]
     found += laid_out(node, head(node), pad) + block(node.body, depth + 1, node)
     if getattr(node, "orelse", None):

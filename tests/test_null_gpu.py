@@ -1,5 +1,5 @@
-"""bench/null_gpu.c by itself: what it counts is what it was asked for. (With torch it needs a CUDA
-build, which CI does not have: bench/null_gpu.py is that test.)"""
+"""bench/null_gpu.c by itself: what it counts is what it was asked for. Flat programs on it need a
+CUDA build of torch, which CI does not have; bench/null_gpu.py trains on it."""
 
 import ctypes
 import shutil
@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from bench import null_gpu
+from bench.gpu import write_documents
+from conftest import free_port
+from flat import __main__ as flat
 
 GIB = 2**30
 
@@ -97,3 +100,22 @@ def test_launches_are_counted_under_their_names(cuda, tmp_path):
 def test_a_cpu_build_of_torch_is_refused_with_the_reason():
     done = subprocess.run([sys.executable, null_gpu.__file__], text=True, capture_output=True)
     assert done.returncode == 2 and "is a CPU build" in done.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA build of torch")
+@pytest.mark.parametrize("record, ranks", [("6", 1), ("23", 2), ("62", 1)])
+def test_a_flat_program_runs_at_full_size(library, tmp_path, record, ranks):
+    """Its lines for GPUs, but with three layers, and eager: compiling takes minutes."""
+    write_documents(tmp_path, 1_500_000)
+    small = "--num_layers 3 --num_iterations 2 --val_every 2 --val_tokens 262144"
+    (tmp_path / "record.py").write_text(flat.program(record, small.split()))
+    env = null_gpu.environment(library, 139) | {
+        "TORCH_COMPILE_DISABLE": "1", "NULL_GPU_COUNT": str(ranks), "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    running = [subprocess.Popen([sys.executable, "record.py", "."], cwd=tmp_path, text=True,
+                                env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+               for rank in range(ranks)]
+    done = [(*process.communicate(timeout=200), process.returncode) for process in running]
+    assert [code for *_, code in done] == [0] * ranks, done[-1][1]
+    assert "step:2/2 val_loss:" in done[0][0]

@@ -13,14 +13,12 @@ Shapes: B rows, T tokens a row, C model_dim, H heads, D head_dim, V vocabulary (
 import hashlib
 import math
 import os
-import subprocess
+import re
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,24 +26,27 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BOS_ID = 50_256
-HEAD_DIM = 64
-MLP_RATIO = 4
-MODEL_DIM = 768
+# model
 NUM_LAYERS = 12
-PADDED_VOCAB_SIZE = 50_257
+HEAD_DIM = 64
 SEQ_LEN = 1024
+MLP_RATIO = 4
+BOS_ID = 50_256
+MODEL_DIM = 768
+PADDED_VOCAB_SIZE = 50_257
+# training
+NUM_ITERATIONS = 19_560
+WARMUP_STEPS = 700
 COOLDOWN_STEPS = 18_860
 GRAD_CLIP = 1.0
-NUM_ITERATIONS = 19_560
-NUM_ROWS = 512
-VAL_EVERY = 250
 VAL_TOKENS = 10_485_760
-WARMUP_STEPS = 700
+VAL_EVERY = 250
+NUM_ROWS = 512
 
 MICRO_BATCH_TOKENS = 65_536     # per rank; more are accumulated
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+DEVICE = torch.device("cuda", LOCAL_RANK)
 LOG = Path("logs") / f"{uuid.uuid4()}.txt"
 
 
@@ -88,58 +89,33 @@ def micro_batches(rows: np.ndarray) -> list[tuple[Tensor, Tensor]]:
     """(inputs, targets) of this rank's rows: consecutive runs, the first ranks' one row longer."""
     rows = np.array_split(rows, WORLD_SIZE)[RANK]
     num_rows = max(1, MICRO_BATCH_TOKENS // (rows.shape[1] - 1))
-    parts = (torch.from_numpy(rows[i:i + num_rows].astype(np.int64)).to(DEVICE)
+    parts = (torch.from_numpy(rows[i:i + num_rows].astype(np.int64))
              for i in range(0, len(rows), num_rows))
     return [(part[:, :-1], part[:, 1:]) for part in parts]
 
 
 # --- model ----------------------------------------------------------------------------------------
 
-def attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
-    """Causal attention of each row; (B, T, H, D) in and out."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=HEAD_DIM ** -0.5)
-    return y.transpose(1, 2)
-
-
-class Init(NamedTuple):
-    """How a parameter starts: uniform or normal with a standard deviation, or constant, with one
-    number or one each."""
-
-    kind: str
-    number: float | tuple[float, ...]
-
-
-def parameter_table() -> dict[str, tuple[str, Init]]:
-    """Pattern of a parameter's name -> (role, initialisation).
-
-    The role chooses the parameter's optimizer group. A parameter that no pattern fits is
-    refused.
-    """
-    zero = Init("constant", 0.0)
-
-    # (#1) what is added to the stream smaller by sqrt(2 num_layers)
-    embed = into_layer = Init("normal", 0.02)
-    out = proj = Init("normal", 0.02 * (2 * NUM_LAYERS) ** -0.5)
-    return {
-        "embed.weight": ("embed", embed),
-        "position.weight": ("embed", embed),
-        "*.qkv.weight": ("attn_in", into_layer),
-        "*.out.weight": ("attn_out", out),
-        "*.fc.weight": ("mlp_in", into_layer),
-        "*.proj.weight": ("mlp_out", proj),
-        "*.bias": ("scalar", zero),
-        "*ln.weight": ("scalar", Init("constant", 1.0)),
-    }
-
-
-def parameter_entry(name: str) -> tuple[str, Init]:
-    """(role, initialisation) of the parameter `name`; ValueError where the table has none."""
-    for pattern, entry in parameter_table().items():
-        if fnmatchcase(name, pattern):
-            return entry
-    raise ValueError(f"no role and no initialisation for parameter {name}: add a line to "
-                     "parameter_table")
+# Role (which is its optimizer group) and start of each kind of parameter: uniform or normal with
+# a standard deviation, or a constant.
+PARAMETERS = {
+    "embed.weight": ("embed", ("normal", 0.02)),
+    "position.weight": ("embed", ("normal", 0.02)),
+    "blocks.attn.ln.weight": ("scalar", ("constant", 1.0)),
+    "blocks.attn.ln.bias": ("scalar", ("constant", 0.0)),
+    "blocks.attn.qkv.weight": ("attn_in", ("normal", 0.02)),
+    "blocks.attn.qkv.bias": ("scalar", ("constant", 0.0)),
+    "blocks.attn.out.weight": ("attn_out", ("normal", 0.02 * (2 * NUM_LAYERS) ** -0.5)),
+    "blocks.attn.out.bias": ("scalar", ("constant", 0.0)),
+    "blocks.mlp.ln.weight": ("scalar", ("constant", 1.0)),
+    "blocks.mlp.ln.bias": ("scalar", ("constant", 0.0)),
+    "blocks.mlp.fc.weight": ("mlp_in", ("normal", 0.02)),
+    "blocks.mlp.fc.bias": ("scalar", ("constant", 0.0)),
+    "blocks.mlp.proj.weight": ("mlp_out", ("normal", 0.02 * (2 * NUM_LAYERS) ** -0.5)),
+    "blocks.mlp.proj.bias": ("scalar", ("constant", 0.0)),
+    "ln.weight": ("scalar", ("constant", 1.0)),
+    "ln.bias": ("scalar", ("constant", 0.0)),
+}
 
 
 @torch.no_grad()
@@ -147,9 +123,9 @@ def init_weights(model: "GPT", seed: int) -> None:
     """Set every parameter, by name, from one seed; the same values on every device and rank."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        _, (kind, number) = parameter_entry(name)
+        _, (kind, number) = PARAMETERS[re.sub(r"\d+\.", "", name)]
         if kind == "constant" or number == 0:
-            p.copy_(torch.tensor(number, dtype=torch.float64))
+            p.fill_(number)
         else:
             p.copy_(torch.empty(p.shape).normal_(0, number, generator=generator))
 
@@ -163,8 +139,9 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
         bias = None if self.bias is None else self.bias.to(torch.bfloat16)
-        return F.linear(x.to(torch.bfloat16), self.weight.to(torch.bfloat16), bias)
+        return F.linear(x.to(torch.bfloat16), weight.to(torch.bfloat16), bias)
 
 
 class Attention(nn.Module):
@@ -180,8 +157,12 @@ class Attention(nn.Module):
         h_BTC = self.ln(x_BTC)
         q_BTHD, k_BTHD, v_BTHD = self.qkv(h_BTC).unflatten(-1, (3, -1, HEAD_DIM)).unbind(2)
 
-        y_BTHD = attention(q_BTHD, k_BTHD, v_BTHD)
-        return self.out(y_BTHD.flatten(-2))
+        # Causal attention of each row; (B, T, H, D) in and out.
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=HEAD_DIM ** -0.5)
+        y_BTHD = y.transpose(1, 2)
+        y_BTC = self.out(y_BTHD.flatten(-2))
+        return y_BTC
 
 
 class MLP(nn.Module):
@@ -210,7 +191,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         x_BTC = x_BTC + self.attn(x_BTC)
-        return x_BTC + self.mlp(x_BTC)
+        x_BTC = x_BTC + self.mlp(x_BTC)
+        return x_BTC
 
 
 class GPT(nn.Module):
@@ -225,21 +207,25 @@ class GPT(nn.Module):
         self.lm_head = Linear(MODEL_DIM, PADDED_VOCAB_SIZE)
         self.lm_head.weight = self.embed.weight
 
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(SEQ_LEN, HEAD_DIM // 2), persistent=False)
+
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor, divisor: float = 1.0) -> Tensor:
         """The summed cross-entropy, over `divisor`, of predicting targets from inputs."""
+        targets_BT = targets_BT.to(DEVICE, non_blocking=True)
         return self.head_loss(self.hidden(inputs_BT), targets_BT, divisor)
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """(B, T) tokens -> (B, T, C), normed, ready for the head."""
-        x_BTC = self.embed_tokens(tokens_BT)
+        tokens_BT = tokens_BT.to(DEVICE, non_blocking=True)
+        # The embedding and what all layers share.
+        table = self.embed
+        x_BTC = F.embedding(tokens_BT, table.weight)
+        x_BTC = x_BTC + self.position.weight[:tokens_BT.size(1)]  # (#1)
+
         for block in self.blocks:
             x_BTC = block(x_BTC)
         return self.ln(x_BTC)
-
-    def embed_tokens(self, tokens_BT: Tensor) -> Tensor:
-        """The embedding and what all layers share."""
-        x_BTC = F.embedding(tokens_BT, self.embed.weight)
-        return x_BTC + self.position.weight[:tokens_BT.size(1)]  # (#1)
 
     def head_loss(self, x_BTC: Tensor, targets_BT: Tensor, divisor: float) -> Tensor:
         """Cross-entropy in nats, summed over the B*T tokens, over `divisor`."""
@@ -249,25 +235,6 @@ class GPT(nn.Module):
 
 
 # --- optimizer ------------------------------------------------------------------------------------
-
-def descend(param: Tensor, update: Tensor, lr, weight_decay) -> None:
-    """param -= lr * scale * update, after weight decay. Param loses lr * weight_decay of itself."""
-    keep = 1 - lr * weight_decay
-    param.mul_(keep)
-    param.sub_(update, alpha=lr)
-
-
-def adam_average(grad: Tensor, state: dict, adam: dict) -> Tensor:
-    """The update of Adam: the mean gradient over the root of its mean square."""
-    beta1, beta2 = adam["betas"]
-    step = state["step"].add_(1)
-    mean = state["exp_avg"].lerp_(grad, 1 - beta1)
-    mean_square = state["exp_avg_sq"].lerp_(grad.square(), 1 - beta2)
-    # 1 - beta^t by expm1: the plain form loses 5e-5 of 1 - 0.999 in fp32
-    logs = (torch.as_tensor(beta, dtype=torch.float64).log() for beta in (beta1, beta2))
-    correct1, correct2 = (-torch.expm1(step * log) for log in logs)
-    return mean / correct1 / (mean_square / correct2).sqrt_().add_(1e-8)
-
 
 # The optimizer's groups by the role of a parameter; lr is that of the peak.
 GROUPS = {
@@ -288,17 +255,17 @@ class Optimizer:
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         self.reductions = []
         for name, p in model.named_parameters():
-            role, _ = parameter_entry(name)
+            role, _ = PARAMETERS[re.sub(r"\d+\.", "", name)]
             self.groups[role]["params"].append(p)
             self.state[p] = {}
             if WORLD_SIZE > 1:
                 dist.broadcast(p.data, 0)
 
     @torch.no_grad()
-    def step(self, step: int, divisor: float, num_tokens: int) -> None:
+    def step(self, step: int) -> None:
         """The update of `step`."""
-        params = [p for group in self.groups.values()
-                  for p in group["params"] if p.grad is not None]
+        groups = self.groups
+        params = [p for group in groups.values() for p in group["params"] if p.grad is not None]
         if WORLD_SIZE > 1:
             for p in params:
                 self.reductions.append(dist.all_reduce(p.grad, async_op=True))
@@ -308,25 +275,35 @@ class Optimizer:
         # the norm of all gradients of the mean loss together (#1)
         norm = torch.stack([p.grad.norm() for p in params]).norm()
         for p in params:
-            p.grad.mul_((GRAD_CLIP * num_tokens / divisor / (norm + 1e-6)).clamp(max=1.0))
+            p.grad.mul_((GRAD_CLIP / (norm + 1e-6)).clamp(max=1.0))
 
-        lr, sends = lr_multiplier(step), []
-        for group in self.groups.values():
+        lr = lr_multiplier(step)
+        for group in groups.values():
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 self.adam_step(p, group, group["lr"] * lr)
                 p.grad = None
-        for send in sends:
-            send.wait()
 
     def adam_step(self, p: Tensor, adam: dict, lr: float) -> None:
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), device=DEVICE)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        update = adam_average(p.grad, state, adam)
-        descend(p, update, lr, adam["weight_decay"])
+        # The update of Adam: the mean gradient over the root of its mean square.
+        beta1, beta2 = adam["betas"]
+        step = state["step"].add_(1)
+        mean = state["exp_avg"].lerp_(p.grad, 1 - beta1)
+        mean_square = state["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)
+        # 1 - beta^t by expm1: the plain form loses 5e-5 of 1 - 0.999 in fp32
+        logs = (torch.as_tensor(beta, dtype=torch.float64).log() for beta in (beta1, beta2))
+        correct1, correct2 = (-torch.expm1(step * log) for log in logs)
+        update = mean / correct1 / (mean_square / correct2).sqrt_().add_(1e-8)
+        # param -= lr * scale * update, after weight decay. Param loses lr * weight_decay of
+        # itself.
+        keep = 1 - lr * adam["weight_decay"]
+        p.mul_(keep)
+        p.sub_(update, alpha=lr)
 
 
 # --- schedules ------------------------------------------------------------------------------------
@@ -334,12 +311,13 @@ class Optimizer:
 def lr_multiplier(step: int) -> float:
     """What the learning rates are multiplied by at the update of `step` (0-based).
 
-    Linear warm-up over warmup_steps.
+    Linear warm-up over WARMUP_STEPS.
     """
     if step < WARMUP_STEPS:
         return (step + 1) / WARMUP_STEPS
     left = min(1.0, max(0, NUM_ITERATIONS - step) / COOLDOWN_STEPS)
-    return (1 - math.cos(math.pi * left)) / 2
+    left = (1 - math.cos(math.pi * left)) / 2
+    return left
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -364,7 +342,7 @@ def train_step(model: GPT, optimizer: Optimizer, rows: np.ndarray, step: int) ->
         if WORLD_SIZE > 1:
             optimizer.completing = i == len(batches) - 1
         model(inputs_BT, targets_BT, num_tokens).backward()
-    optimizer.step(step, num_tokens, num_tokens)
+    optimizer.step(step)
 
 
 def compile_model(model: GPT) -> None:
@@ -375,7 +353,7 @@ def compile_model(model: GPT) -> None:
     model.head_loss = torch.compile(model.head_loss)
     rows = np.random.default_rng(0).integers(0, BOS_ID, (NUM_ROWS, SEQ_LEN + 1))
     inputs_BT, targets_BT = micro_batches(rows)[0]
-    model(inputs_BT, targets_BT, 1.0).backward()
+    model(inputs_BT, targets_BT, NUM_ROWS * SEQ_LEN).backward()
     model.zero_grad(set_to_none=True)
     torch.cuda.synchronize()
 
@@ -392,15 +370,14 @@ def start_log(files: list[Path], seed: int) -> None:
     """What a log in the public format begins with: source and environment."""
     hashes = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
     digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
-    rule, hardware, smi = "=" * 100, f"CPU with {os.cpu_count()} cores", ""
+    rule = "=" * 100
     hardware = torch.cuda.get_device_name()
-    smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
     LOG.parent.mkdir(exist_ok=True)
     LOG.write_text(
         f"{Path(__file__).read_text()}{rule}\nRunning Python {sys.version.split()[0]}\n"
         f"Running PyTorch {torch.version.__version__} compiled for CUDA {torch.version.cuda} on "
         f"{hardware} with world_size {WORLD_SIZE}\n"
-        f"Running for track short with seed {seed} on data {digest}\n{smi}{rule}\n")
+        f"Running for track short with seed {seed} on data {digest}\n{rule}\n")
 
 
 def train(train_files: list[Path], val_files: list[Path], seed: int) -> None:

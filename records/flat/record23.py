@@ -13,12 +13,11 @@ Shapes: B rows, T tokens a row, C model_dim, H heads, D head_dim, V vocabulary (
 import hashlib
 import math
 import os
-import subprocess
+import re
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,40 +28,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-ATTN_SCALE = 0.12
-BOS_ID = 50_256
-FP8_FACTORS = (16.165807537309522, 56 / 3, 448.0)
+# model
 HEAD_DIM = 128
-INIT_STD = 0.5
-LOGIT_SOFTCAP = 30.0
+SEQ_LEN = 49_152
 MAX_SEQ_LEN = 262_144
 MLP_RATIO = 4
-MODEL_DIM = 768
-NORM_EPS = 2.0**-23
-PADDED_VOCAB_SIZE = 50_304
-RESID_LAMBDA = 1.0
 ROTARY_BASE = 2.0**10
-SEQ_LEN = 49_152
+ATTN_SCALE = 0.12
+NORM_EPS = 2.0**-23
+LOGIT_SOFTCAP = 30.0
 SOFTCAP_DIV = 43200 ** 0.5
-VALUE_EMBED_INIT_STD = 1.0
+FP8_FACTORS = (16.165807537309522, 56 / 3, 448.0)
+BOS_ID = 50_256
+MODEL_DIM = 768
+PADDED_VOCAB_SIZE = 50_304
+# training
+NUM_ITERATIONS = 1770
+LOSS_DIVISOR = 8
 COOLDOWN_STEPS = 708
 FINAL_LR_FRAC = 0.1
-LOSS_DIVISOR = 8
+MUON_MOMENTUM = 0.95
 MOMENTUM_START = 0.85
 MOMENTUM_WARMUP_STEPS = 300
-MUON_MOMENTUM = 0.95
-NUM_ITERATIONS = 1770
-NUM_ROWS = 8
-VAL_EVERY = 125
-VAL_ROW = 262_144
-VAL_TOKENS = 10_485_760
-WINDOW_BLOCK = 128
 WINDOW_RANGE = (128, 1856, 128)
+WINDOW_BLOCK = 128
+VAL_TOKENS = 10_485_760
+VAL_EVERY = 125
+NUM_ROWS = 8
+VAL_ROW = 262_144
 NS_COEFFICIENTS = ((3.4445, -4.775, 2.0315),) * 5
 
 MICRO_BATCH_TOKENS = 65_536     # per rank; more are accumulated
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+DEVICE = torch.device("cuda", LOCAL_RANK)
 LOG = Path("logs") / f"{uuid.uuid4()}.txt"
 
 
@@ -105,7 +104,7 @@ def micro_batches(rows: np.ndarray) -> list[tuple[Tensor, Tensor]]:
     """(inputs, targets) of this rank's rows: consecutive runs, the first ranks' one row longer."""
     rows = np.array_split(rows, WORLD_SIZE)[RANK]
     num_rows = max(1, MICRO_BATCH_TOKENS // (rows.shape[1] - 1))
-    parts = (torch.from_numpy(rows[i:i + num_rows].astype(np.int64)).to(DEVICE)
+    parts = (torch.from_numpy(rows[i:i + num_rows].astype(np.int64))
              for i in range(0, len(rows), num_rows))
     return [(part[:, :-1], part[:, 1:]) for part in parts]
 
@@ -121,7 +120,9 @@ class Keys(NamedTuple):
     """Which keys the queries of packed rows see: their own document's, back to a window."""
 
     cu_seqlens: Tensor  # int32: where documents begin, in all rows laid end to end
-    window: Tensor      # on the CPU; an int here would make torch.compile build a graph for each
+    # on the CPU: ints here would make torch.compile build a graph for each
+    longest: Tensor     # document
+    window: Tensor
 
 
 def packed_keys(doc_BT: Tensor, window: int) -> Keys:
@@ -130,16 +131,18 @@ def packed_keys(doc_BT: Tensor, window: int) -> Keys:
     starts_BT[:, 1:] = doc_BT[:, 1:] != doc_BT[:, :-1]
     starts = starts_BT.flatten().nonzero().flatten()
     cu_seqlens = F.pad(starts, (0, 1), value=doc_BT.numel()).int()
-    return Keys(cu_seqlens=cu_seqlens, window=torch.tensor(window))
+    longest, cu_seqlens = cu_seqlens.diff().max(), cu_seqlens.to(DEVICE, non_blocking=True)
+    torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for any number of documents
+    return Keys(cu_seqlens=cu_seqlens, longest=longest, window=torch.tensor(window))
 
 
 @torch.compiler.disable
 def packed_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, keys: Keys) -> Tensor:
     """Varlen flash attention; torch.compile fuses what is before and behind it."""
     q, k, v = (x.flatten(0, 1).contiguous() for x in (q_BTHD, k_BTHD, v_BTHD))
-    longest = int(keys.cu_seqlens.diff().max())
+    longest, window = int(keys.longest), int(keys.window)
     y = varlen_attn(q, k, v, keys.cu_seqlens, keys.cu_seqlens, longest, longest, scale=ATTN_SCALE,
-                    window_size=(int(keys.window) - 1, 0))
+                    window_size=(window - 1, 0))
     return y.view_as(q_BTHD)
 
 
@@ -180,6 +183,24 @@ class Fp8Matmul(torch.autograd.Function):
         return dx, dw.to(ctx.w_dtype), None
 
 
+# Role (which is its optimizer group) and start of each kind of parameter: uniform or normal with
+# a standard deviation, or a constant.
+PARAMETERS = {
+    "embed.weight": ("embed", ("normal", 1.0)),
+    "value_embeds.weight": ("value_embed", ("normal", 1.0)),
+    "blocks.resid_lambda": ("scalar", ("constant", 1.0)),
+    "blocks.x0_lambda": ("x0_lambda", ("constant", 0.0)),
+    "blocks.attn.value_lambda": ("scalar", ("constant", 0.5)),
+    "blocks.attn.embed_lambda": ("scalar", ("constant", 0.5)),
+    "blocks.attn.qkv.weight": ("attn_in", ("uniform", 0.5 * MODEL_DIM ** -0.5)),
+    "blocks.attn.out.weight": ("attn_out", ("constant", 0.0)),
+    "blocks.mlp.fc.weight": ("mlp_in", ("uniform", 0.5 * MODEL_DIM ** -0.5)),
+    "blocks.mlp.proj.weight": ("mlp_out", ("constant", 0.0)),
+    "blocks.skip_lambda": ("scalar", ("constant", 1.0)),
+    "lm_head.weight": ("head", ("normal", 0.0)),
+}
+
+
 class Layer(NamedTuple):
     """How one layer differs from the others."""
 
@@ -188,61 +209,14 @@ class Layer(NamedTuple):
     skip_from: int | None = None        # the layer whose output comes back here
 
 
-class Init(NamedTuple):
-    """How a parameter starts: uniform or normal with a standard deviation, or constant, with one
-    number or one each."""
-
-    kind: str
-    number: float | tuple[float, ...]
-
-
-def parameter_table() -> dict[str, tuple[str, Init]]:
-    """Pattern of a parameter's name -> (role, initialisation).
-
-    The role chooses the parameter's optimizer group. A parameter that no pattern fits is
-    refused.
-    """
-    zero = Init("constant", 0.0)
-
-    def matrix(std: float, fan_in: int) -> Init:
-        return Init("uniform", std * fan_in ** -0.5)
-
-    # an untied embedding is standard normal (#8)
-    embed = Init("normal", 1.0)
-    into_layer = matrix(INIT_STD, MODEL_DIM)
-    return {
-        "embed.weight": ("embed", embed),
-        "lm_head.weight": ("head", Init("normal", 0.0)),
-        "value_embeds.*.weight": ("value_embed", Init("normal", VALUE_EMBED_INIT_STD)),
-        "*.qkv.weight": ("attn_in", into_layer),
-        "*.out.weight": ("attn_out", zero),
-        "*.fc.weight": ("mlp_in", into_layer),
-        "*.proj.weight": ("mlp_out", zero),
-        "*.value_lambda": ("scalar", Init("constant", 0.5)),
-        "*.embed_lambda": ("scalar", Init("constant", 0.5)),
-        "*.resid_lambda": ("scalar", Init("constant", RESID_LAMBDA)),
-        "*.x0_lambda": ("x0_lambda", zero),
-        "*.skip_lambda": ("scalar", Init("constant", 1.0)),
-    }
-
-
-def parameter_entry(name: str) -> tuple[str, Init]:
-    """(role, initialisation) of the parameter `name`; ValueError where the table has none."""
-    for pattern, entry in parameter_table().items():
-        if fnmatchcase(name, pattern):
-            return entry
-    raise ValueError(f"no role and no initialisation for parameter {name}: add a line to "
-                     "parameter_table")
-
-
 @torch.no_grad()
 def init_weights(model: "GPT", seed: int) -> None:
     """Set every parameter, by name, from one seed; the same values on every device and rank."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        _, (kind, number) = parameter_entry(name)
+        _, (kind, number) = PARAMETERS[re.sub(r"\d+\.", "", name)]
         if kind == "constant" or number == 0:
-            p.copy_(torch.tensor(number, dtype=torch.float64))
+            p.fill_(number)
         elif kind == "uniform":
             bound = math.sqrt(3) * number
             p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
@@ -258,14 +232,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(torch.bfloat16), self.weight.to(torch.bfloat16))
-
-
-class Embedding(nn.Embedding):
-    """nn.Embedding without its default initialisation (7 s for the tables of record 62)."""
-
-    def reset_parameters(self) -> None:
-        pass
+        weight = self.weight
+        return F.linear(x.to(torch.bfloat16), weight.to(torch.bfloat16))
 
 
 def scalar() -> nn.Parameter:
@@ -283,13 +251,6 @@ def rotary(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (Su et al. 2021; #2): token t rotates by position t of the tables."""
     T = x_BTHD.size(1)
     return rotate(x_BTHD, cos[:T, None], sin[:T, None])
-
-
-def rotary_frequencies() -> Tensor:
-    """(D/2,) radians a position, fp64: geometric from 1 down to 1/base (#2). With rotary_half the
-    second half of the pairs stays put, and the rest spans the whole range (#17)."""
-    turning = ROTARY_BASE ** -torch.linspace(0, 1, HEAD_DIM // 4, dtype=torch.float64)
-    return torch.cat([turning, torch.zeros_like(turning)])
 
 
 class Attention(nn.Module):
@@ -317,12 +278,13 @@ class Attention(nn.Module):
 
         q, k, v = q_BTHD, k_BTHD, v_BTHD
         q, k = norm(q), norm(k)  # (#6)
-        # (#2)
-        q, k = rotary(q, shared["cos"], shared["sin"]), rotary(k, shared["cos"], shared["sin"])
+        cos, sin = shared["cos"], shared["sin"]
+        q, k = rotary(q, cos, sin), rotary(k, cos, sin)  # (#2)
 
         # Causal attention of each row; (B, T, H, D) in and out.
         y_BTHD = packed_attention(q, k, v, keys)
-        return self.out(y_BTHD.flatten(-2))
+        y_BTC = self.out(y_BTHD.flatten(-2))
+        return y_BTC
 
 
 class MLP(nn.Module):
@@ -349,9 +311,7 @@ class Block(nn.Module):
             self.skip_lambda = scalar()
         attends = index != 7  # (#17)
         self.resid_lambda, self.x0_lambda = scalar(), scalar()
-        self.attn = None
-        if attends:
-            self.attn = Attention(layer)
+        self.attn = Attention(layer) if attends else None
         self.mlp = MLP()
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
@@ -362,7 +322,8 @@ class Block(nn.Module):
         x_BTC = self.resid_lambda * x_BTC + self.x0_lambda * shared["x0"]
         if self.attn is not None:
             x_BTC = x_BTC + self.attn(x_BTC, shared, ve_BTHD, keys)
-        return x_BTC + self.mlp(x_BTC)
+        x_BTC = x_BTC + self.mlp(x_BTC)
+        return x_BTC
 
 
 class GPT(nn.Module):
@@ -370,10 +331,10 @@ class GPT(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed = Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
+        self.embed = nn.Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
         tables = {layer.value_table for layer in PLAN} - {None}
         self.value_embeds = nn.ModuleDict({
-            str(i): Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
+            str(i): nn.Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
             for i in sorted(tables)})
         self.blocks = nn.ModuleList(Block(i, layer) for i, layer in enumerate(PLAN))
         # fp8 matmuls (#19) are for training; validation takes compute_dtype
@@ -384,7 +345,10 @@ class GPT(nn.Module):
 
     def set_rotary(self) -> None:
         """Cos and sin of every position."""
-        freqs = rotary_frequencies()
+        # (D/2,) radians a position, fp64: geometric from 1 down to 1/base (#2). With rotary_half
+        # the second half of the pairs stays put, and the rest spans the whole range (#17).
+        turning = ROTARY_BASE ** -torch.linspace(0, 1, HEAD_DIM // 4, dtype=torch.float64)
+        freqs = torch.cat([turning, torch.zeros_like(turning)])
         positions = torch.arange(len(self.cos), dtype=torch.float64, device=self.cos.device)
         angle = torch.outer(positions, freqs.to(self.cos.device, non_blocking=True))
         self.cos.copy_(angle.cos())
@@ -392,6 +356,7 @@ class GPT(nn.Module):
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor, divisor: float = 1.0) -> Tensor:
         """The summed cross-entropy, over `divisor`, of predicting targets from inputs."""
+        targets_BT = targets_BT.to(DEVICE, non_blocking=True)
         # validation has longer rows, whose logits would not fit
         x_BTC = self.hidden(inputs_BT)
         parts = zip(x_BTC.split(MICRO_BATCH_TOKENS, 1), targets_BT.split(MICRO_BATCH_TOKENS, 1))
@@ -399,8 +364,22 @@ class GPT(nn.Module):
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """(B, T) tokens -> (B, T, C), normed, ready for the head."""
-        x_BTC, shared, values = self.embed_tokens(tokens_BT)
-        keys = self.attention_keys(tokens_BT)
+        # Which keys the layers of each kind see: documents (#12) and windows (#13, #20).
+        # (B, T): a running number of the document that a token is in.
+        doc_BT = (tokens_BT == BOS_ID).cumsum(1)
+        long, short = self.window, self.short_window
+        keys = {"long": packed_keys(doc_BT, long)}
+        keys["short"] = packed_keys(doc_BT, short)  # (#20)
+        tokens_BT = tokens_BT.to(DEVICE, non_blocking=True)
+        # The embedding and what all layers share. The value embeddings by their table (#14).
+        table = self.embed
+        x_BTC = F.embedding(tokens_BT, table.weight)
+        x_BTC = norm(x_BTC)  # (#8)
+
+        shared = {"cos": self.cos, "sin": self.sin}
+        shared["x0"] = x_BTC  # (#9)
+        values = {int(i): embed(tokens_BT).to(torch.bfloat16).unflatten(-1, (-1, HEAD_DIM))
+                  for i, embed in self.value_embeds.items()}  # (#14)
         outputs: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
             layer = PLAN[i]
@@ -408,27 +387,6 @@ class GPT(nn.Module):
                           outputs.get(layer.skip_from))
             outputs[i] = x_BTC
         return norm(x_BTC)
-
-    def embed_tokens(self, tokens_BT: Tensor) -> tuple[Tensor, dict[str, Tensor], dict]:
-        """The embedding and what all layers share. The value embeddings by their table (#14)."""
-        x_BTC = F.embedding(tokens_BT, self.embed.weight)
-        x_BTC = norm(x_BTC)  # (#8)
-
-        shared = {"cos": self.cos, "sin": self.sin}
-        shared["x0"] = x_BTC  # (#9)
-        # (#14)
-        values = {int(i): embed(tokens_BT).to(torch.bfloat16).unflatten(-1, (-1, HEAD_DIM))
-                  for i, embed in self.value_embeds.items()}
-        return x_BTC, shared, values
-
-    def attention_keys(self, tokens_BT: Tensor) -> dict[str, Keys | None]:
-        """Which keys the layers of each kind see: documents (#12) and windows (#13, #20)."""
-        # (B, T): a running number of the document that a token is in.
-        doc_BT = (tokens_BT == BOS_ID).cumsum(1)
-        long, short = self.window, self.short_window
-        keys = {"long": packed_keys(doc_BT, long)}
-        keys["short"] = packed_keys(doc_BT, short)  # (#20)
-        return keys
 
     def head_loss(self, x_BTC: Tensor, targets_BT: Tensor, divisor: float) -> Tensor:
         """Cross-entropy in nats, summed over the B*T tokens, over `divisor`."""
@@ -443,20 +401,9 @@ class GPT(nn.Module):
         return F.cross_entropy(z_NV, targets_BT.flatten(), reduction="sum") / divisor
 
 
-PLAN = [
-    Layer(value_table=0),
-    Layer(keys="short", value_table=1),
-    Layer(keys="short", value_table=2),
-    Layer(keys="short"),
-    Layer(),
-    Layer(keys="short"),
-    Layer(keys="short", skip_from=5),
-    Layer(keys="short", skip_from=4),
-    Layer(keys="short", skip_from=3),
-    Layer(keys="short", value_table=0, skip_from=2),
-    Layer(keys="short", value_table=1, skip_from=1),
-    Layer(value_table=2, skip_from=0),
-]
+PLAN = [Layer("long", 0), Layer("short", 1), Layer("short", 2), Layer("short"), Layer(),
+        Layer("short"), Layer("short", None, 5), Layer("short", None, 4), Layer("short", None, 3),
+        Layer("short", 0, 2), Layer("short", 1, 1), Layer("long", 2, 0)]
 
 
 # --- optimizer ------------------------------------------------------------------------------------
@@ -470,31 +417,13 @@ def orthogonalize(G: Tensor) -> Tensor:
     """
     tall = G.shape[-2] > G.shape[-1]
     X = G.mT if tall else G
-    X = (X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=2.0**-126)).to(torch.bfloat16)
+    norm = X.norm(dim=(-2, -1), keepdim=True)
+    X = (X / norm.clamp(min=2.0**-126)).to(torch.bfloat16)
     for a, b, c in NS_COEFFICIENTS:
         A = torch.bmm(X, X.mT)
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)
     return (X.mT if tall else X).to(G.dtype)
-
-
-def momentum_average(grad: Tensor, state: dict, muon: dict) -> Tensor:
-    """The momentum of Muon; with Nesterov's look ahead, as if grad came once more."""
-    momentum, buffer = muon["momentum"], state["momentum_buffer"]
-    buffer.lerp_(grad, 1 - momentum)
-    return buffer.lerp(grad, 1 - momentum)
-
-
-def adam_average(grad: Tensor, state: dict, adam: dict) -> Tensor:
-    """The update of Adam: the mean gradient over the root of its mean square."""
-    beta1, beta2 = adam["betas"]
-    step = state["step"].add_(1)
-    mean = state["exp_avg"].lerp_(grad, 1 - beta1)
-    mean_square = state["exp_avg_sq"].lerp_(grad.square(), 1 - beta2)
-    # 1 - beta^t by expm1: the plain form loses 5e-5 of 1 - 0.999 in fp32
-    logs = (torch.as_tensor(beta, dtype=torch.float64).log() for beta in (beta1, beta2))
-    correct1, correct2 = (-torch.expm1(step * log) for log in logs)
-    return mean / correct1 / (mean_square / correct2).sqrt_().add_(1e-10)
 
 
 # The optimizer's groups by the role of a parameter; lr is that of the peak.
@@ -518,10 +447,12 @@ class Optimizer:
     def __init__(self, model: nn.Module):
         self.groups = {role: dict(options, params=[]) for role, options in GROUPS.items()}
         self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self.owner: dict[Tensor, int] = {}  # the rank that updates a matrix
         self.reductions = []
         self.completing = False     # whether this backward pass is the last one of its step
         for name, p in model.named_parameters():
-            role, _ = parameter_entry(name)
+            role, _ = PARAMETERS[re.sub(r"\d+\.", "", name)]
+            self.owner[p] = len(self.groups[role]["params"]) % WORLD_SIZE
             self.groups[role]["params"].append(p)
             self.state[p] = {}
             if WORLD_SIZE > 1:
@@ -536,22 +467,23 @@ class Optimizer:
     @torch.no_grad()
     def step(self, step: int) -> None:
         """The update of `step`."""
+        groups = self.groups
         if WORLD_SIZE > 1:
             for reduction in self.reductions:
                 reduction.wait()
         self.completing, self.reductions = False, []
 
         lr, sends = lr_multiplier(step), []
-        for group in self.groups.values():
+        for group in groups.values():
             group["momentum"] = momentum(step)
-            for i, p in enumerate(group["params"]):
+            for p in group["params"]:
                 if p.grad is None:
                     continue
                 if group["rule"] == "muon":
-                    if i % WORLD_SIZE == RANK:
+                    if self.owner[p] == RANK:
                         self.muon_step(p, group, group["lr"] * lr)
                     if WORLD_SIZE > 1:
-                        sends.append(dist.broadcast(p.data, i % WORLD_SIZE, async_op=True))
+                        sends.append(dist.broadcast(p.data, self.owner[p], async_op=True))
                 else:
                     self.adam_step(p, group, group["lr"] * lr)
                 p.grad = None
@@ -563,9 +495,12 @@ class Optimizer:
         param, grad = p.view(shape), p.grad.view(shape)
         if not state:
             state["momentum_buffer"] = torch.zeros_like(grad)
-        update = momentum_average(grad, state, muon)
-        # Of unit norm for every matrix: orthogonal under the spectral norm.
+        # The momentum of Muon; with Nesterov's look ahead, as if grad came once more.
+        momentum, buffer = muon["momentum"], state["momentum_buffer"]
+        buffer.lerp_(grad, 1 - momentum)
+        update = buffer.lerp(grad, 1 - momentum)
         update = orthogonalize(update)
+        # param -= lr * scale * update, after weight decay.
         param.sub_(update, alpha=lr * muon["scale"])
 
     def adam_step(self, p: Tensor, adam: dict, lr: float) -> None:
@@ -576,7 +511,17 @@ class Optimizer:
             state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
             state["master"] = p.to(torch.float32)
-        update = adam_average(p.grad.to(torch.float32), state, adam)
+        # The update of Adam: the mean gradient over the root of its mean square.
+        grad = p.grad.to(torch.float32)
+        beta1, beta2 = adam["betas"]
+        step = state["step"].add_(1)
+        mean = state["exp_avg"].lerp_(grad, 1 - beta1)
+        mean_square = state["exp_avg_sq"].lerp_(grad.square(), 1 - beta2)
+        # 1 - beta^t by expm1: the plain form loses 5e-5 of 1 - 0.999 in fp32
+        logs = (torch.as_tensor(beta, dtype=torch.float64).log() for beta in (beta1, beta2))
+        correct1, correct2 = (-torch.expm1(step * log) for log in logs)
+        update = mean / correct1 / (mean_square / correct2).sqrt_().add_(1e-10)
+        # param -= lr * scale * update, after weight decay.
         state["master"].sub_(update, alpha=lr)
         p.copy_(state["master"])
 
@@ -586,14 +531,14 @@ class Optimizer:
 def lr_multiplier(step: int) -> float:
     """What the learning rates are multiplied by at the update of `step` (0-based).
 
-    Then constant, and at last down to final_lr_frac, reached where the schedule ends.
+    Constant, and at last down to FINAL_LR_FRAC, reached where the schedule ends.
     """
     left = min(1.0, max(0, NUM_ITERATIONS - step) / COOLDOWN_STEPS)
     return left + FINAL_LR_FRAC * (1 - left)
 
 
 def momentum(step: int) -> float:
-    """Muon's momentum at the update of `step`: linear warm-up to muon_momentum."""
+    """Muon's momentum at the update of `step`: linear warm-up to MUON_MOMENTUM."""
     risen = min(1.0, step / MOMENTUM_WARMUP_STEPS)
     return MOMENTUM_START + (MUON_MOMENTUM - MOMENTUM_START) * risen
 
@@ -656,8 +601,9 @@ def compile_model(model: GPT) -> None:
     model.head_loss = torch.compile(model.head_loss)
     enter_phase(model, 0)
     rows = np.random.default_rng(0).integers(0, BOS_ID, (NUM_ROWS, SEQ_LEN + 1))
+    rows[:, ::500] = BOS_ID
     inputs_BT, targets_BT = micro_batches(rows)[0]
-    model(inputs_BT, targets_BT, 1.0).backward()
+    model(inputs_BT, targets_BT, LOSS_DIVISOR).backward()
     model.zero_grad(set_to_none=True)
     torch.cuda.synchronize()
 
@@ -674,15 +620,14 @@ def start_log(files: list[Path], seed: int) -> None:
     """What a log in the public format begins with: source and environment."""
     hashes = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
     digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
-    rule, hardware, smi = "=" * 100, f"CPU with {os.cpu_count()} cores", ""
+    rule = "=" * 100
     hardware = torch.cuda.get_device_name()
-    smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
     LOG.parent.mkdir(exist_ok=True)
     LOG.write_text(
         f"{Path(__file__).read_text()}{rule}\nRunning Python {sys.version.split()[0]}\n"
         f"Running PyTorch {torch.version.__version__} compiled for CUDA {torch.version.cuda} on "
         f"{hardware} with world_size {WORLD_SIZE}\n"
-        f"Running for track short with seed {seed} on data {digest}\n{smi}{rule}\n")
+        f"Running for track short with seed {seed} on data {digest}\n{rule}\n")
 
 
 def train(train_files: list[Path], val_files: list[Path], seed: int) -> None:

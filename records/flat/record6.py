@@ -13,14 +13,12 @@ Shapes: B rows, T tokens a row, C model_dim, H heads, D head_dim, V vocabulary (
 import hashlib
 import math
 import os
-import subprocess
+import re
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,26 +26,28 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BOS_ID = 50_256
-HEAD_DIM = 128
-INIT_STD = 3 ** -0.5
-MLP_RATIO = 4
-MODEL_DIM = 768
+# model
 NUM_LAYERS = 12
-PADDED_VOCAB_SIZE = 50_304
-ROTARY_BASE = 10_000.0
+HEAD_DIM = 128
 SEQ_LEN = 1024
+MLP_RATIO = 4
+ROTARY_BASE = 10_000.0
+BOS_ID = 50_256
+MODEL_DIM = 768
+PADDED_VOCAB_SIZE = 50_304
+# training
+NUM_ITERATIONS = 5100
 COOLDOWN_STEPS = 1450
 MUON_MOMENTUM = 0.95
-NUM_ITERATIONS = 5100
-NUM_ROWS = 512
-VAL_EVERY = 125
 VAL_TOKENS = 10_485_760
+VAL_EVERY = 125
+NUM_ROWS = 512
 NS_COEFFICIENTS = ((3.4445, -4.775, 2.0315),) * 5
 
 MICRO_BATCH_TOKENS = 65_536     # per rank; more are accumulated
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+DEVICE = torch.device("cuda", LOCAL_RANK)
 LOG = Path("logs") / f"{uuid.uuid4()}.txt"
 
 
@@ -91,7 +91,7 @@ def micro_batches(rows: np.ndarray) -> list[tuple[Tensor, Tensor]]:
     """(inputs, targets) of this rank's rows: consecutive runs, the first ranks' one row longer."""
     rows = np.array_split(rows, WORLD_SIZE)[RANK]
     num_rows = max(1, MICRO_BATCH_TOKENS // (rows.shape[1] - 1))
-    parts = (torch.from_numpy(rows[i:i + num_rows].astype(np.int64)).to(DEVICE)
+    parts = (torch.from_numpy(rows[i:i + num_rows].astype(np.int64))
              for i in range(0, len(rows), num_rows))
     return [(part[:, :-1], part[:, 1:]) for part in parts]
 
@@ -103,50 +103,15 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(x.dtype).eps)
 
 
-def attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
-    """Causal attention of each row; (B, T, H, D) in and out."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=HEAD_DIM ** -0.5)
-    return y.transpose(1, 2)
-
-
-class Init(NamedTuple):
-    """How a parameter starts: uniform or normal with a standard deviation, or constant, with one
-    number or one each."""
-
-    kind: str
-    number: float | tuple[float, ...]
-
-
-def parameter_table() -> dict[str, tuple[str, Init]]:
-    """Pattern of a parameter's name -> (role, initialisation).
-
-    The role chooses the parameter's optimizer group. A parameter that no pattern fits is
-    refused.
-    """
-    zero = Init("constant", 0.0)
-
-    def matrix(std: float, fan_in: int) -> Init:
-        return Init("uniform", std * fan_in ** -0.5)
-
-    embed = matrix(3 ** -0.5, MODEL_DIM)
-    into_layer = matrix(INIT_STD, MODEL_DIM)
-    return {
-        "embed.weight": ("embed", embed),
-        "*.qkv.weight": ("attn_in", into_layer),
-        "*.out.weight": ("attn_out", zero),
-        "*.fc.weight": ("mlp_in", into_layer),
-        "*.proj.weight": ("mlp_out", zero),
-    }
-
-
-def parameter_entry(name: str) -> tuple[str, Init]:
-    """(role, initialisation) of the parameter `name`; ValueError where the table has none."""
-    for pattern, entry in parameter_table().items():
-        if fnmatchcase(name, pattern):
-            return entry
-    raise ValueError(f"no role and no initialisation for parameter {name}: add a line to "
-                     "parameter_table")
+# Role (which is its optimizer group) and start of each kind of parameter: uniform or normal with
+# a standard deviation, or a constant.
+PARAMETERS = {
+    "embed.weight": ("embed", ("uniform", 3 ** -0.5 * MODEL_DIM ** -0.5)),
+    "blocks.attn.qkv.weight": ("attn_in", ("uniform", 3 ** -0.5 * MODEL_DIM ** -0.5)),
+    "blocks.attn.out.weight": ("attn_out", ("constant", 0.0)),
+    "blocks.mlp.fc.weight": ("mlp_in", ("uniform", 3 ** -0.5 * MODEL_DIM ** -0.5)),
+    "blocks.mlp.proj.weight": ("mlp_out", ("constant", 0.0)),
+}
 
 
 @torch.no_grad()
@@ -154,9 +119,9 @@ def init_weights(model: "GPT", seed: int) -> None:
     """Set every parameter, by name, from one seed; the same values on every device and rank."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        _, (kind, number) = parameter_entry(name)
+        _, (kind, number) = PARAMETERS[re.sub(r"\d+\.", "", name)]
         if kind == "constant" or number == 0:
-            p.copy_(torch.tensor(number, dtype=torch.float64))
+            p.fill_(number)
         else:
             bound = math.sqrt(3) * number
             p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
@@ -170,7 +135,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(torch.bfloat16), self.weight.to(torch.bfloat16))
+        weight = self.weight
+        return F.linear(x.to(torch.bfloat16), weight.to(torch.bfloat16))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -199,11 +165,15 @@ class Attention(nn.Module):
 
         q, k = q_BTHD, k_BTHD
         q, k = norm(q), norm(k)  # (#6)
-        # (#2)
-        q, k = rotary(q, shared["cos"], shared["sin"]), rotary(k, shared["cos"], shared["sin"])
+        cos, sin = shared["cos"], shared["sin"]
+        q, k = rotary(q, cos, sin), rotary(k, cos, sin)  # (#2)
 
-        y_BTHD = attention(q, k, v_BTHD)
-        return self.out(y_BTHD.flatten(-2))
+        # Causal attention of each row; (B, T, H, D) in and out.
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v_BTHD))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=HEAD_DIM ** -0.5)
+        y_BTHD = y.transpose(1, 2)
+        y_BTC = self.out(y_BTHD.flatten(-2))
+        return y_BTC
 
 
 class MLP(nn.Module):
@@ -231,7 +201,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor]) -> Tensor:
         x_BTC = x_BTC + self.attn(x_BTC, shared)
-        return x_BTC + self.mlp(x_BTC)
+        x_BTC = x_BTC + self.mlp(x_BTC)
+        return x_BTC
 
 
 class GPT(nn.Module):
@@ -258,21 +229,20 @@ class GPT(nn.Module):
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor, divisor: float = 1.0) -> Tensor:
         """The summed cross-entropy, over `divisor`, of predicting targets from inputs."""
+        targets_BT = targets_BT.to(DEVICE, non_blocking=True)
         return self.head_loss(self.hidden(inputs_BT), targets_BT, divisor)
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """(B, T) tokens -> (B, T, C), normed, ready for the head."""
-        x_BTC, shared = self.embed_tokens(tokens_BT)
+        tokens_BT = tokens_BT.to(DEVICE, non_blocking=True)
+        # The embedding and what all layers share.
+        table = self.embed
+        x_BTC = F.embedding(tokens_BT, table.weight)
+
+        shared = {"cos": self.cos, "sin": self.sin}
         for block in self.blocks:
             x_BTC = block(x_BTC, shared)
         return norm(x_BTC)
-
-    def embed_tokens(self, tokens_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The embedding and what all layers share."""
-        x_BTC = F.embedding(tokens_BT, self.embed.weight)
-
-        shared = {"cos": self.cos, "sin": self.sin}
-        return x_BTC, shared
 
     def head_loss(self, x_BTC: Tensor, targets_BT: Tensor, divisor: float) -> Tensor:
         """Cross-entropy in nats, summed over the B*T tokens, over `divisor`."""
@@ -292,31 +262,13 @@ def orthogonalize(G: Tensor) -> Tensor:
     """
     tall = G.shape[-2] > G.shape[-1]
     X = G.mT if tall else G
-    X = (X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=2.0**-126)).to(torch.bfloat16)
+    norm = X.norm(dim=(-2, -1), keepdim=True)
+    X = (X / norm.clamp(min=2.0**-126)).to(torch.bfloat16)
     for a, b, c in NS_COEFFICIENTS:
         A = torch.bmm(X, X.mT)
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)
     return (X.mT if tall else X).to(G.dtype)
-
-
-def momentum_average(grad: Tensor, state: dict) -> Tensor:
-    """The momentum of Muon; with Nesterov's look ahead, as if grad came once more."""
-    buffer = state["momentum_buffer"]
-    buffer.mul_(MUON_MOMENTUM).add_(grad)  # heavy ball: the EMA's buffer over 1 - momentum
-    return grad + buffer * MUON_MOMENTUM
-
-
-def adam_average(grad: Tensor, state: dict, adam: dict) -> Tensor:
-    """The update of Adam: the mean gradient over the root of its mean square."""
-    beta1, beta2 = adam["betas"]
-    step = state["step"].add_(1)
-    mean = state["exp_avg"].lerp_(grad, 1 - beta1)
-    mean_square = state["exp_avg_sq"].lerp_(grad.square(), 1 - beta2)
-    # 1 - beta^t by expm1: the plain form loses 5e-5 of 1 - 0.999 in fp32
-    logs = (torch.as_tensor(beta, dtype=torch.float64).log() for beta in (beta1, beta2))
-    correct1, correct2 = (-torch.expm1(step * log) for log in logs)
-    return mean / correct1 / (mean_square / correct2).sqrt_().add_(1e-8)
 
 
 # The optimizer's groups by the role of a parameter; lr is that of the peak.
@@ -336,10 +288,12 @@ class Optimizer:
     def __init__(self, model: nn.Module):
         self.groups = {role: dict(options, params=[]) for role, options in GROUPS.items()}
         self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self.owner: dict[Tensor, int] = {}  # the rank that updates a matrix
         self.reductions = []
         self.completing = False     # whether this backward pass is the last one of its step
         for name, p in model.named_parameters():
-            role, _ = parameter_entry(name)
+            role, _ = PARAMETERS[re.sub(r"\d+\.", "", name)]
+            self.owner[p] = len(self.groups[role]["params"]) % WORLD_SIZE
             self.groups[role]["params"].append(p)
             self.state[p] = {}
             if WORLD_SIZE > 1:
@@ -354,22 +308,22 @@ class Optimizer:
     @torch.no_grad()
     def step(self, step: int) -> None:
         """The update of `step`."""
+        groups = self.groups
         if WORLD_SIZE > 1:
             for reduction in self.reductions:
                 reduction.wait()
         self.completing, self.reductions = False, []
 
-        # What the learning rates are multiplied by at the update of `step` (0-based).
-        lr, sends = min(1.0, max(0, NUM_ITERATIONS - step) / COOLDOWN_STEPS), []
-        for group in self.groups.values():
-            for i, p in enumerate(group["params"]):
+        lr, sends = lr_multiplier(step), []
+        for group in groups.values():
+            for p in group["params"]:
                 if p.grad is None:
                     continue
                 if group["rule"] == "muon":
-                    if i % WORLD_SIZE == RANK:
+                    if self.owner[p] == RANK:
                         self.muon_step(p, group, group["lr"] * lr)
                     if WORLD_SIZE > 1:
-                        sends.append(dist.broadcast(p.data, i % WORLD_SIZE, async_op=True))
+                        sends.append(dist.broadcast(p.data, self.owner[p], async_op=True))
                 else:
                     self.adam_step(p, group, group["lr"] * lr)
                 p.grad = None
@@ -381,9 +335,12 @@ class Optimizer:
         param, grad = p.view(shape), p.grad.view(shape)
         if not state:
             state["momentum_buffer"] = torch.zeros_like(grad)
-        update = momentum_average(grad, state)
-        # Of unit norm for every matrix: orthogonal under the spectral norm.
+        # The momentum of Muon; with Nesterov's look ahead, as if grad came once more.
+        buffer = state["momentum_buffer"]
+        buffer.mul_(MUON_MOMENTUM).add_(grad)  # heavy ball: the EMA's buffer over 1 - momentum
+        update = grad + buffer * MUON_MOMENTUM
         update = orthogonalize(update)
+        # param -= lr * scale * update, after weight decay.
         param.sub_(update, alpha=lr * muon["scale"])
 
     def adam_step(self, p: Tensor, adam: dict, lr: float) -> None:
@@ -391,8 +348,25 @@ class Optimizer:
         if not state:
             state["step"] = torch.zeros((), device=DEVICE)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        update = adam_average(p.grad, state, adam)
+        # The update of Adam: the mean gradient over the root of its mean square.
+        beta1, beta2 = adam["betas"]
+        step = state["step"].add_(1)
+        mean = state["exp_avg"].lerp_(p.grad, 1 - beta1)
+        mean_square = state["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2)
+        # 1 - beta^t by expm1: the plain form loses 5e-5 of 1 - 0.999 in fp32
+        logs = (torch.as_tensor(beta, dtype=torch.float64).log() for beta in (beta1, beta2))
+        correct1, correct2 = (-torch.expm1(step * log) for log in logs)
+        update = mean / correct1 / (mean_square / correct2).sqrt_().add_(1e-8)
+        # param -= lr * scale * update, after weight decay.
         p.sub_(update, alpha=lr)
+
+
+# --- schedules ------------------------------------------------------------------------------------
+
+def lr_multiplier(step: int) -> float:
+    """What the learning rates are multiplied by at the update of `step` (0-based)."""
+    left = min(1.0, max(0, NUM_ITERATIONS - step) / COOLDOWN_STEPS)
+    return left
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -428,7 +402,7 @@ def compile_model(model: GPT) -> None:
     model.head_loss = torch.compile(model.head_loss)
     rows = np.random.default_rng(0).integers(0, BOS_ID, (NUM_ROWS, SEQ_LEN + 1))
     inputs_BT, targets_BT = micro_batches(rows)[0]
-    model(inputs_BT, targets_BT, 1.0).backward()
+    model(inputs_BT, targets_BT, NUM_ROWS * SEQ_LEN).backward()
     model.zero_grad(set_to_none=True)
     torch.cuda.synchronize()
 
@@ -445,15 +419,14 @@ def start_log(files: list[Path], seed: int) -> None:
     """What a log in the public format begins with: source and environment."""
     hashes = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
     digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
-    rule, hardware, smi = "=" * 100, f"CPU with {os.cpu_count()} cores", ""
+    rule = "=" * 100
     hardware = torch.cuda.get_device_name()
-    smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
     LOG.parent.mkdir(exist_ok=True)
     LOG.write_text(
         f"{Path(__file__).read_text()}{rule}\nRunning Python {sys.version.split()[0]}\n"
         f"Running PyTorch {torch.version.__version__} compiled for CUDA {torch.version.cuda} on "
         f"{hardware} with world_size {WORLD_SIZE}\n"
-        f"Running for track short with seed {seed} on data {digest}\n{smi}{rule}\n")
+        f"Running for track short with seed {seed} on data {digest}\n{rule}\n")
 
 
 def train(train_files: list[Path], val_files: list[Path], seed: int) -> None:

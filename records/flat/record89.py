@@ -14,12 +14,11 @@ import hashlib
 import itertools
 import math
 import os
-import subprocess
+import re
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,54 +29,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-ATTN_SCALE = 0.1
-BIGRAM_DIM = 768
-BIGRAM_LAMBDA = 0.05
-BIGRAM_ROWS = 377_280
-BOS_ID = 50_256
-DC_WINDOW = 112
-FP8_FACTORS = (4.48, 280.0, 1792 / 3)
+# model
+NUM_LAYERS = 11
+NUM_HEADS = 6
 HEAD_DIM = 128
-HEAD_INIT_STD = 0.005
-INIT_STD = 0.5
-LOGIT_SOFTCAP = 23.0
 MAX_SEQ_LEN = 262_144
 MLP_RATIO = 4
-MODEL_DIM = 768
-NORM_EPS = 2.0**-23
-NUM_HEADS = 6
-NUM_LAYERS = 11
-OUT_INIT_STD = 0.5
-PADDED_VOCAB_SIZE = 50_304
-RESID_LAMBDA = 1.0488088481701516
 ROTARY_BASE = 2.0**10
+ATTN_SCALE = 0.1
+DC_WINDOW = 112
+NORM_EPS = 2.0**-23
+BIGRAM_LAMBDA = 0.05
+LOGIT_SOFTCAP = 23.0
 SOFTCAP_DIV = 7.5
 SOFTCAP_SHIFT = 5.0
-VALUE_EMBED_INIT_STD = 0.01
-ADAM_EVERY = 2
+FP8_FACTORS = (4.48, 280.0, 1792 / 3)
+BIGRAM_ROWS = 377_280
+BOS_ID = 50_256
+MODEL_DIM = 768
+PADDED_VOCAB_SIZE = 50_304
+# training
+NUM_ITERATIONS = 1285
 BATCH_STAGES = (131_072, 262_144, 393_216)
-COOLDOWN_STEPS = 762
-EXTENSION_WINDOW = 13
-FINAL_LONG = 20
-FINAL_LR_FRAC = 0.15
-LOSS_DIVISOR = 8
-LR_STAGES = (1.0, 1.52, 1.73)
 MAX_DOC_LEN = 2048
 MAX_DOC_STAGES = (896, 2048, 2048)
-MOMENTUM_COOLDOWN_STEPS = 50
+LOSS_DIVISOR = 8
+COOLDOWN_STEPS = 762
+FINAL_LR_FRAC = 0.15
+LR_STAGES = (1.0, 1.52, 1.73)
+MUON_MOMENTUM = 0.95
 MOMENTUM_START = 0.85
 MOMENTUM_WARMUP_STEPS = 300
-MUON_MOMENTUM = 0.95
-NUM_ITERATIONS = 1285
-NUM_ROWS = 8
+MOMENTUM_COOLDOWN_STEPS = 50
+ADAM_EVERY = 2
+WINDOW_STAGES = (3, 7, 11)
+WINDOW_BLOCK = 128
+EXTENSION_WINDOW = 13
+FINAL_LONG = 20
 NUM_TARGETS = 3
 PREFIX_WEIGHT = 0.25
-SCHEDULED_STEPS = 1270
-VAL_EVERY = 250
-VAL_ROW = 262_144
 VAL_TOKENS = 10_485_760
-WINDOW_BLOCK = 128
-WINDOW_STAGES = (3, 7, 11)
+VAL_EVERY = 250
+NUM_ROWS = 8
+SCHEDULED_STEPS = 1270
+VAL_ROW = 262_144
 NS_COEFFICIENTS = (
     (8.156554524902464, -22.483292925577945, 15.878769915207453),
     (4.042929935166728, -2.8089174659087064, 0.5000178451051301),
@@ -88,8 +83,9 @@ NS_COEFFICIENTS = (
 NS_SAFETY = 1.02
 
 MICRO_BATCH_TOKENS = 65_536     # per rank; more are accumulated
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+DEVICE = torch.device("cuda", LOCAL_RANK)
 LOG = Path("logs") / f"{uuid.uuid4()}.txt"
 
 
@@ -119,10 +115,7 @@ def train_batches(files: list[Path]) -> Iterator[np.ndarray]:
             for _ in range(num_rows):
                 parts, length = [], 0
                 while length <= T and doc < len(starts):
-                    # (#72)
-                    parts.append(
-                        tokens[starts[doc]:ends[doc]][:MAX_DOC_STAGES[_part(
-                        step, len(MAX_DOC_STAGES))]])
+                    parts.append(tokens[starts[doc]:ends[doc]][:max_doc_len(step)])  # (#72)
                     length, doc = length + len(parts[-1]), doc + 1
                 if length <= T:
                     break
@@ -154,7 +147,7 @@ def micro_batches(rows: np.ndarray) -> list[tuple[Tensor, Tensor]]:
     """(inputs, targets) of this rank's rows: consecutive runs, the first ranks' one row longer."""
     rows = np.array_split(rows, WORLD_SIZE)[RANK]
     num_rows = max(1, MICRO_BATCH_TOKENS // (rows.shape[1] - 1))
-    parts = (torch.from_numpy(rows[i:i + num_rows].astype(np.int64)).to(DEVICE)
+    parts = (torch.from_numpy(rows[i:i + num_rows].astype(np.int64))
              for i in range(0, len(rows), num_rows))
     return [(part[:, :-1], part[:, 1:]) for part in parts]
 
@@ -166,16 +159,13 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
-def document_ids(tokens_BT: Tensor) -> Tensor:
-    """(B, T): a running number of the document that a token is in."""
-    return (tokens_BT == BOS_ID).cumsum(1)
-
-
 class Keys(NamedTuple):
     """Which keys the queries of packed rows see: their own document's, back to a window."""
 
     cu_seqlens: Tensor  # int32: where documents begin, in all rows laid end to end
-    window: Tensor      # on the CPU; an int here would make torch.compile build a graph for each
+    # on the CPU: ints here would make torch.compile build a graph for each
+    longest: Tensor     # document
+    window: Tensor
 
 
 def packed_keys(doc_BT: Tensor, window: int) -> Keys:
@@ -184,7 +174,9 @@ def packed_keys(doc_BT: Tensor, window: int) -> Keys:
     starts_BT[:, 1:] = doc_BT[:, 1:] != doc_BT[:, :-1]
     starts = starts_BT.flatten().nonzero().flatten()
     cu_seqlens = F.pad(starts, (0, 1), value=doc_BT.numel()).int()
-    return Keys(cu_seqlens=cu_seqlens, window=torch.tensor(window))
+    longest, cu_seqlens = cu_seqlens.diff().max(), cu_seqlens.to(DEVICE, non_blocking=True)
+    torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)  # one graph for any number of documents
+    return Keys(cu_seqlens=cu_seqlens, longest=longest, window=torch.tensor(window))
 
 
 @torch.compiler.disable
@@ -192,9 +184,9 @@ def packed_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, scale: floa
                      keys: Keys) -> Tensor:
     """Varlen flash attention; torch.compile fuses what is before and behind it."""
     q, k, v = (x.flatten(0, 1).contiguous() for x in (q_BTHD, k_BTHD, v_BTHD))
-    longest = int(keys.cu_seqlens.diff().max())
+    longest, window = int(keys.longest), int(keys.window)
     y = varlen_attn(q, k, v, keys.cu_seqlens, keys.cu_seqlens, longest, longest, scale=scale,
-                    window_size=(int(keys.window) - 1, 0))
+                    window_size=(window - 1, 0))
     return y.view_as(q_BTHD)
 
 
@@ -235,6 +227,50 @@ class Fp8Matmul(torch.autograd.Function):
         return dx, dw.to(ctx.w_dtype), None
 
 
+# Role (which is its optimizer group) and start of each kind of parameter: uniform or normal with
+# a standard deviation, or a constant.
+PARAMETERS = {
+    "smear_gate": ("smear_gate", ("constant", 0.0)),
+    "smear_lambda": ("scalar", ("constant", 0.0)),
+    "embed.weight": ("embed", ("normal", 1.0)),
+    "value_embeds.weight": ("value_embed", ("normal", 0.01)),
+    "blocks.mlp_resid": ("resid_lambda", ("constant", 1.04880884817015)),
+    "blocks.mlp_post": ("post_lambda", ("constant", 1.0)),
+    "blocks.attn_resid": ("resid_lambda", ("constant", 1.04880884817015)),
+    "blocks.attn_post": ("post_lambda", ("constant", 1.0)),
+    "blocks.attn.qk.weight": ("attn_qk", ("uniform", 0.5 * MODEL_DIM ** -0.5)),
+    "blocks.attn.v.weight": ("attn_v", ("uniform", 0.5 * MODEL_DIM ** -0.5)),
+    "blocks.attn.v.factor": ("scalar", ("constant", 0.5)),
+    "blocks.attn.out.weight": ("attn_out", ("uniform", 0.5 * MODEL_DIM ** -0.5)),
+    "blocks.attn.out.factor": ("scalar", ("constant", 1.0)),
+    "blocks.mlp.fc.weight": ("mlp_in", ("uniform", 0.5 * MODEL_DIM ** -0.5)),
+    "blocks.mlp.proj.weight": ("mlp_out", ("constant", 0.0)),
+    "blocks.attn.value_gate": ("value_gate", ("constant", 0.0)),
+    "blocks.skip_lambda": ("scalar", ("constant", -1.5)),
+    "blocks.mudd.start": ("mudd_start",
+                          ("constant",
+                           (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 20.0, 20.0, 110 ** 0.5, 10.0, 0.0, 0.5,
+                            110 ** 0.5, 10.0))),
+    "blocks.mudd.wweight": ("mudd", ("constant", 0.0)),
+    "mudd.start": ("mudd_start", ("constant", (0.0, -5.0, 0.0, 0.0, 0.0))),
+    "mudd.wweight": ("mudd", ("constant", 0.0)),
+    "gates_early.start": ("token_gate_start",
+                          ("constant",
+                           (0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.5, 0.0, 0.0,
+                            0.0, 0.0, 0.0, 0.0, 2.5, 2.5, 2.5, 2.5, 2.5, 2.5, 0.0, 0.5))),
+    "gates_early.scale": ("token_gate_start", ("constant", 0.1)),
+    "gates_early.wweight": ("token_gate", ("constant", 0.0)),
+    "gates_late.start": ("token_gate_start",
+                         ("constant",
+                          (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.5, 5.0, 0.0, 0.0, 0.0,
+                           0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.5, 0.0, 0.5, 2.5, 2.5, 2.5, 2.5, 2.5,
+                           2.5, 10.0, 10.0, 10.0, 10.0, 10.0, 10.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))),
+    "gates_late.scale": ("token_gate_start", ("constant", 0.1)),
+    "gates_late.wweight": ("token_gate", ("constant", 0.0)),
+    "lm_head.weight": ("head", ("normal", 0.005)),
+    "bigram.weight": ("bigram", ("constant", 0.0)),
+}
+
 GATE_DIM = 12  # first channels of the stream, which gates look at (#28)
 SIGN_ROWS = 8192    # of the table of signs (#83)
 MIXER_DIM = 64      # hidden units of Mixer (#81)
@@ -268,89 +304,12 @@ def gate_plan(layers: range) -> list[tuple[int, str, int, float]]:
     return found
 
 
-class Init(NamedTuple):
-    """How a parameter starts: uniform or normal with a standard deviation, or constant, with one
-    number or one each."""
-
-    kind: str
-    number: float | tuple[float, ...]
-
-
-def parameter_table() -> dict[str, tuple[str, Init]]:
-    """Pattern of a parameter's name -> (role, initialisation).
-
-    The role chooses the parameter's optimizer group. A parameter that no pattern fits is
-    refused.
-    """
-    zero = Init("constant", 0.0)
-
-    def matrix(std: float, fan_in: int) -> Init:
-        return Init("uniform", std * fan_in ** -0.5)
-
-    # an untied embedding is standard normal (#8)
-    embed = Init("normal", 1.0)
-    into_layer = matrix(INIT_STD, MODEL_DIM)
-    out = matrix(OUT_INIT_STD, MODEL_DIM)  # (#64)
-    # coefficients of Block.mixed and GPT.final_norm, in their order
-    last_layer = mixer_start((0, 0, 0, 0, 0, 0, 2, 2, RESID_LAMBDA, 1, 0, BIGRAM_LAMBDA,
-                              RESID_LAMBDA, 1))
-    end = mixer_start((0, -0.5, 0, 0, 0))
-    return {
-        "embed.weight": ("embed", embed),
-        "lm_head.weight": ("head", Init("normal", HEAD_INIT_STD)),
-        "value_embeds.*.weight": ("value_embed", Init("normal", VALUE_EMBED_INIT_STD)),
-        "bigram.weight": ("bigram", zero),
-        "*.qk.weight": ("attn_qk", into_layer),
-        "*.v.weight": ("attn_v", into_layer),
-        "*.out.weight": ("attn_out", out),
-        "*.fc.weight": ("mlp_in", into_layer),
-        "*.proj.weight": ("mlp_out", zero),
-        "gates_*.w1.weight": ("token_gate", matrix(3 ** -0.5, MODEL_DIM)),
-        "gates_*.w2.weight": ("token_gate", zero),
-        "gates_early.start": ("token_gate_start", gates_start(range(4))),
-        "gates_late.start": ("token_gate_start", gates_start(range(4, NUM_LAYERS))),
-        "gates_*.scale": ("token_gate_start", Init("constant", MIXER_SCALE)),
-        "*mudd.w1.weight": ("mudd", matrix(3 ** -0.5, MODEL_DIM)),
-        "*mudd.w2.weight": ("mudd", zero),
-        "blocks.*.mudd.start": ("mudd_start", last_layer),
-        "mudd.start": ("mudd_start", end),
-        "*.value_gate": ("value_gate", zero),
-        "smear_gate": ("smear_gate", zero),
-        "*.v.factor": ("scalar", Init("constant", 0.5)),
-        "*.out.factor": ("scalar", Init("constant", 1.0)),
-        "*.attn_resid": ("resid_lambda", Init("constant", RESID_LAMBDA)),
-        "*.mlp_resid": ("resid_lambda", Init("constant", RESID_LAMBDA)),
-        "*.attn_post": ("post_lambda", Init("constant", 1.0)),
-        "*.mlp_post": ("post_lambda", Init("constant", 1.0)),
-        "*.skip_lambda": ("scalar", Init("constant", -1.5)),
-        "smear_lambda": ("scalar", zero),
-    }
-
-
-def mixer_start(coefficients: tuple[float, ...]) -> Init:
-    return Init("constant", tuple(x / MIXER_SCALE for x in coefficients))
-
-
-def gates_start(layers: range) -> Init:
-    return mixer_start(tuple(start for _, _, count, start in gate_plan(layers)
-                             for _ in range(count)))
-
-
-def parameter_entry(name: str) -> tuple[str, Init]:
-    """(role, initialisation) of the parameter `name`; ValueError where the table has none."""
-    for pattern, entry in parameter_table().items():
-        if fnmatchcase(name, pattern):
-            return entry
-    raise ValueError(f"no role and no initialisation for parameter {name}: add a line to "
-                     "parameter_table")
-
-
 @torch.no_grad()
 def init_weights(model: "GPT", seed: int) -> None:
     """Set every parameter, by name, from one seed; the same values on every device and rank."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        _, (kind, number) = parameter_entry(name)
+        _, (kind, number) = PARAMETERS[re.sub(r"\d+\.", "", name)]
         if kind == "constant" or number == 0:
             p.copy_(torch.tensor(number, dtype=torch.float64))
         elif kind == "uniform":
@@ -366,21 +325,14 @@ class Linear(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, dtype: torch.dtype | None = None,
                  factor: bool = False):
         super().__init__()
-        dtype = dtype or torch.float32
-        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=dtype))
+        stored = dtype or torch.float32
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim, dtype=stored))
         self.factor = scalar() if factor else None
 
     def forward(self, x: Tensor) -> Tensor:
         # (#47) on QKV the factor acts on the values alone, because q and k are normed
         weight = self.weight if self.factor is None else self.factor * self.weight
         return F.linear(x.to(torch.bfloat16), weight.to(torch.bfloat16))
-
-
-class Embedding(nn.Embedding):
-    """nn.Embedding without its default initialisation (7 s for the tables of record 62)."""
-
-    def reset_parameters(self) -> None:
-        pass
 
 
 def scalar() -> nn.Parameter:
@@ -456,13 +408,6 @@ def paired_rotary(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     pairs = x_BTHD.unflatten(2, (-1, 2))  # (B, T, H/2, 2, D)
     tables = (table[:2 * T].unflatten(0, (T, 1, 2)) for table in (cos, sin))
     return rotate(pairs, *tables).flatten(2, 3)
-
-
-def rotary_frequencies() -> Tensor:
-    """(D/2,) radians a position, fp64: geometric from 1 down to 1/base (#2). With rotary_half the
-    second half of the pairs stays put, and the rest spans the whole range (#17)."""
-    turning = ROTARY_BASE ** -torch.linspace(0, 1, HEAD_DIM // 4, dtype=torch.float64)
-    return torch.cat([turning, torch.zeros_like(turning)])
 
 
 def yarn(freqs: Tensor, windows: tuple[int, ...]) -> tuple[Tensor, float]:
@@ -555,13 +500,13 @@ class Attention(nn.Module):
         # (#80)
         self.qk = Linear(MODEL_DIM, 2 * MODEL_DIM)
         self.v = Linear(MODEL_DIM, MODEL_DIM, factor=True)
-        if has_table and not last:
+        if has_table and (not last):
             self.value_gate = gate_weight(NUM_HEADS)
         self.xsa = None
         self.out = Linear(MODEL_DIM, MODEL_DIM, factor=True)
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
-                keys: Keys | None, extras: Extras) -> Tensor:
+                keys: Keys | None, extras: Extras | None) -> Tensor:
         """`x_BTC`: what attention reads, the stream or an earlier one (#77)."""
         h_BTC = norm(x_BTC)
         # (#80)
@@ -589,8 +534,8 @@ class Attention(nn.Module):
             # heads h and h + H/2 of token t become positions 2t and 2t+1 of one stream
             q, k, v = (x.reshape(x.size(0), -1, NUM_HEADS // 2, HEAD_DIM) for x in (q, k, v))
         else:
-            # (#2)
-            q, k = rotary(q, shared["cos"], shared["sin"]), rotary(k, shared["cos"], shared["sin"])
+            cos, sin = shared["cos"], shared["sin"]
+            q, k = rotary(q, cos, sin), rotary(k, cos, sin)  # (#2)
         if self.shifts_keys:  # (#49)
             k = shift_still_half(k)
 
@@ -603,7 +548,8 @@ class Attention(nn.Module):
             y_BTHD = exclude_own_value(y_BTHD, v_BTHD, extras.xsa_BTH)
         if extras.attn_gate_BTH is not None:
             y_BTHD = extras.attn_gate_BTH.unsqueeze(-1) * y_BTHD
-        return self.out(y_BTHD.flatten(-2))
+        y_BTC = self.out(y_BTHD.flatten(-2))
+        return y_BTC
 
 
 class MLP(nn.Module):
@@ -638,14 +584,12 @@ class Block(nn.Module):
             if attends:
                 self.attn_resid, self.attn_post = scalar(), scalar()
             self.takes_bigram = index > 0   # layer 0 begins with it
-        self.attn = None
-        if attends:
-            self.attn = Attention(layer, index == NUM_LAYERS - 1)
+        self.attn = Attention(layer, index == NUM_LAYERS - 1) if attends else None
         self.mlp = MLP()
 
     def forward(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
                 keys: Keys | None, skip_BTC: Tensor | None, late_BTC: Tensor | None,
-                extras: Extras) -> Tensor:
+                extras: Extras | None) -> Tensor:
         if skip_BTC is not None:  # output of an earlier layer (U-net, #11)
             # (#85)
             opened = torch.sigmoid(self.skip_lambda) * extras.skip_BT1
@@ -655,7 +599,7 @@ class Block(nn.Module):
         return self.weighed(x_BTC, shared, ve_BTHD, keys, late_BTC, extras)  # (#73)
 
     def weighed(self, x_BTC: Tensor, shared: dict[str, Tensor], ve_BTHD: Tensor | None,
-                keys: Keys | None, late_BTC: Tensor | None, extras: Extras) -> Tensor:
+                keys: Keys | None, late_BTC: Tensor | None, extras: Extras | None) -> Tensor:
         """Attention and MLP with a factor for the stream and one for what is added (#73); the
         embeddings enter between them."""
         if self.attn is not None:
@@ -690,11 +634,11 @@ class GPT(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed = Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
+        self.embed = nn.Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
         self.smear_gate, self.smear_lambda = gate_weight(1), scalar()
         tables = {layer.value_table for layer in PLAN} - {None}
         self.value_embeds = nn.ModuleDict({
-            str(i): Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
+            str(i): nn.Embedding(PADDED_VOCAB_SIZE, MODEL_DIM, dtype=torch.bfloat16)
             for i in sorted(tables)})
         self.blocks = nn.ModuleList(Block(i, layer) for i, layer in enumerate(PLAN))
         self.mudd = Mixer(5)
@@ -705,9 +649,9 @@ class GPT(nn.Module):
                                              for plan in (self.plan_early, self.plan_late))
         # fp8 matmuls (#19) are for training; validation takes compute_dtype
         self.lm_head = Linear(MODEL_DIM, PADDED_VOCAB_SIZE, torch.bfloat16)
-        self.bigram = Embedding(BIGRAM_ROWS, BIGRAM_DIM, dtype=torch.bfloat16)
+        self.bigram = nn.Embedding(BIGRAM_ROWS, MODEL_DIM, dtype=torch.bfloat16)
         # (#83) of one seed for all runs: part of the architecture
-        signs = torch.randint(2, (SIGN_ROWS, BIGRAM_DIM), device="cpu",
+        signs = torch.randint(2, (SIGN_ROWS, MODEL_DIM), device="cpu",
                               generator=torch.Generator().manual_seed(0))
         self.register_buffer("signs", (2 * signs - 1).to(torch.bfloat16), persistent=False)
 
@@ -722,19 +666,18 @@ class GPT(nn.Module):
     def set_rotary(self, windows: tuple[int, ...]) -> None:
         """Cos and sin of every position. Both q and k carry the root of YaRN's temperature (#31),
         so that no kernel sees a new number."""
-        freqs, attn_temperature = yarn(rotary_frequencies(), windows)
+        # (D/2,) radians a position, fp64: geometric from 1 down to 1/base (#2). With rotary_half
+        # the second half of the pairs stays put, and the rest spans the whole range (#17).
+        turning = ROTARY_BASE ** -torch.linspace(0, 1, HEAD_DIM // 4, dtype=torch.float64)
+        freqs, attn_temperature = yarn(torch.cat([turning, torch.zeros_like(turning)]), windows)
         positions = torch.arange(len(self.cos), dtype=torch.float64, device=self.cos.device)
         angle = torch.outer(positions, freqs.to(self.cos.device, non_blocking=True))
         self.cos.copy_(angle.cos() * math.sqrt(attn_temperature))
         self.sin.copy_(angle.sin() * math.sqrt(attn_temperature))
 
-    @torch.no_grad()
-    def untie(self) -> None:
-        """The embedding becomes a copy of the head's table that was used in its place (#51)."""
-        self.embed.weight.copy_(self.lm_head.weight)
-
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor, divisor: float = 1.0) -> Tensor:
         """The summed cross-entropy, over `divisor`, of predicting targets from inputs."""
+        targets_BT = targets_BT.to(DEVICE, non_blocking=True)
         # validation has longer rows, whose logits would not fit
         x_BTC = self.hidden(inputs_BT)
         parts = zip(x_BTC.split(MICRO_BATCH_TOKENS, 1), targets_BT.split(MICRO_BATCH_TOKENS, 1))
@@ -742,23 +685,15 @@ class GPT(nn.Module):
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """(B, T) tokens -> (B, T, C), normed, ready for the head."""
-        x_BTC, shared, values = self.embed_tokens(tokens_BT)
-        keys = self.attention_keys(tokens_BT)
-        extras = by_layer(shared["gates"], self.plan_early)
-        outputs: dict[int, Tensor] = {}
-        for i, block in enumerate(self.blocks):
-            layer = PLAN[i]
-            # (#85)
-            if i == 4:
-                extras |= by_layer(self.gates_late(x_BTC), self.plan_late)
-            x_BTC = block(x_BTC, shared, values.get(layer.value_table), keys[layer.keys],
-                          outputs.get(layer.skip_from), outputs.get(layer.attn_from),
-                          extras.get(i, Extras()))
-            outputs[i] = x_BTC
-        return self.final_norm(x_BTC, shared, values, outputs)
-
-    def embed_tokens(self, tokens_BT: Tensor) -> tuple[Tensor, dict[str, Tensor], dict]:
-        """The embedding and what all layers share. The value embeddings by their table (#14)."""
+        # Which keys the layers of each kind see: documents (#12) and windows (#13, #20).
+        # (B, T): a running number of the document that a token is in.
+        doc_BT = (tokens_BT == BOS_ID).cumsum(1)
+        long, short = self.window, self.short_window
+        keys = {"long": packed_keys(doc_BT, long)}
+        keys["short"] = packed_keys(doc_BT, short)  # (#20)
+        keys["paired"] = packed_keys(doc_BT.repeat_interleave(2, 1), short)
+        tokens_BT = tokens_BT.to(DEVICE, non_blocking=True)
+        # The embedding and what all layers share. The value embeddings by their table (#14).
         table = self.lm_head if self.tied else self.embed  # (#51) tied until two thirds
         x_BTC = F.embedding(tokens_BT, table.weight)
         x_BTC = smear(x_BTC, self.smear_gate, self.smear_lambda)  # (#34)
@@ -777,23 +712,21 @@ class GPT(nn.Module):
         factor = by_layer(shared["gates"], self.plan_early)[0].bigram_BT1
         x_BTC = (x_BTC + factor * pairs_BTC).type_as(x_BTC)
         shared["first"] = x_BTC  # (#81)
-        shared["docs"] = document_ids(tokens_BT)  # (#85)
-        # (#14)
+        # (B, T): a running number of the document that a token is in.
+        shared["docs"] = (tokens_BT == BOS_ID).cumsum(1)  # (#85)
         values = {int(i): embed(tokens_BT).to(torch.bfloat16).unflatten(-1, (-1, HEAD_DIM))
-                  for i, embed in self.value_embeds.items()}
-        return x_BTC, shared, values
-
-    def attention_keys(self, tokens_BT: Tensor) -> dict[str, Keys | None]:
-        """Which keys the layers of each kind see: documents (#12) and windows (#13, #20)."""
-        doc_BT = document_ids(tokens_BT)
-        long, short = self.window, self.short_window
-        keys = {"long": packed_keys(doc_BT, long)}
-        keys["short"] = packed_keys(doc_BT, short)  # (#20)
-        keys["paired"] = packed_keys(doc_BT.repeat_interleave(2, 1), short)
-        return keys
-
-    def final_norm(self, x_BTC: Tensor, shared: dict[str, Tensor], values: dict[int, Tensor],
-                   outputs: dict[int, Tensor]) -> Tensor:
+                  for i, embed in self.value_embeds.items()}  # (#14)
+        extras = by_layer(shared["gates"], self.plan_early)
+        outputs: dict[int, Tensor] = {}
+        for i, block in enumerate(self.blocks):
+            layer = PLAN[i]
+            # (#85)
+            if i == 4:
+                extras |= by_layer(self.gates_late(x_BTC), self.plan_late)
+            own = extras.get(i, Extras())
+            x_BTC = block(x_BTC, shared, values.get(layer.value_table), keys[layer.keys],
+                          outputs.get(layer.skip_from), outputs.get(layer.attn_from), own)
+            outputs[i] = x_BTC
         # (#81) for each token; at the start that is the backout alone
         sources = (shared["first"], outputs[7], outputs[NUM_LAYERS - 2], values[0].flatten(-2),
                    outputs[3])
@@ -826,19 +759,13 @@ class GPT(nn.Module):
         return loss / divisor
 
 
-PLAN = [
-    Layer(keys="paired", gated=False),
-    Layer(keys="short", value_table=0, xsa=True, gated=False),
-    Layer(keys="paired", value_table=1, gated=False),
-    Layer(xsa=True),
-    Layer(keys="short", xsa=True, gated=False),
-    Layer(keys="paired", gated=False),
-    Layer(keys="short", skip_from=3, gated=False),
-    Layer(keys="short", xsa=True, gated=False),
-    Layer(keys="short", value_table=2, attn_from=7, gated=False),
-    Layer(keys="paired", value_table=3, attn_from=7, gated=False),
-    Layer(value_table=4, attn_from=7),
-]
+PLAN = [Layer("paired", None, None, None, False, False), Layer("short", 0, None, None, True, False),
+        Layer("paired", 1, None, None, False, False), Layer("long", None, None, None, True),
+        Layer("short", None, None, None, True, False),
+        Layer("paired", None, None, None, False, False),
+        Layer("short", None, 3, None, False, False), Layer("short", None, None, None, True, False),
+        Layer("short", 2, None, 7, False, False), Layer("paired", 3, None, 7, False, False),
+        Layer("long", 4, None, 7)]
 
 
 # --- optimizer ------------------------------------------------------------------------------------
@@ -852,63 +779,13 @@ def orthogonalize(G: Tensor) -> Tensor:
     """
     tall = G.shape[-2] > G.shape[-1]
     X = G.mT if tall else G
-    X = (X
-         / (NS_SAFETY * X.norm(dim=(-2, -1), keepdim=True)).clamp(min=2.0**-126)).to(torch.bfloat16)
+    norm = NS_SAFETY * X.norm(dim=(-2, -1), keepdim=True)
+    X = (X / norm.clamp(min=2.0**-126)).to(torch.bfloat16)
     for a, b, c in NS_COEFFICIENTS:
         A = torch.bmm(X, X.mT)
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)
     return (X.mT if tall else X).to(G.dtype)
-
-
-def descend(param: Tensor, update: Tensor, lr, weight_decay, cautious=False,
-            scale: float = 1.0) -> None:
-    """param -= lr * scale * update, after weight decay. Param loses lr * (lr * scale) *
-    weight_decay of itself, which anneals as the schedule squared (#43). `cautious`: only entries
-    that the update shrinks as well decay (update * param >= 0 for True, > 0 for "strict")."""
-    keep = 1 - lr * weight_decay * (lr * scale)
-    if cautious:
-        agree = update * param
-        agree = agree > 0 if cautious == "strict" else agree >= 0
-        keep = torch.where(agree, keep, 1.0)
-    param.mul_(keep)
-    param.sub_(update, alpha=lr * scale)
-
-
-def momentum_average(grad: Tensor, state: dict, muon: dict) -> Tensor:
-    """The momentum of Muon; with Nesterov's look ahead, as if grad came once more."""
-    momentum, buffer = muon["momentum"], state["momentum_buffer"]
-    buffer.lerp_(grad, 1 - momentum)
-    return buffer.lerp(grad, 1 - momentum)
-
-
-def steepest_direction(update: Tensor, state: dict, muon: dict) -> Tensor:
-    """Of unit norm for every matrix: orthogonal under the spectral norm. Then NorMuon's scaling
-    (#41)."""
-    update = orthogonalize(update)
-    return normuon(update, state["second_moment"], muon["second_moment"])
-
-
-def normuon(X: Tensor, v: Tensor, axis: str) -> Tensor:
-    """Even out the RMS of X's rows ("row": one number per output neuron, as in the paper) or
-    columns ("col") by a running mean of squares v, updated in place; each matrix keeps its
-    Frobenius norm, so that v needs no bias correction."""
-    squares = X.square().mean(-1 if axis == "row" else -2, keepdim=True)
-    weight = v.lerp_(squares, 1 - 0.9).clamp(min=1e-10).reciprocal()
-    before, after = (x.sum((-2, -1), keepdim=True) for x in (squares, squares * weight))
-    return X * (weight * before / after.clamp(min=1e-30)).sqrt()
-
-
-def adam_average(grad: Tensor, state: dict, adam: dict) -> Tensor:
-    """The update of Adam: the mean gradient over the root of its mean square."""
-    beta1, beta2 = adam["betas"]
-    step = state["step"].add_(1)
-    mean = state["exp_avg"].lerp_(grad, 1 - beta1)
-    mean_square = state["exp_avg_sq"].lerp_(grad.square(), 1 - beta2)
-    # 1 - beta^t by expm1: the plain form loses 5e-5 of 1 - 0.999 in fp32
-    logs = (torch.as_tensor(beta, dtype=torch.float64).log() for beta in (beta1, beta2))
-    correct1, correct2 = (-torch.expm1(step * log) for log in logs)
-    return mean / correct1 / (mean_square / correct2).sqrt_().add_(1e-10)
 
 
 # The optimizer's groups by the role of a parameter; lr is that of the peak.
@@ -942,10 +819,12 @@ class Optimizer:
         self.groups = {role: dict(options, params=[]) for role, options in GROUPS.items()}
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         self.group_of: dict[Tensor, dict] = {}
+        self.owner: dict[Tensor, int] = {}  # the rank that updates a matrix
         self.reductions = []
         self.completing = False     # whether this backward pass is the last one of its step
         for name, p in model.named_parameters():
-            role, _ = parameter_entry(name)
+            role, _ = PARAMETERS[re.sub(r"\d+\.", "", name)]
+            self.owner[p] = len(self.groups[role]["params"]) % WORLD_SIZE
             self.groups[role]["params"].append(p)
             self.state[p] = {}
             self.group_of[p] = self.groups[role]
@@ -974,14 +853,14 @@ class Optimizer:
         lr, sends = lr_multiplier(step), []
         for group in groups.values():
             group["momentum"] = momentum(step)
-            for i, p in enumerate(group["params"]):
+            for p in group["params"]:
                 if p.grad is None:
                     continue
                 if group["rule"] == "muon":
-                    if i % WORLD_SIZE == RANK:
+                    if self.owner[p] == RANK:
                         self.muon_step(p, group, group["lr"] * lr)
                     if WORLD_SIZE > 1:
-                        sends.append(dist.broadcast(p.data, i % WORLD_SIZE, async_op=True))
+                        sends.append(dist.broadcast(p.data, self.owner[p], async_op=True))
                 else:
                     self.adam_step(p, group, group["lr"] * lr)
                 p.grad = None
@@ -995,9 +874,26 @@ class Optimizer:
             state["momentum_buffer"] = torch.zeros_like(grad)
             axis = -1 if muon["second_moment"] == "row" else -2
             state["second_moment"] = torch.zeros_like(grad).mean(axis, keepdim=True)
-        update = momentum_average(grad, state, muon)
-        update = steepest_direction(update, state, muon)
-        descend(param, update, lr, 1.2, True, muon["scale"])
+        # The momentum of Muon; with Nesterov's look ahead, as if grad came once more.
+        momentum, buffer = muon["momentum"], state["momentum_buffer"]
+        buffer.lerp_(grad, 1 - momentum)
+        update = buffer.lerp(grad, 1 - momentum)
+        update = orthogonalize(update)
+        if muon["second_moment"]:
+            squares = update.square().mean(-1 if muon["second_moment"] == "row" else -2,
+                                           keepdim=True)
+            weight = state["second_moment"].lerp_(squares, 1 - 0.9).clamp(min=1e-10).reciprocal()
+            before, after = (x.sum((-2, -1), keepdim=True) for x in (squares, squares * weight))
+            update = update * (weight * before / after.clamp(min=1e-30)).sqrt()
+        # Param loses lr * (lr * scale) * weight_decay of itself, which anneals as the schedule
+        # squared (#43).
+        scale = muon["scale"]
+        keep = 1 - lr * 1.2 * (lr * scale)
+        agree = update * param
+        agree = agree >= 0
+        keep = torch.where(agree, keep, 1.0)
+        param.mul_(keep)
+        param.sub_(update, alpha=lr * scale)
 
     def adam_step(self, p: Tensor, adam: dict, lr: float) -> None:
         state = self.state[p]
@@ -1007,8 +903,25 @@ class Optimizer:
             state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
             state["master"] = p.to(torch.float32)
-        update = adam_average(p.grad.to(torch.float32), state, adam)
-        descend(state["master"], update, lr, adam["weight_decay"], "strict")
+        # The update of Adam: the mean gradient over the root of its mean square.
+        grad = p.grad.to(torch.float32)
+        beta1, beta2 = adam["betas"]
+        step = state["step"].add_(1)
+        mean = state["exp_avg"].lerp_(grad, 1 - beta1)
+        mean_square = state["exp_avg_sq"].lerp_(grad.square(), 1 - beta2)
+        # 1 - beta^t by expm1: the plain form loses 5e-5 of 1 - 0.999 in fp32
+        logs = (torch.as_tensor(beta, dtype=torch.float64).log() for beta in (beta1, beta2))
+        correct1, correct2 = (-torch.expm1(step * log) for log in logs)
+        update = mean / correct1 / (mean_square / correct2).sqrt_().add_(1e-10)
+        # Param loses lr * (lr * scale) * weight_decay of itself, which anneals as the schedule
+        # squared (#43).
+        param = state["master"]
+        keep = 1 - lr * adam["weight_decay"] * lr
+        agree = update * param
+        agree = agree > 0
+        keep = torch.where(agree, keep, 1.0)
+        param.mul_(keep)
+        param.sub_(update, alpha=lr)
         p.copy_(state["master"])
 
 
@@ -1038,10 +951,14 @@ def batch_shape(step: int) -> tuple[int, int]:
     return NUM_ROWS, BATCH_STAGES[_part(step, len(BATCH_STAGES))] // NUM_ROWS
 
 
+def max_doc_len(step: int) -> int | None:
+    return MAX_DOC_STAGES[_part(step, len(MAX_DOC_STAGES))]
+
+
 def lr_multiplier(step: int) -> float:
     """What the learning rates are multiplied by at the update of `step` (0-based).
 
-    Then constant, and at last down to final_lr_frac, reached where the schedule ends.
+    Constant, and at last down to FINAL_LR_FRAC, reached where the schedule ends.
     """
     left = min(1.0, max(0, SCHEDULED_STEPS - step) / COOLDOWN_STEPS)
     stages_over = _part(step, len(LR_STAGES))  # (#65)
@@ -1050,8 +967,8 @@ def lr_multiplier(step: int) -> float:
 
 
 def momentum(step: int) -> float:
-    """Muon's momentum at the update of `step`: linear warm-up to muon_momentum. Linear cooldown at
-    the end (#40)."""
+    """Muon's momentum at the update of `step`: linear warm-up to MUON_MOMENTUM. Linear cooldown
+    at the end (#40)."""
     risen = min(1.0, step / MOMENTUM_WARMUP_STEPS)
     into = step - (NUM_ITERATIONS - MOMENTUM_COOLDOWN_STEPS)
     fallen = max(0, into) / MOMENTUM_COOLDOWN_STEPS
@@ -1068,14 +985,6 @@ def windows(step: int, *, last: bool = False) -> tuple[int, int]:
     if last:
         long = WINDOW_BLOCK * FINAL_LONG
     return short, long
-
-
-def window_in_keys(window: int) -> int:
-    """Keys that a query sees, itself included, through a window as records count it.
-
-    One more, since flash attention counts the keys before the query (#29 on).
-    """
-    return window + 1
 
 
 def yarn_windows(step: int) -> tuple[int, ...]:
@@ -1114,16 +1023,20 @@ def enter_phase(model: GPT, optimizer: Optimizer, step: int, evaluating: bool = 
     """Set in the model what changes while it trains."""
     last = evaluating and step == NUM_ITERATIONS
     short, long = windows(step, last=last)
-    model.window, model.short_window = window_in_keys(long), window_in_keys(short)
-    model.set_rotary(yarn_windows(step))
+    # One more, since flash attention counts the keys before the query (#29 on).
+    model.window, model.short_window = long + 1, short + 1
+    so_far = yarn_windows(step)
+    if so_far != getattr(model, "yarn_windows", None):
+        model.set_rotary(so_far)
+        model.yarn_windows = so_far
     weights = (1.0,) if evaluating else target_weights(step)
     # (#88)
     model.num_ahead = len(weights)
     if not evaluating and prefix_weight(step) > 0:
         weights += (prefix_weight(step),)
-    model.target_weights = torch.tensor(weights, device=DEVICE)
+    model.target_weights = torch.tensor(weights).to(DEVICE, non_blocking=True)
     if step == untie_step() and model.tied:  # (#53) the embedding leaves with table and state
-        model.untie()
+        model.embed.weight.data.copy_(model.lm_head.weight)
         optimizer.state[model.embed.weight] = {
             key: x.clone() if isinstance(x, Tensor) else x
             for key, x in optimizer.state[model.lm_head.weight].items()}
@@ -1167,11 +1080,12 @@ def compile_model(model: GPT, optimizer: Optimizer) -> None:
         model.num_ahead = len(weights)
         if prefix_weight(step) > 0:
             weights += (prefix_weight(step),)
-        model.target_weights = torch.tensor(weights, device=DEVICE)
+        model.target_weights = torch.tensor(weights).to(DEVICE)
         num_rows, T = batch_shape(step)
         rows = np.random.default_rng(0).integers(0, BOS_ID, (num_rows, T + 1))
+        rows[:, ::500] = BOS_ID
         inputs_BT, targets_BT = micro_batches(rows)[0]
-        model(inputs_BT, targets_BT, 1.0).backward()
+        model(inputs_BT, targets_BT, LOSS_DIVISOR).backward()
     model.zero_grad(set_to_none=True)
     torch.cuda.synchronize()
 
@@ -1188,15 +1102,14 @@ def start_log(files: list[Path], seed: int) -> None:
     """What a log in the public format begins with: source and environment."""
     hashes = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
     digest = hashlib.sha256("".join(hashes).encode()).hexdigest()
-    rule, hardware, smi = "=" * 100, f"CPU with {os.cpu_count()} cores", ""
+    rule = "=" * 100
     hardware = torch.cuda.get_device_name()
-    smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
     LOG.parent.mkdir(exist_ok=True)
     LOG.write_text(
         f"{Path(__file__).read_text()}{rule}\nRunning Python {sys.version.split()[0]}\n"
         f"Running PyTorch {torch.version.__version__} compiled for CUDA {torch.version.cuda} on "
         f"{hardware} with world_size {WORLD_SIZE}\n"
-        f"Running for track short with seed {seed} on data {digest}\n{smi}{rule}\n")
+        f"Running for track short with seed {seed} on data {digest}\n{rule}\n")
 
 
 def train(train_files: list[Path], val_files: list[Path], seed: int) -> None:
