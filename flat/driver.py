@@ -250,7 +250,7 @@ class Fp8Matmul(torch.autograd.Function):
 
 
 def parameter_entry(name: str) -> tuple:
-    return PARAMETERS[re.sub(r"\d+\.", "", name)]
+    return PARAMETERS[re.sub(r"\.\d+(?=\.)", "", name)]
 
 
 # <- model

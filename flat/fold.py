@@ -759,7 +759,8 @@ def is_short(value: ast.expr) -> bool:
 
 def place_of(unit: ast.stmt, call: ast.Call, stores: set[str]
              ) -> tuple[list[ast.stmt], ast.stmt] | None:
-    """(block, statement) that evaluates a call once, where names `stores` are free."""
+    """(block, statement) that evaluates a call once, where names `stores` are free: not used, or
+    arguments of the call that nothing reads behind it."""
     found = [(body, node) for body in [[unit], *blocks(unit)] for node in body
              if any(n is call for n in walk(node))]
     around = [f for f in functions_in(unit) if any(n is call for n in walk(f))]
@@ -772,6 +773,11 @@ def place_of(unit: ast.stmt, call: ast.Call, stores: set[str]
     own = {n.id for n in walk(around[-1]) if isinstance(n, ast.Name)} - names_stored(here).keys()
     given = {n.id for part in (*call.args, *(k.value for k in call.keywords))
              for n in walk(part) if isinstance(n, ast.Name)}
+    in_order, inside = walk(around[-1]), {id(n) for n in here}
+    last = max(i for i, n in enumerate(in_order) if id(n) in inside)
+    looped = any(isinstance(n, ast.For | ast.While) and any(m is node for m in walk(n))
+                 for n in in_order)
+    given -= names_read(in_order if looped else in_order[last + 1:]).keys()
     return None if stores & (own - given) else (body, node)
 
 

@@ -319,7 +319,7 @@ def printed(recipe: Recipe, words: str) -> str:
 
 def parameters_text(recipe: Recipe, names: list[str]) -> str:
     """PARAMETERS as a literal: what parameter_table says of each kind of parameter."""
-    rows = {re.sub(r"\d+\.", "", name): parameter_entry(name, recipe.model) for name in names}
+    rows = {re.sub(r"\.\d+(?=\.)", "", name): parameter_entry(name, recipe.model) for name in names}
     lines = (f'    "{name}": ("{role}", ("{kind}", {std_text(number, recipe.model)})),'
              for name, (role, (kind, number)) in rows.items())
     return ("# Role (which is its optimizer group) and start of each kind of parameter: uniform or "

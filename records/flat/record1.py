@@ -123,7 +123,7 @@ def init_weights(model: "GPT", seed: int) -> None:
     """Set every parameter, by name, from one seed; the same values on every device and rank."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        _, (kind, number) = PARAMETERS[re.sub(r"\d+\.", "", name)]
+        _, (kind, number) = PARAMETERS[re.sub(r"\.\d+(?=\.)", "", name)]
         if kind == "constant" or number == 0:
             p.fill_(number)
         else:
@@ -255,7 +255,7 @@ class Optimizer:
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         self.reductions = []
         for name, p in model.named_parameters():
-            role, _ = PARAMETERS[re.sub(r"\d+\.", "", name)]
+            role, _ = PARAMETERS[re.sub(r"\.\d+(?=\.)", "", name)]
             self.groups[role]["params"].append(p)
             self.state[p] = {}
             if WORLD_SIZE > 1:

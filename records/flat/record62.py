@@ -255,7 +255,7 @@ def init_weights(model: "GPT", seed: int) -> None:
     """Set every parameter, by name, from one seed; the same values on every device and rank."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        _, (kind, number) = PARAMETERS[re.sub(r"\d+\.", "", name)]
+        _, (kind, number) = PARAMETERS[re.sub(r"\.\d+(?=\.)", "", name)]
         if kind == "constant" or number == 0:
             p.fill_(number)
         elif kind == "uniform":
@@ -597,7 +597,7 @@ class Optimizer:
         self.reductions = []
         self.completing = False     # whether this backward pass is the last one of its step
         for name, p in model.named_parameters():
-            role, _ = PARAMETERS[re.sub(r"\d+\.", "", name)]
+            role, _ = PARAMETERS[re.sub(r"\.\d+(?=\.)", "", name)]
             self.owner[p] = len(self.groups[role]["params"]) % WORLD_SIZE
             self.groups[role]["params"].append(p)
             self.state[p] = {}

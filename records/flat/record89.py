@@ -251,22 +251,26 @@ PARAMETERS = {
                           ("constant",
                            (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 20.0, 20.0, 110 ** 0.5, 10.0, 0.0, 0.5,
                             110 ** 0.5, 10.0))),
-    "blocks.mudd.wweight": ("mudd", ("constant", 0.0)),
+    "blocks.mudd.w1.weight": ("mudd", ("uniform", 3 ** -0.5 * MODEL_DIM ** -0.5)),
+    "blocks.mudd.w2.weight": ("mudd", ("constant", 0.0)),
     "mudd.start": ("mudd_start", ("constant", (0.0, -5.0, 0.0, 0.0, 0.0))),
-    "mudd.wweight": ("mudd", ("constant", 0.0)),
+    "mudd.w1.weight": ("mudd", ("uniform", 3 ** -0.5 * MODEL_DIM ** -0.5)),
+    "mudd.w2.weight": ("mudd", ("constant", 0.0)),
     "gates_early.start": ("token_gate_start",
                           ("constant",
                            (0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.5, 0.0, 0.0,
                             0.0, 0.0, 0.0, 0.0, 2.5, 2.5, 2.5, 2.5, 2.5, 2.5, 0.0, 0.5))),
     "gates_early.scale": ("token_gate_start", ("constant", 0.1)),
-    "gates_early.wweight": ("token_gate", ("constant", 0.0)),
+    "gates_early.w1.weight": ("token_gate", ("uniform", 3 ** -0.5 * MODEL_DIM ** -0.5)),
+    "gates_early.w2.weight": ("token_gate", ("constant", 0.0)),
     "gates_late.start": ("token_gate_start",
                          ("constant",
                           (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.5, 5.0, 0.0, 0.0, 0.0,
                            0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.5, 0.0, 0.5, 2.5, 2.5, 2.5, 2.5, 2.5,
                            2.5, 10.0, 10.0, 10.0, 10.0, 10.0, 10.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))),
     "gates_late.scale": ("token_gate_start", ("constant", 0.1)),
-    "gates_late.wweight": ("token_gate", ("constant", 0.0)),
+    "gates_late.w1.weight": ("token_gate", ("uniform", 3 ** -0.5 * MODEL_DIM ** -0.5)),
+    "gates_late.w2.weight": ("token_gate", ("constant", 0.0)),
     "lm_head.weight": ("head", ("normal", 0.005)),
     "bigram.weight": ("bigram", ("constant", 0.0)),
 }
@@ -309,7 +313,7 @@ def init_weights(model: "GPT", seed: int) -> None:
     """Set every parameter, by name, from one seed; the same values on every device and rank."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        _, (kind, number) = PARAMETERS[re.sub(r"\d+\.", "", name)]
+        _, (kind, number) = PARAMETERS[re.sub(r"\.\d+(?=\.)", "", name)]
         if kind == "constant" or number == 0:
             p.copy_(torch.tensor(number, dtype=torch.float64))
         elif kind == "uniform":
@@ -823,7 +827,7 @@ class Optimizer:
         self.reductions = []
         self.completing = False     # whether this backward pass is the last one of its step
         for name, p in model.named_parameters():
-            role, _ = PARAMETERS[re.sub(r"\d+\.", "", name)]
+            role, _ = PARAMETERS[re.sub(r"\.\d+(?=\.)", "", name)]
             self.owner[p] = len(self.groups[role]["params"]) % WORLD_SIZE
             self.groups[role]["params"].append(p)
             self.state[p] = {}
