@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import recipes
-from data.sources import source_of
+from data.tokenizer import tokenizer_of
 from model import GPT
 from trainer import checkpoint
 
@@ -42,11 +42,11 @@ def generate(model: GPT, prompt: str, num_tokens: int, temperature: float, seed:
     temperature 0 takes the likeliest token every time. Sampling is on the CPU, from `seed`.
     """
     config = model.config
-    source = source_of(config.vocab_size)
-    encode, decode = source.codec()
+    tokenizer = tokenizer_of(config.vocab_size)
+    encode, decode = tokenizer.encoder(), tokenizer.decoder()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    tokens = [source.bos_id, *map(int, encode(prompt))]
+    tokens = [tokenizer.bos_id, *map(int, encode(prompt))]
     written: list[int] = []
     model.eval()
     for _ in range(num_tokens):
@@ -58,7 +58,7 @@ def generate(model: GPT, prompt: str, num_tokens: int, temperature: float, seed:
             top, index = logits_V.topk(min(top_k, config.vocab_size))
             chosen = torch.multinomial((top / temperature).softmax(0), 1, generator=generator)
             token = int(index[chosen])
-        if token == source.bos_id:
+        if token == tokenizer.bos_id:
             break
         tokens.append(token)
         written.append(token)
