@@ -94,7 +94,7 @@ def _write_json(path: Path, content: dict) -> None:
 # --- text to tokens -------------------------------------------------------------------------------
 
 def encode_pieces(
-    pieces: Iterable[Piece], encode: Callable[[str], np.ndarray], jobs: int, start: int = 0
+    pieces: Iterable[Piece], encode: Callable[[str], np.ndarray] | None, jobs: int, start: int = 0
 ) -> Iterator[tuple[int, np.ndarray, bool]]:
     """(number, tokens (n,) uint16 without BOS, opens) of the pieces from number `start` on.
 
@@ -247,7 +247,8 @@ def tokenize(
         text.check(path, reading)
         if tokenizer != "gpt2" and text.kind_of(path) in text.TOKEN_FILES:
             raise ValueError(f"{path}: has GPT-2's tokens; --tokenizer {tokenizer} needs text")
-    encode = tok.encoder()
+    only_tokens = all(text.kind_of(path) in text.TOKEN_FILES for path in train + val)
+    encode = None if only_tokens else tok.encoder()
     there = [*folder.glob(MANIFEST), *sorted(folder.glob("*train*.bin")),
              *sorted(folder.glob("*val*.bin"))]
     new, partial = not folder.exists(), folder / PARTIAL
@@ -351,7 +352,7 @@ class _Work:
             if path.name != val:
                 path.unlink()
 
-    def run(self, train: list[Path], val: list[Path], reading: Reading, encode: Callable,
+    def run(self, train: list[Path], val: list[Path], reading: Reading, encode: Callable | None,
             tok: Tokenizer, shard_tokens: int, jobs: int) -> None:
         """All files to shards and a manifest, in self.partial."""
         first, val_documents = self.place, 0
@@ -382,13 +383,14 @@ class _Work:
                                "is read")
         if writer.filled:
             self._document_ends(writer, None if val else val_writer)
+        total = writer.tokens + val_writer.tokens
         if not val:
             self._hold_out_the_end(writer, val_writer)
         for name, part in (("train on", writer), ("validate on", val_writer)):
             if part.tokens < 2:
                 empty = [str(p) for p in train + val if p.stat().st_size == 0]
                 raise ValueError(
-                    f"too little text to {name}: {writer.tokens + val_writer.tokens} tokens in "
+                    f"too little text to {name}: {total} tokens in "
                     f"{self.documents + val_documents} documents"
                     + (f"; empty files: {', '.join(empty)}" if empty
                        else "".join(f"; {note}" for note in reading.notes())))

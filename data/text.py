@@ -364,7 +364,7 @@ def _read_csv(path: Path, reading: Reading) -> Iterator[Part]:
                 for row in rows:
                     yield f"{path}: line {rows.line_num}", row[reading.text_field]
             except csv.Error as error:
-                raise ValueError(f"{path}: line {rows.line_num}: not CSV: {error}") from None
+                raise ValueError(f"{path}: line {rows.reader.line_num}: not CSV: {error}") from None
 
         yield from _records(entries(), reading)
 

@@ -3,13 +3,21 @@ suffice, before step 0. A recipe that meets other data than its own is fitted to
 
 import hashlib
 import math
+import shlex
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from data.loader import Loader, OutOfTokens, check_enough_tokens, val_batches
 from data.prepare import read_manifest
-from data.shards import SCAN_TOKENS, check_disjoint, data_digest, read_header, read_shard
+from data.shards import (
+    SCAN_TOKENS,
+    check_disjoint,
+    convert_command,
+    data_digest,
+    read_header,
+    read_shard,
+)
 from data.sources import SOURCES
 from data.tokenizer import TOKENIZERS, Tokenizer, tokenizer_of
 from recipes import Recipe, batch_shape, change
@@ -91,11 +99,13 @@ def _shards_in(folder: Path) -> tuple[list[Path], list[Path]]:
     found = [sorted(folder.glob(f"*{part}*.bin")) for part in ("train", "val")]
     for part, files in zip(("train", "val"), found):
         if not files:
+            arrays = sorted(folder.glob("*train*.npy"))
             inside = [p for p in folder.glob("*") if not p.name.startswith(".")]
+            hint = convert_command(arrays[0]) if arrays else (
+                f"python -m data.fineweb tokenize {shlex.quote(str(folder))} --out data/mine")
             raise FileNotFoundError(
                 f"--data_dir: expected *{part}*.bin in {folder.resolve()}, found none"
-                + (f"; if it holds text: python -m data.fineweb tokenize {folder} --out data/mine"
-                   if inside else ""))
+                + f"; to make them of what is there: {hint}" * bool(inside))
     return found[0], found[1]
 
 
@@ -119,6 +129,8 @@ def _fitted(recipe: Recipe, tokenizer: Tokenizer, of_track: bool, num_val: int) 
         changes |= {"track": OWN_DATA, "target": None}
     if num_val <= recipe.val_tokens:
         row = min(recipe.val_row, num_val - 1)
+        if 128 <= row < recipe.val_row:
+            row -= row % 128  # blocks of attention's kernels
         changes |= {"val_seq_len": row, "val_tokens": (num_val - 1) // row * row}
     return change(recipe, **changes)
 

@@ -392,6 +392,6 @@ def show_end(s, reporter: Reporter, result: dict, log_path: Path, text: str) -> 
         screen.line("\nnext: the same command with --resume auto goes on from here")
     else:
         python = ".venv/bin/python" if Path(sys.prefix).name == ".venv" else "python"
-        screen.line(f"\nnext: {python} -m tools.sample {log_path.with_suffix('')} "
-                    "--prompt \"Compute \"")
+        prompt = " --prompt \"Compute \"" * (recipe.track != OWN_DATA)
+        screen.line(f"\nnext: {python} -m tools.sample {log_path.with_suffix('')}{prompt}")
     screen.line(f"log: {log_path}")
