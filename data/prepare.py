@@ -462,9 +462,8 @@ def main(argv: list[str]) -> int:
         signal.signal(signal.SIGTERM, before)
     total, seconds = manifest.train_tokens + manifest.val_tokens, time.perf_counter() - started
     print(f"{args.out}: {manifest.documents:,} document{'s' * (manifest.documents != 1)}, "
-          f"{total:,} {manifest.tokenizer} tokens: {manifest.train_tokens:,} to train on in "
+          f"{total:,} tokens ({manifest.tokenizer}): {manifest.train_tokens:,} to train on in "
           f"{len(manifest.train_files)} shard{'s' * (len(manifest.train_files) != 1)}, "
-          f"{manifest.val_tokens:,} for validation; {seconds:.1f} s ({total / seconds:,.0f} "
-          "tokens/s)")
+          f"{manifest.val_tokens:,} for validation; {seconds:.1f} s")
     print(f"next: {command_for(Path(args.out))}")
     return 0

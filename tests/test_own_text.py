@@ -9,10 +9,11 @@ import pytest
 from conftest import start, tiny_options
 from data.prepare import tokenize
 from data.shards import read_shard, write_shard
+from data.tokenizer import TOKENIZERS
 from records.log import parse
 from tools import sample
 from trainer import options
-from trainer.data import OWN_DATA, find_data
+from trainer.data import OWN_DATA, _fitted, find_data
 
 PLAY = "".join(f"ANNA:\nThe river {verb} {count} letters.\n\n"
                for count in range(40) for verb in ("forgets", "carries", "sings to"))
@@ -45,7 +46,7 @@ def test_one_play_trains_at_once(play, tmp_path, capsys):
     said = " ".join(done.stdout.split())
     train_tokens = json.loads((play / "manifest.json").read_text())["train_tokens"]
     assert f"epochs {30 * 384 / train_tokens:.1f} epochs of {train_tokens:,} tokens" in said
-    assert re.search(r"validation 1,024 tokens in rows of 32: all there is, of 131,072", said)
+    assert re.search(r"validation 1,024 tokens in rows of 32, for there are no more; asked", said)
     assert "target none" in said and "1.77" not in said and "standing" not in said
     assert "no record to compare" not in said and "--prompt \"Compute" not in said
     (log,) = tmp_path.glob("*.txt")
@@ -90,6 +91,14 @@ def test_the_recipe_is_fitted_to_the_data(play, tmp_path, record, scale):
     assert (recipe.val_row, recipe.val_tokens) == (row, 1024 // row * row)
     assert recipe.num_iterations == asked.num_iterations
     assert recipe.model.seq_len == asked.model.seq_len
+
+
+@pytest.mark.parametrize("num_val, row, val_tokens", [
+    (1854, 896, 1792), (1000, 896, 896), (100, 99, 99), (2, 1, 1), (15_000, 1024, 14_336),
+    (131_072, 1024, 130_048), (131_073, 1024, 131_072), (10**6, 1024, 131_072)])
+def test_rows_of_validation_leave_few_tokens_over(num_val, row, val_tokens):
+    recipe = _fitted(recipe_of("--record", 27), TOKENIZERS["bytes"], True, num_val)
+    assert (recipe.val_row, recipe.val_tokens) == (row, val_tokens)
 
 
 def test_gpt2_tokens_need_no_vocab_size_at_pocket_scale(play, tmp_path):

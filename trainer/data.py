@@ -128,22 +128,32 @@ def _fitted(recipe: Recipe, tokenizer: Tokenizer, of_track: bool, num_val: int) 
     if not of_track:
         changes |= {"track": OWN_DATA, "target": None}
     if num_val <= recipe.val_tokens:
-        row = min(recipe.val_row, num_val - 1)
-        if 128 <= row < recipe.val_row:
-            row -= row % 128  # blocks of attention's kernels
-        changes |= {"val_seq_len": row, "val_tokens": (num_val - 1) // row * row}
+        row, val_tokens = _validation_rows(recipe.val_row, num_val - 1)
+        changes |= {"val_seq_len": row, "val_tokens": val_tokens}
     return change(recipe, **changes)
+
+
+def _validation_rows(longest: int, num_inputs: int) -> tuple[int, int]:
+    """(tokens of a row, of all rows): the longest rows that leave out at most a tenth. Attention's
+    kernels have blocks of 128 tokens."""
+    rows = [min(longest, num_inputs)]
+    if rows[0] >= 128:
+        rows = [128 * n for n in range(rows[0] // 128, rows[0] // 256, -1)]
+    covered = {row: num_inputs // row * row for row in rows}
+    row = next((r for r in rows if covered[r] >= 0.9 * num_inputs), max(rows, key=covered.get))
+    return row, covered[row]
 
 
 def _notes(asked: Recipe, recipe: Recipe, repeated: list[Path] | None) -> dict[str, str]:
     notes = {}
     if repeated:
         tokens = sum(map(read_header, repeated))
-        notes["epochs"] = (f"{recipe.total_tokens / tokens:.1f} epochs of {tokens:,} tokens, each "
-                           "in a new order of documents")
+        epochs = recipe.total_tokens / tokens
+        notes["epochs"] = (f"{epochs:.{1 if epochs >= 1 else 3}f} epochs of {tokens:,} tokens, "
+                           "each in a new order of documents")
     if recipe.val_tokens != asked.val_tokens:
-        notes["validation"] = (f"{recipe.val_tokens:,} tokens in rows of {recipe.val_row}: all "
-                               f"there is, of {asked.val_tokens:,} asked for")
+        notes["validation"] = (f"{recipe.val_tokens:,} tokens in rows of {recipe.val_row}, for "
+                               f"there are no more; asked for: {asked.val_tokens:,}")
     return notes
 
 
