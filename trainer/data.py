@@ -110,11 +110,16 @@ def _shards_in(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _tokenizer_by_sight(file: Path, recipe: Recipe) -> Tokenizer:
-    """What the tokens of a shard are, unless the recipe has a vocabulary of its own: bytes are
-    at most 256, and GPT-2's tokens go on to 50256, which opens each document."""
-    if all(recipe.model.vocab_size != known.vocab_size for known in TOKENIZERS.values()):
-        return tokenizer_of(recipe.model.vocab_size)
-    return TOKENIZERS["bytes" if read_shard(file)[:SCAN_TOKENS].max() < 257 else "gpt2"]
+    """What the tokens of a shard are, by their largest and by GPT-2's BOS, unless the recipe has a
+    vocabulary of its own."""
+    own = tokenizer_of(recipe.model.vocab_size)
+    if own.vocab_size == recipe.model.vocab_size:
+        tokens = read_shard(file)[:SCAN_TOKENS]
+        if tokens.max() < TOKENIZERS["bytes"].vocab_size:
+            return TOKENIZERS["bytes"]
+        if (tokens == TOKENIZERS["gpt2"].bos_id).any():
+            return TOKENIZERS["gpt2"]
+    return own
 
 
 def _fitted(recipe: Recipe, tokenizer: Tokenizer, of_track: bool, num_val: int) -> Recipe:
