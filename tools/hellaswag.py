@@ -45,7 +45,10 @@ class Scene(NamedTuple):
 def read_scenes(path: Path) -> list[Scene]:
     """The scenes of a JSON-lines file with ctx, endings, label. Raises OSError, ValueError."""
     scenes = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(), which ends a line at U+2028 too: HellaSwag has some.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             fields = json.loads(line)
             scene = Scene(fields["ctx"], tuple(fields["endings"]), int(fields["label"]))

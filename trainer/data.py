@@ -94,6 +94,18 @@ def _data_in(folder: Path, recipe: Recipe) -> tuple[Data, Recipe]:
     return Data(train_files, val_files, tokenizer.bos_id, digest, repeat, notes), recipe
 
 
+def val_shards(folder: Path, tokenizer: Tokenizer) -> list[Path]:
+    """The validation shards of a folder, for a model of this tokenizer. Raises ValueError where
+    the folder has tokens of another, FileNotFoundError where it has no shards."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return _shards_in(folder)[1]
+    if manifest.tokenizer != tokenizer.name:
+        raise ValueError(f"{folder}: has tokens of {manifest.tokenizer}, and the model was trained "
+                         f"on those of {tokenizer.name}; give it the text")
+    return [folder / name for name in manifest.val_files]
+
+
 def _shards_in(folder: Path) -> tuple[list[Path], list[Path]]:
     """Training and validation shards of a folder without a manifest, by their names."""
     found = [sorted(folder.glob(f"*{part}*.bin")) for part in ("train", "val")]

@@ -124,6 +124,9 @@ def parse(argv: list[str], *, has_cuda: bool) -> tuple[RunOptions, Recipe]:
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         kind = run_kinds.get(name, of_recipe.get(name))
+        if name == "eval_only":
+            raise OptionError("--eval_only: python -m tools.eval logs/RUN --data_dir DIR (or files "
+                              "of text) evaluates a trained model")
         if kind is None:
             near = difflib.get_close_matches(name, [*run_kinds, *of_recipe], n=1)
             hint = f"did you mean --{near[0]}?" if near else "--help lists all"
