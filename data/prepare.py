@@ -465,5 +465,7 @@ def main(argv: list[str]) -> int:
           f"{total:,} tokens ({manifest.tokenizer}): {manifest.train_tokens:,} to train on in "
           f"{len(manifest.train_files)} shard{'s' * (len(manifest.train_files) != 1)}, "
           f"{manifest.val_tokens:,} for validation; {seconds:.1f} s")
+    if args.tokenizer == "gpt2" and not Path("/dev/nvidiactl").exists():
+        print("note: without a GPU a model of bytes trains much faster (--tokenizer bytes)")
     print(f"next: {command_for(Path(args.out))}")
     return 0

@@ -342,7 +342,8 @@ def test_gpt2_tokens_from_the_command_line(tmp_path, few_gpt2_tokens, capsys, mo
     write_jsonl(tmp_path / "a.jsonl", ["Hello world", "hello <|endoftext|>, GPT-2!", "é語"])
     assert fineweb.main(["tokenize", "a.jsonl", "--out", "my data"]) == 0
     output = capsys.readouterr().out.splitlines()
-    assert "3 documents" in output[-2] and "left as text: 1" in output[-3]
+    assert any("3 documents" in line for line in output)
+    assert any("left as text: 1" in line for line in output)
     assert output[-1] == f"next: {ROOT}/run.sh --data_dir '{tmp_path}/my data'"
     out = tmp_path / "my data"
     tokens = [read_shard(out / name, vocab_size=50257).tolist()

@@ -45,7 +45,8 @@ class RunOptions:
         "auto", "on or off: activation checkpointing, for less memory; auto: as many layers as a "
                 "row needs to fit")
     data_dir: str | None = _option(
-        None, "folder with *train*.bin and *val*.bin to use in place of the recipe's corpus")
+        None, "folder of shards in place of the recipe's corpus: what `python -m data.fineweb "
+              "tokenize` wrote, or *train*.bin and *val*.bin")
     log_dir: str = _option("logs", "folder of the log and the trained model")
     checkpoint_every: int = _option(
         0, "write a checkpoint every that many steps; 0: only when asked to stop")
