@@ -466,6 +466,6 @@ def main(argv: list[str]) -> int:
           f"{len(manifest.train_files)} shard{'s' * (len(manifest.train_files) != 1)}, "
           f"{manifest.val_tokens:,} for validation; {seconds:.1f} s")
     if args.tokenizer == "gpt2" and not Path("/dev/nvidiactl").exists():
-        print("note: without a GPU a model of bytes trains much faster (--tokenizer bytes)")
+        print("note: on a CPU a model of bytes trains faster: --tokenizer bytes")
     print(f"next: {command_for(Path(args.out))}")
     return 0

@@ -143,6 +143,9 @@ def test_what_is_no_folder_of_shards_says_how_to_make_one(tmp_path):
     (tmp_path / "a b.txt").write_text("text")
     with pytest.raises(FileNotFoundError, match=rf"tokenize {tmp_path} --out data/mine"):
         find_data(recipe, tmp_path)
+    (tmp_path / "begun/.partial").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="begun holds an unfinished tokenisation"):
+        find_data(recipe, tmp_path / "begun")
     tokens = np.random.default_rng(0).integers(0, 50257, 5000).astype("<u2")
     for part in ("train", "val"):
         np.save(tmp_path / f"{part}.npy", tokens)

@@ -124,7 +124,7 @@ def test_each_token_is_predicted_once(count, monkeypatch):
     model, _ = model_of(6)
     tokens = np.random.default_rng(0).integers(0, 256, count).astype(np.uint16)
     tokens[::50] = corpus.BOS
-    found = evaluate.score(model, iter(np.array_split(tokens, 7)))
+    found = evaluate.score(model, iter(np.array_split(tokens, 7)), 128)
     assert found.tokens == count - 1
     assert found.num_bytes == count - 1 - np.count_nonzero(tokens[1:] == corpus.BOS)
     if count < 2000:

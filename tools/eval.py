@@ -4,8 +4,8 @@
     python -m tools.eval logs/RUN --data_dir data/mine             the validation shards of a folder
     python -m tools.eval logs/RUN --hellaswag                      as python -m tools.hellaswag
 
-Documents are one stream of tokens, each opened by BOS, in rows as long as those of training; each
-token is predicted once, from those before it in its row, as in validation. Bytes are those of the
+Documents are one stream of tokens, each opened by BOS, in rows as long as those of the run's
+validation; each token is predicted once, from those before it in its row. Bytes are those of the
 text: the loss a byte compares models of different tokenizers.
 """
 
@@ -90,14 +90,14 @@ def rows(tokens: Iterator[np.ndarray], seq_len: int, num_rows: int) -> Iterator[
 
 @torch.compiler.set_stance("force_eager")  # the last row would be a graph of its own
 @torch.no_grad()
-def score(model: GPT, tokens: Iterator[np.ndarray]) -> Score:
-    """The loss of predicting each token of the stream but the first."""
+def score(model: GPT, tokens: Iterator[np.ndarray], seq_len: int) -> Score:
+    """The loss of predicting each token of the stream but the first, in rows of seq_len."""
     config, device = model.config, next(model.parameters()).device
     lengths = token_bytes(tokenizer_of(config.vocab_size))
-    num_rows = max(1, BATCH_TOKENS[device.type] // config.seq_len)
+    num_rows = max(1, BATCH_TOKENS[device.type] // seq_len)
     total, count, num_bytes = torch.zeros((), dtype=torch.float64, device=device), 0, 0
     with tqdm(unit="tok", unit_scale=True, disable=None, leave=False) as bar:
-        for window_BT1 in rows(tokens, config.seq_len, num_rows):
+        for window_BT1 in rows(tokens, seq_len, num_rows):
             inputs = torch.from_numpy(window_BT1[:, :-1].astype(np.int32)).to(device)
             targets = torch.from_numpy(window_BT1[:, 1:].astype(np.int64)).to(device)
             docs = row_documents(window_BT1[:, :-1], config.bos_id)
@@ -111,7 +111,8 @@ def score(model: GPT, tokens: Iterator[np.ndarray]) -> Score:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.eval",
+                                     description=__doc__.splitlines()[0])
     parser.add_argument("run", help="logs/RUN of a training run, or a checkpoint of one")
     parser.add_argument("files", nargs="*", help="files, folders or quoted patterns of text")
     parser.add_argument("--data_dir", help="a folder of shards, of which those for validation")
@@ -133,7 +134,7 @@ def main(argv: list[str]) -> int:
                       for file in val_shards(Path(args.data_dir), tokenizer))
         else:
             tokens = documents(text.expand(args.files)[0], reading, tokenizer)
-        print(score(model, tokens).report())
+        print(score(model, tokens, recipe.val_row).report())
         for note in reading.notes():
             print(note)
     except (ValueError, OSError) as error:  # no such model or file

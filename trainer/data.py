@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from data.loader import Loader, OutOfTokens, check_enough_tokens, val_batches
-from data.prepare import read_manifest
+from data.prepare import PARTIAL, read_manifest
 from data.shards import (
     SCAN_TOKENS,
     check_disjoint,
@@ -110,6 +110,10 @@ def _shards_in(folder: Path) -> tuple[list[Path], list[Path]]:
     """Training and validation shards of a folder without a manifest, by their names."""
     found = [sorted(folder.glob(f"*{part}*.bin")) for part in ("train", "val")]
     for part, files in zip(("train", "val"), found):
+        if not files and (folder / PARTIAL).exists():
+            raise FileNotFoundError(f"--data_dir: {folder} holds an unfinished tokenisation; the "
+                                    "`python -m data.fineweb tokenize` command that began it goes "
+                                    "on there")
         if not files:
             arrays = sorted(folder.glob("*train*.npy"))
             inside = [p for p in folder.glob("*") if not p.name.startswith(".")]
