@@ -195,8 +195,8 @@ class _Shard:
 class _Stream:
     """The documents of all shards, epoch after epoch, as one endless stream of tokens.
 
-    The order of an epoch follows from its number alone. What stands before the first BOS of a
-    shard is a document too.
+    The order of an epoch follows from its number alone. Tokens before the first BOS of a shard are
+    a document too.
     """
 
     def __init__(self, files: Sequence, vocab_size: int, bos_id: int):

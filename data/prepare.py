@@ -271,13 +271,14 @@ def tokenize(
                          jobs or len(os.sched_getaffinity(0)))
             manifest = _publish(partial, folder)
         except BaseException as error:
-            if isinstance(error, ValueError) or not work.whole_shards:
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            said = _disk_full(folder, work.whole_shards, shard_tokens) if full else error
+            made = work.whole_shards or (partial / MANIFEST).exists()
+            if isinstance(error, ValueError) or not made:
                 shutil.rmtree(partial)
                 if new:
                     folder.rmdir()
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise _disk_full(folder, work.whole_shards, shard_tokens) from None
-            raise
+            raise said from None
     shutil.rmtree(partial)
     for note in reading.notes():
         print(note, flush=True)
@@ -319,6 +320,8 @@ class _Work:
         state = {}
         if (self.partial / "state.json").exists():
             state = json.loads((self.partial / "state.json").read_text())
+        if state.get("made_from") == self.made_from and (self.partial / MANIFEST).exists():
+            return  # all was made, and some of it may have been moved
         if state.get("made_from") == self.made_from and all(
                 (self.partial / name).exists() and read_header(self.partial / name) == count
                 for name, count in state["shards"].items()):
@@ -326,8 +329,10 @@ class _Work:
             self.files = [self.partial / name for name in state["shards"] if name != state["val"]]
             if state["val"]:
                 self.held_out = np.array(read_shard(self.partial / state["val"]))
-            print(f"going on after {len(self.files)} whole shards of an earlier call", flush=True)
-            kept = {*state["shards"], "state.json", "lock", MANIFEST}
+            if self.files:
+                print(f"going on after {len(self.files)} whole shards of an earlier call",
+                      flush=True)
+            kept = {*state["shards"], "state.json", "lock"}
         else:
             if state:
                 print("an earlier call was interrupted, but with other files or options: "
@@ -336,6 +341,14 @@ class _Work:
         for path in self.partial.iterdir():
             if path.name not in kept:
                 path.unlink()
+        if "state.json" not in kept:
+            self._write_state(Place(), None, [])
+
+    def _write_state(self, place: Place, val: str | None, shards: list[str]) -> None:
+        _write_json(self.partial / "state.json", {
+            "made_from": self.made_from, "documents": self.documents,
+            "place": [place.piece, place.skip, place.inside], "val": val,
+            "shards": {name: read_header(self.partial / name) for name in shards}})
 
     def save(self, writer: _Writer, held_out: np.ndarray) -> None:
         """Note that the writer's shards are whole. The state before stays good until then."""
@@ -344,10 +357,7 @@ class _Work:
             val = f"sofar_{len(held_out)}.bin"
             write_shard(self.partial / val, held_out)
         shards = [path.name for path in self.files] + [val] * bool(val)
-        _write_json(self.partial / "state.json", {
-            "made_from": self.made_from, "documents": self.documents,
-            "place": [writer.place.piece, writer.place.skip, writer.place.inside], "val": val,
-            "shards": {name: read_header(self.partial / name) for name in shards}})
+        self._write_state(writer.place, val, shards)
         for path in self.partial.glob("sofar_*.bin"):
             if path.name != val:
                 path.unlink()

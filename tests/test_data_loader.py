@@ -288,7 +288,7 @@ def test_the_same_files_again_are_a_second_epoch(three):
 
 
 def documents_of(shards):
-    """What stands before the first BOS of a shard is a document too."""
+    """Tokens before the first BOS of a shard are a document too."""
     found = []
     for shard in shards:
         for place, token in enumerate(shard):

@@ -239,20 +239,44 @@ def test_both_signals_stop_it_alike(tmp_path, name, status):
     assert output.startswith("train_000001.bin: 100,000 tokens, ")
 
 
-def test_a_full_disk_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("shard_tokens", [100, 10**6])
+def test_a_call_interrupted_while_it_moves_the_shards(tmp_path, monkeypatch, shard_tokens):
+    file = write_jsonl(tmp_path / "a.jsonl", some_documents(5, 60))
+    options = {"tokenizer": "bytes", "shard_tokens": shard_tokens}
+    tokenize([file], tmp_path / "whole", **options)
+    original, moved = prepare.os.replace, []
+
+    def replace(source, target):
+        if Path(target).parent == tmp_path / "out":
+            moved.append(target)
+            if len(moved) == 2:
+                raise KeyboardInterrupt
+        original(source, target)
+
+    monkeypatch.setattr(prepare.os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize([file], tmp_path / "out", **options)
+    assert visible(tmp_path / "out") == [".partial", "train_000001.bin"]
+    tokenize([file], tmp_path / "out", **options)
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+    assert visible(tmp_path / "out") == visible(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("shard_tokens, kept", [(100, "; 3 whole shards"), (10**6, "call again$")])
+def test_a_full_disk_is_named(tmp_path, monkeypatch, shard_tokens, kept):
     file = write_jsonl(tmp_path / "a.jsonl", some_documents(5, 60))
     original, calls = prepare.write_shard, []
 
     def full(path, tokens):
         calls.append(path)
-        if len(calls) > 3:
+        if len(calls) > 3 or shard_tokens > 100:
             raise OSError(errno.ENOSPC, "No space left on device")
         original(path, tokens)
 
     monkeypatch.setattr(prepare, "write_shard", full)
-    with pytest.raises(OSError, match=rf"the disk of {tmp_path}/out is full .* 3 whole shards"):
-        tokenize([file], tmp_path / "out", tokenizer="bytes", shard_tokens=100)
-    assert visible(tmp_path / "out") == [".partial"]
+    with pytest.raises(OSError, match=rf"the disk of {tmp_path}/out is full .*{kept}"):
+        tokenize([file], tmp_path / "out", tokenizer="bytes", shard_tokens=shard_tokens)
+    assert (tmp_path / "out").exists() == (shard_tokens == 100)
 
 
 # --- refusals -------------------------------------------------------------------------------------
