@@ -15,8 +15,9 @@ No row crosses from one shard into the next: a tail too short for a whole step i
 end where they end: this is how the records read FineWeb.
 
 With `repeat`, which text of one's own is read with, all documents are one endless stream, epoch
-after epoch, each in a new order; rows are contiguous in it. So each token is an input once an
-epoch, a long document goes on in the next row, and the data may be shorter than a step or a row.
+after epoch, each in a new order, and the data may be shorter than a step or a row. Rows are
+contiguous ("none") or open with a document (the other two); but a document longer than a row goes
+on in the next one, as often as it fills a row, and max_doc_len is not used.
 
 Shapes: B rows of this rank, T = seq_len.
 """
@@ -232,13 +233,30 @@ class _Stream:
             self._epochs = kept | {number: (order, np.cumsum(self.lengths[order]))}
         return self._epochs[number]
 
+    def next_row(self, position: int, seq_len: int) -> int:
+        """Where the row after the one at `position` opens: with a document, or inside one that
+        fills that row too."""
+        after = position + seq_len
+        epoch, offset = divmod(after, self.count)
+        order, ends = self._epoch(epoch)
+        i = int(np.searchsorted(ends, offset, side="right"))
+        left = int(ends[i]) - offset
+        opens = left == self.lengths[order[i]]
+        return after if opens or left >= seq_len else after + left
+
     def read(self, plan: "_Plan", rows: range) -> np.ndarray:
         """Rows of a plan as uint16 (B, T+1), views of a fresh copy."""
-        T, position = plan.seq_len, plan.position + rows.start * plan.seq_len
-        flat = np.empty(len(rows) * T + 1, np.uint16)
+        T = plan.seq_len
         for shard in self.shards:
             shard.check_size()
-        filled = 0
+        if plan.row_docs is not None:
+            return np.stack([self._tokens(plan.row_docs[row], T + 1) for row in rows])
+        flat = self._tokens(plan.position + rows.start * T, len(rows) * T + 1)
+        return np.lib.stride_tricks.sliding_window_view(flat, T + 1)[::T]
+
+    def _tokens(self, position: int, count: int) -> np.ndarray:
+        """`count` tokens of the stream from `position` on, a copy."""
+        flat, filled = np.empty(count, np.uint16), 0
         while filled < len(flat):
             epoch, offset = divmod(position + filled, self.count)
             order, ends = self._epoch(epoch)
@@ -252,7 +270,7 @@ class _Stream:
                 filled, offset = filled + count, offset + count
                 if filled == len(flat):
                     break
-        return np.lib.stride_tricks.sliding_window_view(flat, T + 1)[::T]
+        return flat
 
 
 @dataclass(frozen=True)
@@ -260,7 +278,8 @@ class _Plan:
     position: int
     seq_len: int
     max_doc_len: int | None
-    row_docs: list[int] | None  # document that opens each row, and the one after the last row
+    row_docs: list[int] | None  # document that opens each row, and the one after the last row; in
+    # an endless stream, where each row opens
     after: int  # position of the next step
     cut_docs: int
 
@@ -358,19 +377,41 @@ def _walk(
 
 
 def _walk_stream(
-    stream: _Stream, batch_shape: Callable, repeat_first: bool, cursor: dict
+    stream: _Stream, batch_shape: Callable, align: str, repeat_first: bool, cursor: dict
 ) -> Iterator[tuple[_Stream, _Plan, dict]]:
-    """As _walk. The rows of a step follow from its number alone."""
-    first = int(repeat_first and cursor["step"] > 0)
-    position = sum(math.prod(batch_shape(step)) for step in range(first, cursor["step"]))
+    """As _walk."""
+    position = cursor["position"]
     for step in itertools.count(cursor["step"]):
         num_rows, seq_len = batch_shape(step)
-        after = position + num_rows * seq_len
+        starts, after = None, position + num_rows * seq_len
+        if align != "none":
+            starts = [position]
+            for _ in range(num_rows):
+                starts.append(stream.next_row(starts[-1], seq_len))
+            after = starts[-1]
         if repeat_first and step == 0:
             after = position
-        yield stream, _Plan(position, seq_len, None, None, after, cut_docs=0), cursor | {
+        yield stream, _Plan(position, seq_len, None, starts, after, cut_docs=0), cursor | {
             "step": step + 1, "position": after}
         position = after
+
+
+def count_epochs(
+    files: Sequence[str | os.PathLike], batch_shape: Callable[[int], tuple[int, int]],
+    num_iterations: int, *, vocab_size: int, bos_id: int, align: str = "none"
+) -> float:
+    """How often a run with `repeat` passes over the files, each of which is checked on the way."""
+    stream = _Stream(files, vocab_size, bos_id)
+    try:
+        if align == "none":
+            passed = sum(math.prod(batch_shape(step)) for step in range(num_iterations))
+        else:
+            walk = _walk_stream(stream, batch_shape, align, False, _stream_cursor(stream, None))
+            for _, plan, _ in itertools.islice(walk, num_iterations):
+                passed = plan.after
+        return passed / stream.count
+    finally:
+        stream.close()
 
 
 def _arguments(
@@ -467,7 +508,7 @@ class Loader:
     files: shards in the order of training. batch_shape: step -> (num_rows, seq_len), rows of all
     ranks together. vocab_size: tokens >= vocab_size are refused. bos_id: the token that opens a
     document. align, max_doc_len (tokens; an int, or a function of the step as record 89 has it),
-    repeat (which uses neither): see the top of this file. repeat_first: steps 0 and 1 get the same
+    repeat: see the top of this file. repeat_first: steps 0 and 1 get the same
     batch (records 4-11). cursor: where an earlier Loader stood (`loader.cursor`), at any world
     size. prefetch: batches made ahead; 2 hides the work and leaves none of it to be done while the
     clock is stopped.
@@ -499,7 +540,7 @@ class Loader:
             rank_rows(batch_shape(cursor["step"] if cursor else 0)[0], rank, world_size)
             stream = _Stream(files, vocab_size, bos_id)
             self._cursor = _stream_cursor(stream, cursor)
-            walk = _walk_stream(stream, batch_shape, repeat_first, self._cursor)
+            walk = _walk_stream(stream, batch_shape, align, repeat_first, self._cursor)
         else:
             stream = None
             files, doc_len, self._cursor = _arguments(files, align, max_doc_len, cursor)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from data.loader import Loader, OutOfTokens, check_enough_tokens, val_batches
+from data.loader import Loader, OutOfTokens, check_enough_tokens, count_epochs, val_batches
 from data.prepare import PARTIAL, read_manifest
 from data.shards import (
     SCAN_TOKENS,
@@ -169,7 +169,9 @@ def _notes(asked: Recipe, recipe: Recipe, repeated: list[Path] | None) -> dict[s
     notes = {}
     if repeated:
         tokens = sum(map(read_header, repeated))
-        epochs = recipe.total_tokens / tokens
+        epochs = count_epochs(repeated, partial(batch_shape, recipe=recipe),
+                              recipe.num_iterations, vocab_size=recipe.model.vocab_size,
+                              bos_id=recipe.model.bos_id, align=recipe.data_align)
         notes["epochs"] = (f"{epochs:.{1 if epochs >= 1 else 3}f} epochs of {tokens:,} tokens, "
                            "each in a new order of documents")
     if recipe.val_tokens != asked.val_tokens:
@@ -185,9 +187,7 @@ def check_data(recipe: Recipe, train_files: list[Path], val_files: list[Path], b
     check_disjoint(train_files, val_files)
     val_batches(val_files, recipe.val_tokens, recipe.val_row, 1,
                 vocab_size=recipe.model.vocab_size)
-    if repeat:
-        for file in train_files:
-            read_shard(file, vocab_size=recipe.model.vocab_size)
+    if repeat:  # count_epochs looks at every file
         return
     check_enough_tokens(train_files, partial(batch_shape, recipe=recipe), recipe.num_iterations,
                         vocab_size=recipe.model.vocab_size, bos_id=bos_id,
