@@ -34,7 +34,7 @@ from torch.profiler import record_function
 import recipes
 from data.loader import Batch, Loader, rank_rows, val_batches
 from data.prefixes import token_prefixes
-from data.sources import SOURCES, source_of
+from data.tokenizer import TOKENIZERS, tokenizer_of
 from kernels import check_kernels, symmetric
 from kernels.attention import activate_flash_attention
 from kernels.fp8 import check_fp8
@@ -52,7 +52,7 @@ from trainer.compile import (
     wants_compile,
     wants_compiled_optimizer,
 )
-from trainer.data import Data, describe_files, find_data, make_loader
+from trainer.data import OWN_DATA, Data, describe_files, find_data, make_loader
 from trainer.dist import (
     FIRST_STEP_TIMEOUT_S,
     Clock,
@@ -487,9 +487,10 @@ def finish(s: TrainState, reporter: Reporter, log_path: Path, run_id: str, ident
         raise crash if isinstance(crash, LostRank) else Crash(f"rank {s.world.rank}") from crash
     if s.world.is_rank0 and profile is None:
         text = ""
-        bytes_only = source_of(s.recipe.model.vocab_size) is SOURCES["built-in"]
-        if bytes_only and s.outcome == "complete":  # GPT-2's codec may need a network
-            text = PROMPT + generate(s.model, PROMPT, num_tokens=240, temperature=0.7, seed=0)
+        bytes_only = tokenizer_of(s.recipe.model.vocab_size) is TOKENIZERS["bytes"]
+        if bytes_only and s.outcome == "complete":  # GPT-2's ranks may need a network
+            prompt = "" if s.recipe.track == OWN_DATA else PROMPT
+            text = prompt + generate(s.model, prompt, num_tokens=240, temperature=0.7, seed=0)
         show_end(s, reporter, result, log_path, text)
     return s.outcome if log_is_whole else "failed"
 
@@ -507,7 +508,7 @@ def run_all(run: RunOptions, recipe: Recipe, screen: Screen) -> int:
             facts.pop("model") | facts | {name: getattr(run, name) for name in same_options}
             | {"the code": source_digest(local_sources())})
         rank_rows(batch_shape(0, recipe)[0], world.rank, world.size)
-        data = world.from_rank0(lambda: find_data(recipe, run.data_dir))
+        data, recipe = world.from_rank0(lambda: find_data(recipe, run.data_dir))
         files = world.all_or_raise(lambda: describe_files(data))
         world.assert_equal_across_ranks({"the data": files})
         started = time.perf_counter() - process_age_s()

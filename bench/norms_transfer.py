@@ -45,7 +45,7 @@ def recipe_at(name: str, width: int, power: float = 0.0) -> recipes.Recipe:
 def final_loss(recipe: recipes.Recipe, seed: int = 0) -> float:
     """Validation loss at the end of the training, in nats a byte; infinite where it diverged."""
     world = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
-    data = find_data(recipe)
+    data, recipe = find_data(recipe)
     model = train_gpt.build_model(recipe, seed, world.device)
     optimizer = train_gpt.build_optimizer(model, recipe)
     with make_loader(recipe, data, world) as loader:

@@ -1,7 +1,7 @@
 """FineWeb's published GPT-2 tokens, or your own text as such shards.
 
     python -m data.fineweb --shards 9            fetch fineweb_val_000000, fineweb_train_000001..9
-    python -m data.fineweb tokenize FILES ...    .jsonl[.gz], .txt[.gz], .parquet -> shards
+    python -m data.fineweb tokenize FILES ...    shards of your own text: data/prepare.py
     python -m data.fineweb tokenize --help
 
 Shards of 100M tokens (200 MB) come from the dataset kjj0/fineweb10B-gpt2 on the Hugging Face hub,
@@ -11,34 +11,23 @@ and a file gets its name only after its sha256 and its tokens were checked. HF_E
 """
 
 import argparse
-import contextlib
 import fcntl
-import gzip
 import hashlib
 import io
-import json
 import os
-import shutil
 import sys
-import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from data.shards import MAGIC, ShardError, read_header, read_shard, write_shard
-
-if TYPE_CHECKING:
-    import tiktoken
+from data import prepare
+from data.shards import MAGIC, ShardError, read_header, read_shard
 
 REPO = "kjj0/fineweb10B-gpt2"
 NUM_TRAIN_SHARDS = 103  # all that are published
-SHARD_TOKENS = 100_000_000
 VOCAB_SIZE, BOS = 50257, 50256  # GPT-2
 FOLDER = Path(__file__).resolve().parent / "fineweb10B"
 
@@ -204,205 +193,10 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-# --- your own text --------------------------------------------------------------------------------
-
-
-def gpt2_encoding() -> "tiktoken.Encoding":
-    """GPT-2's byte-pair encoding; tiktoken fetches its ranks once and keeps them."""
-    import tiktoken
-
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError: wrong hash
-        raise OSError(
-            f"tiktoken cannot get GPT-2's ranks ({_first_line(error)[:120]}). Without a network, "
-            "set TIKTOKEN_CACHE_DIR to a folder that has them: run `TIKTOKEN_CACHE_DIR=ranks "
-            "python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\"` on a machine with a "
-            "network and copy the folder `ranks` here (data/README.md says more)"
-        ) from error
-
-
-@contextlib.contextmanager
-def _text(path: Path) -> Iterator[IO[str]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", newline="") as file:
-        try:
-            yield file
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8: {error}") from None
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise ValueError(f"{path}: broken gzip file: {error}") from None
-
-
-def read_documents(path: str | os.PathLike, text_field: str = "text") -> Iterator[str]:
-    """Documents of a file in their order: .jsonl, .jsonl.gz, .txt, .txt.gz, .parquet.
-
-    A text file is one document, or several between lines that say <|endoftext|>.
-    """
-    path = Path(path)
-    suffix = "".join(path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:])
-    if suffix in (".jsonl", ".jsonl.gz"):
-        with _text(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}: line {number}: not JSON: {error}") from None
-                if not isinstance(entry, dict) or not isinstance(entry.get(text_field), str):
-                    has = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
-                    raise ValueError(
-                        f"{path}: line {number}: expected an object with a string {text_field!r}, "
-                        f"got {has}; --text_field names another"
-                    )
-                yield entry[text_field]
-    elif suffix in (".txt", ".txt.gz"):
-        with _text(path) as file:
-            lines = []
-            for line in file:
-                if line.strip() == "<|endoftext|>":
-                    yield "".join(lines)
-                    lines = []
-                else:
-                    lines.append(line)
-            yield "".join(lines)
-    elif suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError:
-            raise ValueError(
-                f"{path}: reading parquet needs pyarrow, which is not installed: "
-                "`pip install pyarrow`, or give .jsonl, .jsonl.gz or .txt"
-            ) from None
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if text_field not in file.schema_arrow.names:
-                raise ValueError(
-                    f"{path}: expected a column {text_field!r}, got "
-                    f"{', '.join(file.schema_arrow.names)}; --text_field names another"
-                )
-            for batch in file.iter_batches(columns=[text_field]):
-                yield from batch.column(0).to_pylist()
-    else:
-        raise ValueError(
-            f"{path}: expected .jsonl, .jsonl.gz, .txt, .txt.gz or .parquet, got {suffix!r}"
-        )
-
-
-def encode_documents(
-    documents: Iterable[str], encoding: "tiktoken.Encoding", jobs: int
-) -> Iterator[np.ndarray]:
-    """BOS and tokens (n,) uint16 of each document that is not empty, in their order.
-
-    Threads are enough: tiktoken lets go of the interpreter's lock while it encodes.
-    """
-    bos = np.array([encoding.eot_token], np.uint16)
-
-    def encode(texts: list[str]) -> list[np.ndarray]:
-        return [
-            np.concatenate([bos, encoding.encode_to_numpy(t, disallowed_special=())],
-                           dtype=np.uint16, casting="unsafe")
-            for t in texts
-        ]
-
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting, texts, chars = deque(), [], 0
-        for document in documents:
-            if not document:
-                continue
-            texts.append(document)
-            chars += len(document)
-            if chars >= 1 << 18:  # tasks long enough that handing them over costs nothing
-                waiting.append(pool.submit(encode, texts))
-                texts, chars = [], 0
-                while len(waiting) > 4 * jobs:
-                    yield from waiting.popleft().result()
-        waiting.append(pool.submit(encode, texts))
-        while waiting:
-            yield from waiting.popleft().result()
-
-
-def tokenize(
-    files: Sequence[str | os.PathLike],
-    folder: str | os.PathLike,
-    *,
-    name: str = "text",
-    text_field: str = "text",
-    shard_tokens: int = SHARD_TOKENS,
-    num_val_shards: int = 1,
-    encoding: "tiktoken.Encoding | None" = None,
-    jobs: int | None = None,
-) -> tuple[list[Path], list[Path]]:
-    """Turn text files into shards folder/NAME_{train,val}_%06d.bin; returns (train, val) files.
-
-    Documents keep their order and open with BOS (<|endoftext|>, 50256 in GPT-2); the first
-    num_val_shards shards are for validation. A shard holds at most shard_tokens and opens with a
-    document: one that does not fit any more goes into the next shard, and only a document longer
-    than a whole shard is cut. All shards appear at the end, or none do.
-    """
-    files, folder = [Path(file) for file in files], Path(folder)
-    if shard_tokens < 2 or num_val_shards < 0:
-        raise ValueError(
-            f"expected shard_tokens >= 2 and num_val_shards >= 0, got {shard_tokens} and "
-            f"{num_val_shards}"
-        )
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file (current folder {os.getcwd()})")
-    encoding = encoding or gpt2_encoding()
-    if encoding.n_vocab > 65536:
-        raise ValueError(
-            f"the encoding {encoding.name} has {encoding.n_vocab} tokens; shards hold 16-bit "
-            "tokens, at most 65536"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    there = sorted(folder.glob(f"{name}_train_*.bin")) + sorted(folder.glob(f"{name}_val_*.bin"))
-    if there:
-        raise FileExistsError(
-            f"{there[0]} is there already: remove the old shards, or choose another --name or --out"
-        )
-    documents = (document for file in files for document in read_documents(file, text_field))
-    staging = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=folder))
-    buffer, filled, made = np.empty(shard_tokens, np.uint16), 0, []
-
-    def finish_shard() -> None:
-        split = "val" if len(made) < num_val_shards else "train"
-        made.append(staging / f"{name}_{split}_{len(made):06d}.bin")
-        write_shard(made[-1], buffer[:filled])
-
-    try:
-        for tokens in encode_documents(documents, encoding, jobs or len(os.sched_getaffinity(0))):
-            if filled and filled + len(tokens) > shard_tokens:
-                finish_shard()
-                filled = 0
-            while len(tokens) > shard_tokens:
-                buffer[:], filled = tokens[:shard_tokens], shard_tokens
-                finish_shard()
-                tokens, filled = tokens[shard_tokens:], 0
-            buffer[filled : filled + len(tokens)] = tokens
-            filled += len(tokens)
-        if filled:
-            finish_shard()
-        if len(made) <= num_val_shards:
-            total = sum(read_header(file) for file in made)
-            raise ValueError(
-                f"{total:,} tokens in all: they fill {len(made)} shard(s), and the first "
-                f"{num_val_shards} are for validation, so none is left to train on; choose "
-                f"--shard_tokens below {max(2, total // (num_val_shards + 1)):,}"
-            )
-        finished = []
-        for file in made:
-            finished.append(folder / file.name)
-            os.replace(file, finished[-1])
-    finally:
-        shutil.rmtree(staging)
-    return finished[num_val_shards:], finished[:num_val_shards]
-
-
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
-        return _tokenize_main(argv[1:]) if argv[:1] == ["tokenize"] else _fetch_main(argv)
+        return prepare.main(argv[1:]) if argv[:1] == ["tokenize"] else _fetch_main(argv)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -425,30 +219,6 @@ def _fetch_main(argv: list[str]) -> int:
     total = sum(read_header(file) for file in train)
     print(f"{len(train)} training shards ({total:,} tokens) and {len(val)} for validation "
           f"in {args.folder}")
-    return 0
-
-
-def _tokenize_main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.fineweb tokenize", description="Turn text into shards of GPT-2 tokens."
-    )
-    parser.add_argument("files", nargs="+", help=".jsonl[.gz], .txt[.gz] or .parquet, in order")
-    parser.add_argument("--out", required=True, help="folder for the shards")
-    parser.add_argument("--name", default="text", help="shards are NAME_train_%%06d.bin")
-    parser.add_argument("--text_field", default="text", help="field or column (default text)")
-    parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="default 100M")
-    parser.add_argument("--val_shards", type=int, default=1, help="first shards, default 1")
-    parser.add_argument("--jobs", type=int, help="threads (default: all cores)")
-    args = parser.parse_args(argv)
-    started = time.perf_counter()
-    train, val = tokenize(
-        args.files, args.out, name=args.name, text_field=args.text_field,
-        shard_tokens=args.shard_tokens, num_val_shards=args.val_shards, jobs=args.jobs,
-    )
-    seconds = time.perf_counter() - started
-    total = sum(read_header(file) for file in train + val)
-    print(f"{len(train)} training and {len(val)} validation shards, {total:,} tokens, "
-          f"{seconds:.1f} s ({total / seconds:,.0f} tokens/s) in {args.out}")
     return 0
 
 

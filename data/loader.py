@@ -11,12 +11,19 @@ and a cursor names a place in the stream of tokens, never a rank. Three alignmen
     "document"  rows are packed from whole documents, each cut at max_doc_len, the last one of a row
                 cut to fill seq_len+1 tokens; the next row opens with the next document (29 on)
 
-No row crosses from one shard into the next: a tail too short for a whole step is dropped. There is
-no wrap-around; for a second epoch list the files twice.
+No row crosses from one shard into the next: a tail too short for a whole step is dropped. The files
+end where they end: this is how the records read FineWeb.
+
+With `repeat`, which text of one's own is read with, all documents are one endless stream, epoch
+after epoch, each in a new order, and the data may be shorter than a step or a row. Rows are
+contiguous ("none") or open with a document (the other two); but a document longer than a row goes
+on in the next one, as often as it fills a row, and max_doc_len is not used.
 
 Shapes: B rows of this rank, T = seq_len.
 """
 
+import itertools
+import math
 import os
 import queue
 import threading
@@ -67,6 +74,10 @@ def rank_rows(num_rows: int, rank: int, world_size: int) -> range:
             f"{world_size} ranks cannot share {num_rows} rows: expected at most {num_rows} ranks "
             f"(evenly shared by {', '.join(map(str, even))})"
         )
+    return _share(num_rows, rank, world_size)
+
+
+def _share(num_rows: int, rank: int, world_size: int) -> range:
     quotient, longer = divmod(num_rows, world_size)
     start = rank * quotient + min(rank, longer)
     return range(start, start + quotient + (rank < longer))
@@ -101,6 +112,14 @@ class _Shard:
             raise ShardError(
                 f"{self.path}: cut while in use: expected {expected} bytes, found {found}"
             )
+
+    def left(self, position: int) -> str:
+        """What is left from position on, in the unit that rows need, for a message."""
+        tokens = f"{self.count - position:,} tokens are left"
+        if self.align == "none":
+            return tokens
+        documents = len(self.starts) - int(np.searchsorted(self.starts, position))
+        return f"{documents:,} documents ({tokens}), of which each row opens with one"
 
     def _next_row_doc(self, seq_len: int, max_doc_len: int | None) -> list[int]:
         """For each document: if a row opens with it, which one opens the next row; -1: no room."""
@@ -174,12 +193,93 @@ class _Shard:
         return np.concatenate(pieces).reshape(len(rows), T + 1)
 
 
+class _Stream:
+    """The documents of all shards, epoch after epoch, as one endless stream of tokens.
+
+    The order of an epoch follows from its number alone. Tokens before the first BOS of a shard are
+    a document too.
+    """
+
+    def __init__(self, files: Sequence, vocab_size: int, bos_id: int):
+        self.shards = []
+        try:
+            for file in files:
+                self.shards.append(_Shard(file, vocab_size, bos_id, "none"))
+        except BaseException:
+            self.close()
+            raise
+        self.first = np.cumsum([0, *(shard.count for shard in self.shards)])  # of each shard
+        starts = [[0]]
+        for shard, first in zip(self.shards, self.first):
+            for offset in range(0, shard.count, SCAN_TOKENS):
+                piece = shard.tokens[offset:offset + SCAN_TOKENS]
+                starts.append(first + offset + np.flatnonzero(piece == bos_id))
+            starts.append([first + shard.count])
+        self.starts = np.unique(np.concatenate(starts))[:-1]
+        self.count = int(self.first[-1])
+        self.lengths = np.diff(np.append(self.starts, self.count))
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def close(self) -> None:
+        for shard in self.shards:
+            shard.close()
+
+    def _epoch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The documents in the order of an epoch, and where in it each one ends."""
+        if number not in self._epochs:
+            # Raw bits: numpy promises them for ever, and not what permutation() makes of them.
+            order = np.argsort(np.random.PCG64(number).random_raw(len(self.starts)), kind="stable")
+            kept = {n: self._epochs[n] for n in self._epochs if n == number - 1}
+            self._epochs = kept | {number: (order, np.cumsum(self.lengths[order]))}
+        return self._epochs[number]
+
+    def next_row(self, position: int, seq_len: int) -> int:
+        """Where the row after the one at `position` opens: with a document, or inside one that
+        fills that row too."""
+        after = position + seq_len
+        epoch, offset = divmod(after, self.count)
+        order, ends = self._epoch(epoch)
+        i = int(np.searchsorted(ends, offset, side="right"))
+        left = int(ends[i]) - offset
+        opens = left == self.lengths[order[i]]
+        return after if opens or left >= seq_len else after + left
+
+    def read(self, plan: "_Plan", rows: range) -> np.ndarray:
+        """Rows of a plan as uint16 (B, T+1), views of a fresh copy."""
+        T = plan.seq_len
+        for shard in self.shards:
+            shard.check_size()
+        if plan.row_docs is not None:
+            return np.stack([self._tokens(plan.row_docs[row], T + 1) for row in rows])
+        flat = self._tokens(plan.position + rows.start * T, len(rows) * T + 1)
+        return np.lib.stride_tricks.sliding_window_view(flat, T + 1)[::T]
+
+    def _tokens(self, position: int, count: int) -> np.ndarray:
+        """`count` tokens of the stream from `position` on, a copy."""
+        flat, filled = np.empty(count, np.uint16), 0
+        while filled < len(flat):
+            epoch, offset = divmod(position + filled, self.count)
+            order, ends = self._epoch(epoch)
+            for i in range(int(np.searchsorted(ends, offset, side="right")), len(order)):
+                document = order[i]
+                start = self.starts[document] + offset - (ends[i] - self.lengths[document])
+                count = min(int(ends[i] - offset), len(flat) - filled)
+                shard = int(np.searchsorted(self.first, start, side="right")) - 1
+                start -= self.first[shard]
+                flat[filled:filled + count] = self.shards[shard].tokens[start:start + count]
+                filled, offset = filled + count, offset + count
+                if filled == len(flat):
+                    break
+        return flat
+
+
 @dataclass(frozen=True)
 class _Plan:
     position: int
     seq_len: int
     max_doc_len: int | None
-    row_docs: list[int] | None  # document that opens each row, and the one after the last row
+    row_docs: list[int] | None  # document that opens each row, and the one after the last row; in
+    # an endless stream, where each row opens
     after: int  # position of the next step
     cut_docs: int
 
@@ -213,6 +313,18 @@ def _check_cursor(cursor: dict, files: Sequence) -> None:
             )
 
 
+def _stream_cursor(stream: _Stream, cursor: dict | None) -> dict:
+    """Where a stream begins, or a cursor of the same stream; ValueError for one of other data."""
+    new = {"step": 0, "position": 0, "num_tokens": stream.count, "num_docs": len(stream.starts)}
+    cursor = new if cursor is None else cursor
+    for key in ("num_tokens", "num_docs"):
+        if cursor.get(key) != new[key]:
+            stream.close()
+            raise ValueError(f"the cursor belongs to other data: expected {key} {new[key]}, got "
+                             f"{cursor.get(key)}; give the files that the run began with")
+    return dict(cursor)
+
+
 def _walk(
     files: Sequence, batch_shape: Callable, vocab_size: int, bos_id: int, align: str,
     max_doc_len: Callable, repeat_first: bool, cursor: dict,
@@ -236,8 +348,8 @@ def _walk(
                     if cursor["shard"] + 1 >= len(files):
                         raise OutOfTokens(
                             f"the training data end in {shard.path} (shard {len(files)} of "
-                            f"{len(files)}): {shard.count - cursor['position']:,} tokens are left, "
-                            f"too few for {num_rows} rows of {seq_len}; give more shards"
+                            f"{len(files)}): {shard.left(cursor['position'])}, too few for "
+                            f"{num_rows} rows of {seq_len}; give more shards"
                         )
                     left = cursor["skipped_tokens"] + shard.count - cursor["position"]
                     shard.close()
@@ -262,6 +374,44 @@ def _walk(
     finally:
         if shard is not None:
             shard.close()
+
+
+def _walk_stream(
+    stream: _Stream, batch_shape: Callable, align: str, repeat_first: bool, cursor: dict
+) -> Iterator[tuple[_Stream, _Plan, dict]]:
+    """As _walk."""
+    position = cursor["position"]
+    for step in itertools.count(cursor["step"]):
+        num_rows, seq_len = batch_shape(step)
+        starts, after = None, position + num_rows * seq_len
+        if align != "none":
+            starts = [position]
+            for _ in range(num_rows):
+                starts.append(stream.next_row(starts[-1], seq_len))
+            after = starts[-1]
+        if repeat_first and step == 0:
+            after = position
+        yield stream, _Plan(position, seq_len, None, starts, after, cut_docs=0), cursor | {
+            "step": step + 1, "position": after}
+        position = after
+
+
+def count_epochs(
+    files: Sequence[str | os.PathLike], batch_shape: Callable[[int], tuple[int, int]],
+    num_iterations: int, *, vocab_size: int, bos_id: int, align: str = "none"
+) -> float:
+    """How often a run with `repeat` passes over the files, each of which is checked on the way."""
+    stream = _Stream(files, vocab_size, bos_id)
+    try:
+        if align == "none":
+            passed = sum(math.prod(batch_shape(step)) for step in range(num_iterations))
+        else:
+            walk = _walk_stream(stream, batch_shape, align, False, _stream_cursor(stream, None))
+            for _, plan, _ in itertools.islice(walk, num_iterations):
+                passed = plan.after
+        return passed / stream.count
+    finally:
+        stream.close()
 
 
 def _arguments(
@@ -342,11 +492,14 @@ def _prefetch(
         walk.close()
 
 
-def _stop(thread: threading.Thread, free: threading.Semaphore, stop: threading.Event) -> None:
+def _stop(thread: threading.Thread, free: threading.Semaphore, stop: threading.Event,
+          stream: _Stream | None) -> None:
     stop.set()
     free.release()
     if thread is not threading.current_thread():  # garbage collection may run in the thread itself
         thread.join()
+    if stream is not None:
+        stream.close()
 
 
 class Loader:
@@ -354,10 +507,11 @@ class Loader:
 
     files: shards in the order of training. batch_shape: step -> (num_rows, seq_len), rows of all
     ranks together. vocab_size: tokens >= vocab_size are refused. bos_id: the token that opens a
-    document. align, max_doc_len (tokens; an int, or a function of the step as record 89 has it):
-    see the top of this file. repeat_first: steps 0 and 1 get the same batch (records 4-11).
-    cursor: where an earlier Loader stood (`loader.cursor`), at any world size. prefetch: batches
-    made ahead; 2 hides the work and leaves none of it to be done while the clock is stopped.
+    document. align, max_doc_len (tokens; an int, or a function of the step as record 89 has it),
+    repeat: see the top of this file. repeat_first: steps 0 and 1 get the same
+    batch (records 4-11). cursor: where an earlier Loader stood (`loader.cursor`), at any world
+    size. prefetch: batches made ahead; 2 hides the work and leaves none of it to be done while the
+    clock is stopped.
 
     Faults of the first shard are raised here; later ones by __next__ at the step that needs the
     data, as ShardError naming step and file.
@@ -373,30 +527,37 @@ class Loader:
         align: str = "none",
         max_doc_len: int | Callable[[int], int | None] | None = None,
         repeat_first: bool = False,
+        repeat: bool = False,
         rank: int = 0,
         world_size: int = 1,
         cursor: dict | None = None,
         device: str | torch.device = "cpu",
         prefetch: int = 2,
     ):
-        files, doc_len, self._cursor = _arguments(files, align, max_doc_len, cursor)
         if prefetch < 1:
             raise ValueError(f"expected prefetch of at least 1 batch, got {prefetch}")
-        rank_rows(batch_shape(self._cursor["step"])[0], rank, world_size)
-        # Every header now, the tokens of the first shard now, those of the others when their turn
-        # comes: a fault that can be seen before step 0 is.
-        for file in files:
-            read_header(file)
-        _Shard(files[self._cursor["shard"]], vocab_size, bos_id, align).close()
+        if repeat:
+            rank_rows(batch_shape(cursor["step"] if cursor else 0)[0], rank, world_size)
+            stream = _Stream(files, vocab_size, bos_id)
+            self._cursor = _stream_cursor(stream, cursor)
+            walk = _walk_stream(stream, batch_shape, align, repeat_first, self._cursor)
+        else:
+            stream = None
+            files, doc_len, self._cursor = _arguments(files, align, max_doc_len, cursor)
+            rank_rows(batch_shape(self._cursor["step"])[0], rank, world_size)
+            # Every header now, the tokens of the first shard now, those of the others when their
+            # turn comes: a fault that can be seen before step 0 is.
+            for file in files:
+                read_header(file)
+            _Shard(files[self._cursor["shard"]], vocab_size, bos_id, align).close()
+            walk = _walk(files, batch_shape, vocab_size, bos_id, align, doc_len, repeat_first,
+                         self._cursor)
         self._device = torch.device(device)
         if self._device.type == "cuda" and self._device.index is None:
             self._device = torch.device("cuda", torch.cuda.current_device())
         self._ready: queue.SimpleQueue = queue.SimpleQueue()
         self._free = threading.Semaphore(prefetch)
         self._error: BaseException | None = None
-        walk = _walk(
-            files, batch_shape, vocab_size, bos_id, align, doc_len, repeat_first, self._cursor
-        )
         stop = threading.Event()
         thread = threading.Thread(
             target=_prefetch,
@@ -407,14 +568,15 @@ class Loader:
         )
         thread.start()
         # Also called when the Loader is garbage or the interpreter ends.
-        self._finalizer = weakref.finalize(self, _stop, thread, self._free, stop)
+        self._finalizer = weakref.finalize(self, _stop, thread, self._free, stop, stream)
 
     @property
     def cursor(self) -> dict:
         """Where the next batch, not handed out yet, begins. JSON-able; knows nothing of ranks.
 
         step, shard (index into files), name and num_tokens of that shard, position (token offset),
-        and two running counts: skipped_tokens (passed over, never an input) and cut_docs.
+        and two running counts: skipped_tokens (passed over, never an input) and cut_docs. With
+        repeat: step, position in the endless stream, num_tokens and num_docs of an epoch.
         """
         return dict(self._cursor)
 
@@ -488,8 +650,9 @@ def check_enough_tokens(
         waste = passed() / trained if trained else 1.0  # 1.0 where nothing is skipped
         needed = passed() + int(batch_tokens(step, num_iterations) * max(1.0, waste)) + 1
         raise OutOfTokens(
-            f"not enough training data: {num_iterations} steps need about {needed:,} tokens, "
-            f"{present:,} are present in {len(files)} shards; {error}"
+            f"not enough training data: {num_iterations} steps need about {needed:,} tokens"
+            + " in rows that open with a document" * (align != "none")
+            + f", {present:,} are present in {len(files)} shards; {error}"
         ) from None
     finally:
         walk.close()
@@ -521,7 +684,7 @@ def val_batches(
     take consecutive runs of rows, micro_rows at a time (the last batch may have fewer). One token
     more than val_tokens is read: the last target. All checks run in this call, before the first
     batch is asked for. Add up losses over tokens and divide by val_tokens: ranks may have
-    different numbers of rows. Documents are counted where bos_id is given.
+    different numbers of rows, or none. Documents are counted where bos_id is given.
     """
     if val_tokens < seq_len or val_tokens % seq_len:
         raise ValueError(
@@ -529,7 +692,7 @@ def val_batches(
         )
     if micro_rows < 1:
         raise ValueError(f"expected micro_rows of at least 1, got {micro_rows}")
-    rows = rank_rows(val_tokens // seq_len, rank, world_size)
+    rows = _share(val_tokens // seq_len, rank, world_size)
     counts = [read_header(file) for file in files]
     if sum(counts) < val_tokens + 1:
         raise ShardError(

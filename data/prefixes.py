@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import corpus, fineweb
+from data import tokenizer
+from data.tokenizer import TOKENIZERS
 
 FILE = Path(__file__).with_name("gpt2_prefixes.npy")
 NONE = 65_535   # in the file, of a token that begins with no other
@@ -27,17 +28,17 @@ def longest_prefixes(tokens: Sequence[bytes]) -> np.ndarray:
 
 def from_ranks() -> np.ndarray:
     """GPT-2's, from the bytes of its tokens. End-of-text is no text: it has none and is none."""
-    encoding = fineweb.gpt2_encoding()
+    encoding = tokenizer.gpt2_encoding()
     return longest_prefixes(
-        [encoding.decode_single_token_bytes(k) for k in range(fineweb.BOS)] + [b""])
+        [encoding.decode_single_token_bytes(k) for k in range(TOKENIZERS["gpt2"].bos_id)] + [b""])
 
 
 def token_prefixes(vocab_size: int) -> np.ndarray:
     """longest_prefixes of a vocabulary: GPT-2's, or that of bytes, none of which has any."""
-    if vocab_size == corpus.VOCAB_SIZE:
+    if vocab_size == TOKENIZERS["bytes"].vocab_size:
         return np.full(vocab_size, -1)
-    if vocab_size != fineweb.VOCAB_SIZE:
-        raise ValueError(f"--prefix_weight: expected 0 or a vocabulary of {fineweb.VOCAB_SIZE} "
+    if vocab_size != TOKENIZERS["gpt2"].vocab_size:
+        raise ValueError("--prefix_weight: expected 0 or a vocabulary of 50257 "
                          f"tokens (GPT-2's, whose prefixes are known), got {vocab_size}")
     if not FILE.is_file():  # a program taken out of a log, which holds sources alone
         return from_ranks()

@@ -14,6 +14,7 @@ import argparse
 import glob
 import hashlib
 import os
+import shlex
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,9 @@ def read_header(path: str | os.PathLike) -> int:
         raise FileNotFoundError(f"{path}: no such shard (current folder {os.getcwd()})") from None
     except IsADirectoryError:
         raise ShardError(f"{path}: expected a shard, got a folder") from None
+    if foreign := _foreign_tokens(head):
+        raise ShardError(f"{path}: expected a shard, got {foreign}; convert: "
+                         f"{convert_command(Path(path))}")
     if len(head) < HEADER_BYTES:
         raise ShardError(
             f"{path}: expected a header of {HEADER_BYTES} bytes, got a file of {size} bytes"
@@ -80,6 +84,26 @@ def read_header(path: str | os.PathLike) -> int:
             f"{size - expected} bytes too many"
         )
     return count
+
+
+def _foreign_tokens(head: bytes) -> str:
+    """What a file of tokens without our header is by its first bytes; "" if it is none."""
+    if head[:6] == b"\x93NUMPY":
+        return "numpy's .npy"
+    tokens = np.frombuffer(head[: len(head) // 2 * 2], "<u2")
+    # A header is mostly zeros, and text is ASCII for the most part.
+    if (len(head) == HEADER_BYTES and tokens.max() < GPT2_VOCAB_SIZE and (tokens == 0).mean() < 0.5
+            and not head[:64].isascii()):
+        return "16-bit tokens without a header, as nanoGPT's"
+    return ""
+
+
+def convert_command(path: Path) -> str:
+    """The command that makes shards of a file of tokens, with the file for validation beside it."""
+    val = path.with_name(path.name.replace("train", "val"))
+    beside = f" --val {shlex.quote(str(val))}" if val != path and val.exists() else ""
+    return (f"python -m data.fineweb tokenize {shlex.quote(str(path))}{beside} --out "
+            "data/mine")
 
 
 def read_shard(

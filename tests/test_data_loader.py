@@ -21,6 +21,7 @@ from data.loader import (
     Loader,
     OutOfTokens,
     check_enough_tokens,
+    count_epochs,
     rank_rows,
     val_batches,
 )
@@ -282,6 +283,139 @@ def test_the_same_files_again_are_a_second_epoch(three):
     files, shards = three
     expected = slow_steps(shards * 2, lambda s: (5, 30), "row")
     assert drain(Loader(files * 2, lambda s: (5, 30), **IDS, align="row")) == expected
+
+
+# --- repeat: an endless stream of documents -------------------------------------------------------
+
+
+def documents_of(shards):
+    """Tokens before the first BOS of a shard are a document too."""
+    found = []
+    for shard in shards:
+        for place, token in enumerate(shard):
+            if place == 0 or token == BOS:
+                found.append([])
+            found[-1].append(token)
+    return found
+
+
+@pytest.mark.parametrize("rows, seq_len", [(4, 30), (1, 10_000), (50, 7)])
+def test_each_epoch_has_every_document_once_in_an_order_of_its_own(tmp_path, rows, seq_len):
+    """Shorter and longer steps, and rows, than the data."""
+    shards = [stream(n, count) for n, count in enumerate((700, 400, 500))]  # open with BOS
+    files, expected = write(tmp_path, shards), documents_of(shards)
+    total = sum(map(len, shards))
+    seen, targets = [], []
+    with Loader(files, lambda s: (rows, seq_len), **IDS, repeat=True) as loader:
+        while len(seen) < 3 * total:
+            batch = next(loader)
+            windows(batch)
+            seen += batch.inputs_BT.flatten().tolist()
+            targets += batch.targets_BT.flatten().tolist()
+        cursor = loader.cursor
+    assert seen[1:] == targets[:-1]
+    assert cursor == {"step": len(seen) // (rows * seq_len), "position": len(seen),
+                      "num_tokens": total, "num_docs": len(expected)}
+    epochs = [seen[n * total:(n + 1) * total] for n in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2]
+    for epoch in epochs:
+        assert sorted(documents_of([epoch])) == sorted(expected)
+
+
+def test_an_order_is_the_same_for_ever(tmp_path):
+    """It follows from the epoch's number alone: no seed, no numpy version, no number of ranks."""
+    files = write(tmp_path, [[BOS, 1, BOS, 2, BOS, 3], [BOS, 4, BOS, 5, 5, 5]])
+    with Loader(files, lambda s: (1, 12), **IDS, repeat=True) as loader:
+        epochs = [next(loader).inputs_BT.flatten().tolist() for _ in range(3)]
+    assert [[t for t in epoch if t != BOS] for epoch in epochs] == [
+        [4, 3, 2, 1, 5, 5, 5], [3, 5, 5, 5, 1, 4, 2], [4, 1, 2, 5, 5, 5, 3]]
+
+
+def test_a_long_document_goes_on_in_the_next_row(tmp_path):
+    document = [BOS, *(n % 50 for n in range(399))]
+    (file,) = write(tmp_path, [document])
+    for align in ALIGNMENTS:  # it fills eight rows
+        with Loader([file], lambda s: (3, 50), **IDS, repeat=True, align=align) as loader:
+            rows = [row for _ in range(4) for row in windows(next(loader))]
+        endless = document * 3
+        assert rows == [endless[50 * n:50 * n + 51] for n in range(12)]
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_rows_of_a_stream_equal_a_slow_loop(tmp_path_factory, data):
+    """Rows open with a document, or inside one of which a whole row is left."""
+    shards = [stream(data.draw(st.integers(0, 99)), data.draw(st.integers(20, 200)),
+                     data.draw(st.sampled_from([0.01, 0.05, 0.3]))) for _ in range(2)]
+    files = write(tmp_path_factory.mktemp("s"), shards)
+    rows, seq_len = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
+    total = sum(map(len, shards))
+    with Loader(files, lambda s: (1, total), **IDS, repeat=True) as loader:
+        endless = [t for _ in range(2 + 9 * rows * seq_len * 40 // total)
+                   for t in next(loader).inputs_BT[0].tolist()]
+    # An order can put a document in front of itself at the end of an epoch: BOS tells them apart.
+    opens = [n for n, token in enumerate(endless) if token == BOS]
+    position, expected = 0, []
+    for _ in range(6 * rows):
+        expected.append(endless[position:position + seq_len + 1])
+        position += seq_len
+        end = next(n for n in opens if n > position)
+        if endless[position] != BOS and end - position < seq_len:
+            position = end
+    for align in ("row", "document"):
+        with Loader(files, lambda s: (rows, seq_len), **IDS, repeat=True, align=align) as loader:
+            found = [row for _ in range(6) for row in windows(next(loader))]
+            assert found == expected and loader.cursor["position"] == position
+        assert count_epochs(files, lambda s: (rows, seq_len), 6, **IDS, align=align) == (
+            position / total)
+
+
+@pytest.mark.parametrize("align", ALIGNMENTS)
+@pytest.mark.parametrize("repeat_first", [False, True])
+def test_a_stream_is_the_same_at_any_step_and_number_of_ranks(three, align, repeat_first):
+    files, _ = three
+    common = IDS | {"repeat": True, "repeat_first": repeat_first, "align": align}
+
+    def batch_shape(step):
+        return (6, 200) if step < 9 else (4, 333)
+
+    cursors, steps = [], []
+    with Loader(files, batch_shape, **common) as loader:
+        for _ in range(14):
+            cursors.append(json.loads(json.dumps(loader.cursor)))
+            steps.append(windows(next(loader)))
+    assert (steps[0] == steps[1]) is repeat_first
+    for start in (0, 1, 2, 8, 9, 13):
+        for world_size in (1, 3):
+            loaders = [Loader(files, batch_shape, **common, rank=rank, world_size=world_size,
+                              cursor=cursors[start]) for rank in range(world_size)]
+            parts = [windows(next(loader)) for loader in loaders]
+            assert [row for part in parts for row in part] == steps[start]
+            for loader in loaders:
+                loader.close()
+
+
+def test_faults_of_a_stream(three, tmp_path):
+    files, _ = three
+    shape = lambda step: (4, 16)  # noqa: E731
+    gc.collect()  # a mapped file is open as long as its error's traceback
+    before = len(os.listdir("/proc/self/fd"))
+    refused(ShardError, r"s_00\.bin: token 50 at offset 0 is outside", files, shape, vocab_size=50,
+            repeat=True)
+    with Loader(files, shape, **IDS, repeat=True) as loader:
+        cursor = loader.cursor
+    refused(ValueError, "belongs to other data: expected num_tokens 5000, got 7500", files[:2],
+            shape, cursor=cursor, repeat=True)
+    refused(ValueError, "5 ranks cannot share 4 rows", files, shape, world_size=5, repeat=True)
+    with Loader(files, shape, **IDS, repeat=True) as loader:
+        next(loader)
+        os.truncate(files[1], 1500)
+        with pytest.raises(ShardError, match=rf"step \d+: {files[1]}: cut while in use"):
+            for _ in range(10):
+                next(loader)
+    del loader
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_rank_rows():
@@ -608,7 +742,6 @@ def test_validation_is_checked_before_its_first_batch(three):
     for options, message in (
         ({"val_tokens": 250, "seq_len": 100}, "multiple of seq_len 100, got 250"),
         ({"val_tokens": 0, "seq_len": 100}, "multiple of seq_len 100, got 0"),
-        ({"val_tokens": 300, "seq_len": 100, "world_size": 4}, "4 ranks cannot share 3 rows"),
         ({"val_tokens": 300, "seq_len": 100, "micro_rows": 0}, "micro_rows of at least 1"),
         ({"val_tokens": 7500, "seq_len": 100}, "expected 7,501 tokens .* got 7,500"),
         ({"val_tokens": 300, "seq_len": 100, "vocab_size": 50}, "outside the vocabulary"),

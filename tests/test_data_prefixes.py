@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data import fineweb, prefixes
+from data import prefixes, tokenizer
 from data.prefixes import longest_prefixes, token_prefixes
 
 
@@ -15,7 +15,7 @@ def test_the_longest_proper_prefix_that_is_a_token():
 def test_gpt2s_table():
     """Bytes and end-of-text have no prefix, all 50,000 merged tokens have one; from prefix to
     prefix every token gets to a byte."""
-    table = token_prefixes(fineweb.VOCAB_SIZE)
+    table = token_prefixes(50_257)
     assert table.shape == (50_257,) and table.dtype == np.int64
     without = np.flatnonzero(table < 0)
     assert without.tolist() == [*range(256), 50_256]
@@ -36,16 +36,16 @@ def test_a_program_out_of_a_log_makes_the_table_from_the_ranks(monkeypatch, tmp_
     class Encoding:
         @staticmethod
         def decode_single_token_bytes(k: int) -> bytes:
-            assert k < fineweb.BOS
+            assert k < 50_256
             return bytes([k % 256]) if k < 256 else b"a" + str(k).encode()
 
     monkeypatch.setattr(prefixes, "FILE", tmp_path / "gone.npy")
-    monkeypatch.setattr(fineweb, "gpt2_encoding", Encoding)
-    table = prefixes.token_prefixes(fineweb.VOCAB_SIZE)
+    monkeypatch.setattr(tokenizer, "gpt2_encoding", Encoding)
+    table = prefixes.token_prefixes(50_257)
     assert (table[:256] == -1).all() and table[50_256] == -1
     assert table[256] == ord("a") and table[2560] == 256 and table[2600] == 260
     prefixes.main()
-    assert (prefixes.token_prefixes(fineweb.VOCAB_SIZE) == table).all()
+    assert (prefixes.token_prefixes(50_257) == table).all()
 
 
 def test_bytes_have_none_and_other_vocabularies_are_refused():

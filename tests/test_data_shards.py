@@ -1,5 +1,6 @@
 """Every fault of a shard has its own message, and a shard is written whole or not at all."""
 
+import io
 import os
 import subprocess
 import sys
@@ -43,11 +44,20 @@ def test_writes_what_the_format_says(tmp_path):
     assert read_shard(tmp_path / "b.bin").tolist() == [1, 2, 3]
 
 
+def npy(tokens):
+    np.save(buffer := io.BytesIO(), np.array(tokens, np.uint16))
+    return buffer.getvalue()
+
+
 FAULTS = {
     "D2 short": (lambda p: p.write_bytes(b"x" * 1023), "header of 1024 bytes, got a file of 1023"),
     "D2 empty": (lambda p: p.write_bytes(b""), "got a file of 0 bytes"),
     "D3 magic": (lambda p: raw_shard(p, magic=7), "expected magic 20240520, got 7;.*tokenize"),
     "D3 llama": (lambda p: raw_shard(p, magic=20240801), "32-bit tokens.*tokenize"),
+    "nanoGPT": (lambda p: (np.arange(700) * 77 % 50257).astype("<u2").tofile(p),
+                "16-bit tokens without a header, as nanoGPT's; convert: python -m data.fineweb "
+                "tokenize .* --out"),
+    "npy": (lambda p: p.write_bytes(npy([1, 2])), r"got numpy's \.npy; convert: python -m"),
     "D20 html": (lambda p: p.write_bytes(b"<html>" * 400), "looks like an HTML page"),
     "D4 version": (lambda p: raw_shard(p, version=2), "expected version 1, got 2"),
     "D5 truncated": (lambda p: raw_shard(p, count=5), "truncated: expected 1034 bytes.*found 1032"),

@@ -122,6 +122,13 @@ def test_what_is_no_scene_is_said_with_its_line(tmp_path, broken):
         hellaswag.read_scenes(written(tmp_path, []))
 
 
+def test_a_line_of_u2028_is_one_line(tmp_path):
+    path = tmp_path / "scenes.jsonl"
+    path.write_text('{"ctx": "a pot.\u2028(He", "endings": ["a", "b"], "label": 0}\n'
+                    '{"ctx": "c", "endings": ["d", "e"], "label": "1"}\n', encoding="utf-8")
+    assert [scene.context for scene in hellaswag.read_scenes(path)] == ["a pot.\u2028(He", "c"]
+
+
 def test_what_is_fetched_is_whole_or_not_there(tmp_path, monkeypatch):
     source, path = written(tmp_path, [line()] * 3), tmp_path / "val.jsonl"
     with pytest.raises(OSError, match=r"expected 10,042 scenes, got 3.*--file"):

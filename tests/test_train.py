@@ -124,8 +124,7 @@ def test_micro_batches_change_nothing_but_rounding(train, tmp_path):
 @pytest.mark.parametrize("words, says", [
     (("--recrd", "6"), "did you mean --record?"),
     (("--data_dir", "/nowhere"), "--data_dir: expected"),
-    (("--num_iterations", "100000"), "tokens"),
-    (("--val_tokens", "1024000"), "val"),
+    (("--val_tokens", "1000"), "val"),
 ])
 def test_a_wrong_start_is_one_line_and_leaves_nothing(words, says, tiny_data, tmp_path):
     places = [] if "--data_dir" in words else ["--data_dir", tiny_data]
@@ -363,24 +362,9 @@ def test_as_many_shards_are_fetched_as_the_run_takes(tmp_path, monkeypatch):
         ["--record", "29", "--scale", "full", "--seq_len", "64", "--batch_tokens", "128",
          "--num_iterations", "20", "--val_tokens", "256", "--val_seq_len", "64",
          "--max_doc_len", "40", "--device", "cpu", "--head", "bf16"], has_cuda=False)
-    data = train_gpt.find_data(recipe, run.data_dir)
+    data, _ = train_gpt.find_data(recipe, run.data_dir)
     assert asked == list(range(1, len(asked) + 1)) and len(asked) > 1
     assert len(data.train_files) == asked[-1]
-
-
-def test_own_gpt2_tokens_train_at_pocket_scale(tiny_data, tmp_path):
-    """What opens a document follows from the vocabulary, not from the scale's own corpus."""
-    for file in tiny_data.glob("*.bin"):
-        tokens = np.array(read_shard(file))
-        write_shard(tmp_path / file.name, np.where(tokens == 256, 50256, tokens).astype(np.uint16))
-    words = tiny_options("--data_dir", tmp_path, "--log_dir", tmp_path / "logs", "--record", 27,
-                         "--num_iterations", 1, "--val_every", 1)
-    refused = start(*words)
-    assert refused.returncode == 2 and "--vocab_size 50257" in refused.stderr
-    done = start(*words, "--vocab_size", 50257)
-    assert done.returncode == 0, done.stderr
-    assert f"{tmp_path},2trainingshards" in "".join(done.stdout.split())  # wrapped anywhere
-    assert "what it would write" not in done.stdout  # that would need tiktoken's ranks
 
 
 def test_no_network_is_one_line(monkeypatch, capsys):

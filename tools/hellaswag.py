@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data.sources import source_of
+from data.tokenizer import tokenizer_of
 from model import GPT
 from tools.sample import load_model
 
@@ -45,7 +45,10 @@ class Scene(NamedTuple):
 def read_scenes(path: Path) -> list[Scene]:
     """The scenes of a JSON-lines file with ctx, endings, label. Raises OSError, ValueError."""
     scenes = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(), which ends a line at U+2028 too: HellaSwag has some.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             fields = json.loads(line)
             scene = Scene(fields["ctx"], tuple(fields["endings"]), int(fields["label"]))
@@ -131,12 +134,12 @@ def batches(scenes: Iterable[Scene], encode, bos_id: int, seq_len: int,
 @torch.compiler.set_stance("force_eager")
 def score(model: GPT, scenes: Sequence[Scene]) -> tuple[int, int]:
     """How many scenes the model ends right: by the sum, and by the mean of the ending's losses."""
-    source = source_of(model.config.vocab_size)
-    encode, _ = source.codec()
+    tokenizer = tokenizer_of(model.config.vocab_size)
+    encode = tokenizer.encoder()
     at_once = BATCH_TOKENS.get(next(model.parameters()).device.type, BATCH_TOKENS["cpu"])
     right, model = torch.zeros(2, dtype=torch.long), model.eval()
     with tqdm(total=len(scenes), unit="scene", disable=None, leave=False) as bar:
-        for some, rows in batches(scenes, encode, source.bos_id, model.config.seq_len, at_once):
+        for some, rows in batches(scenes, encode, tokenizer.bos_id, model.config.seq_len, at_once):
             losses = ending_losses(model, rows)
             for scene, four in zip(some, losses.split([len(s.endings) for s in some])):
                 right += four.argmin(0) == scene.label

@@ -46,7 +46,8 @@ class RunOptions:
         "auto", "on or off: activation checkpointing, for less memory; auto: as many layers as a "
                 "row needs to fit")
     data_dir: str | None = _option(
-        None, "folder with *train*.bin and *val*.bin to use in place of the recipe's corpus")
+        None, "folder of shards in place of the recipe's corpus: what `python -m data.fineweb "
+              "tokenize` wrote, or *train*.bin and *val*.bin")
     log_dir: str = _option("logs", "folder of the log and the trained model")
     checkpoint_every: int = _option(
         0, "write a checkpoint every that many steps; 0: only when asked to stop")
@@ -126,6 +127,9 @@ def parse(argv: list[str], *, has_cuda: bool) -> tuple[RunOptions, Recipe]:
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         kind = run_kinds.get(name, of_recipe.get(name))
+        if name == "eval_only":
+            raise OptionError("--eval_only: python -m tools.eval logs/RUN --data_dir DIR (or files "
+                              "of text) evaluates a trained model")
         if kind is None:
             near = difflib.get_close_matches(name, [*run_kinds, *of_recipe], n=1)
             hint = f"did you mean --{near[0]}?" if near else "--help lists all"

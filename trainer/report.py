@@ -34,6 +34,7 @@ from records.log import LogError, RunLog, train_line, val_line
 from records.rank import progress
 from records.rank import rank as rank_in_table
 from trainer.compile import wants_compile, wants_compiled_optimizer
+from trainer.data import OWN_DATA
 from trainer.dist import World
 from trainer.memory import local_rows, micro_batch_rows
 from trainer.status import StepReport
@@ -235,10 +236,11 @@ class Reporter:
         values = step, self.recipe.num_iterations, val_loss, ms
         self.screen.line(val_line(*values))
         self._to_log(lambda log: log.val(*values))
-        self.screen.line("  " + progress(
-            self.recipe.track, val_loss, ms, tokens, history=self.history,
-            target=self.recipe.target, num_iterations=self.recipe.num_iterations, step=step,
-            data_digest=self.data_digest))
+        if self.recipe.track != OWN_DATA:
+            self.screen.line("  " + progress(
+                self.recipe.track, val_loss, ms, tokens, history=self.history,
+                target=self.recipe.target, num_iterations=self.recipe.num_iterations, step=step,
+                data_digest=self.data_digest))
         self.history.append((step, val_loss))
         self._to_wandb(step, val_loss=val_loss, train_time_ms=ms)
 
@@ -296,6 +298,14 @@ def describe_speed(s) -> str:
         f"Triton: {', '.join(sorted(s.run.triton_kernels)) or 'none'}"])
 
 
+def _against_target(s, reached: bool) -> str:
+    if s.recipe.track == OWN_DATA:
+        return ""
+    if s.recipe.target is None:
+        return "; no target is fixed for this track yet"
+    return f"; target {s.recipe.target} {'reached' if reached else 'not reached'}"
+
+
 def header(s, environment: dict[str, str]) -> dict[str, str]:
     """The facts at the top of a run: recipe, sizes, device, and every backend with its reason.
     `s`: train_gpt.TrainState."""
@@ -317,7 +327,9 @@ def header(s, environment: dict[str, str]) -> dict[str, str]:
                     f"collectives: {dist.get_backend() if world.size > 1 else 'none (one rank)'}",
         "data": f"{s.run.data_dir or recipe.corpus}, {num_shards} training "
                 f"shard{'s' * (num_shards > 1)}, digest {s.data.digest[:12]}",
-        "target": "not fixed yet" if recipe.target is None else f"val_loss {recipe.target}",
+        **s.data.notes,
+        "target": "none: a track's is for its own data" if recipe.track == OWN_DATA else
+                  "not fixed yet" if recipe.target is None else f"val_loss {recipe.target}",
     }
 
 
@@ -354,12 +366,11 @@ def show_end(s, reporter: Reporter, result: dict, log_path: Path, text: str) -> 
     screen, recipe = reporter.screen, s.recipe
     seconds = s.clock.elapsed_s
     loss = reporter.history[-1][1] if reporter.history else math.nan
-    target = "no target is fixed for this track yet" if recipe.target is None else (
-        f"target {recipe.target} {'reached' if result['reached'] else 'not reached'}")
     outside = f"warm-up {result['warmup_s']} s and validation {result['validation_s']} s"
     screen.line()
     screen.facts({
-        "result": f"{result['status']}: val_loss {loss:.4f}; {target}",
+        "result": f"{result['status']}: val_loss {loss:.4f}"
+                  + _against_target(s, result["reached"]),
         # Training and validation count from step 0, the rest from where a run was resumed.
         "time": f"{seconds:.1f} s of training; " + (
             f"validation {result['validation_s']} s; since it was resumed "
@@ -367,7 +378,8 @@ def show_end(s, reporter: Reporter, result: dict, log_path: Path, text: str) -> 
             if result["resumed"] else f"{result['wall_time_s']} s in all, of which {outside}"),
         "speed": f"{s.tokens / max(seconds, 1e-9):,.0f} tokens/s, MFU {result['mfu']}, peak "
                  f"memory {result['peak_memory_mib']} MiB",
-        "standing": rank_in_table(recipe.track, 1000 * seconds, s.tokens, loss),
+        **({} if recipe.track == OWN_DATA else {
+            "standing": rank_in_table(recipe.track, 1000 * seconds, s.tokens, loss)}),
         "log": log_path,
         "model": result["checkpoint"] or "not saved",
     })
@@ -380,6 +392,6 @@ def show_end(s, reporter: Reporter, result: dict, log_path: Path, text: str) -> 
         screen.line("\nnext: the same command with --resume auto goes on from here")
     elif result["checkpoint"]:
         python = ".venv/bin/python" if Path(sys.prefix).name == ".venv" else "python"
-        screen.line(f"\nnext: {python} -m tools.sample {log_path.with_suffix('')} "
-                    "--prompt \"Compute \"")
+        prompt = " --prompt \"Compute \"" * (recipe.track != OWN_DATA)
+        screen.line(f"\nnext: {python} -m tools.sample {log_path.with_suffix('')}{prompt}")
     screen.line(f"log: {log_path}")

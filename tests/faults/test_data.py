@@ -80,9 +80,23 @@ def test_D1_nothing_matches(train, tmp_path, monkeypatch):
     assert_refused(ran, "*train*.bin", str(tmp_path / "nowhere"))
 
 
-def test_D12_D15_too_few_tokens_are_known_before_step_0(train, copy):
-    assert_refused(train("--num_iterations", "1000", data=copy), "383,857", "206,000")
-    assert_refused(train("--val_tokens", "25600", data=copy), "25,601", "2,500")
+def test_D12_D15_too_few_tokens_are_repeated_and_said(train, copy):
+    for part, index, count in (("train", 0, 700), ("train", 1, 700), ("val", 0, 500)):
+        path = shard(copy, part, index)
+        header(path, 2, count)
+        path.write_bytes(path.read_bytes()[:1024 + 2 * count])
+    ran = train(data=copy)
+    said = " ".join(ran.out.split())
+    assert ran.code == 0, ran.err
+    assert "1.6 epochs of 1,400 tokens, each in a new order of documents" in said
+    assert "480 tokens in rows of 32, for there are no more; asked for: 1,024" in said
+
+
+def test_D15_no_validation_at_all(train, copy):
+    path = shard(copy, "val")
+    header(path, 2, 1)
+    path.write_bytes(path.read_bytes()[:1026])
+    assert_refused(train(data=copy), "expected validation data of 2 tokens or more, got 1")
 
 
 def test_D13_no_document_start(train, copy):

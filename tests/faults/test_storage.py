@@ -67,8 +67,8 @@ def test_S1_output_is_read_only(train, tmpfs):
 
 
 def test_a_refusal_leaves_no_folder(train, tmp_path):
-    ran = train("--num_iterations", "100000", folder="new/logs")
-    assert_refused(ran, "tokens")
+    ran = train("--val_tokens", "1000", folder="new/logs")
+    assert_refused(ran, "val_tokens")
     assert not (tmp_path / "new").exists()
 
 
