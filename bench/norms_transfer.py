@@ -73,7 +73,7 @@ def draw(results: dict, widths: list[int], path: Path) -> None:
             pane.plot([best_rate(list(grid), losses)], [min(losses)], "v", color=colour,
                       markersize=9)
         pane.set(title=name if name == "norms" else f"record #{name}",
-                 xlabel="log2 of the factor on all learning rates")
+                 xlabel="log2 of the factor on all learning rates", xticks=list(grid))
         pane.grid(alpha=0.3)
     panes[0].set_ylabel("validation loss, nats a byte")
     panes[0].legend(fontsize=8)
