@@ -143,7 +143,7 @@ def cases(toy: bool, data: Path | None, work: Path) -> list[Case]:
                               "no:cacheprovider", "-o", "timeout=0", str(file)], 8)
              for file in sorted((ROOT / "tests").glob("test_*.py"))
              if "pytest.mark.gpu" in file.read_text() and file.name != "test_bench_gpu.py"]
-    first = [train("record23", 23, 28, *tokens), train("newest", NEWEST, 38, *tokens)]
+    first = [train("record23", 23, 28, *tokens), train("newest", NEWEST, 48, *tokens)]
     if toy:
         return [first[0], next(case for case in tests if case.name == "test_kernels_symmetric")]
     return [script("probe", PROBE, 1), *first,

@@ -355,18 +355,23 @@ class Profile:
         if self.seen == WARM_UP or last:
             self.world.synchronize()
         self._close_range()
-        if self.seen == WARM_UP - 1 and self.world.is_rank0:
+        if self.seen == WARM_UP - 1 or last:
+            with self.world.long_timeout():  # the others wait while rank 0 starts or stops it
+                self._start_or_stop(last)
+        elif self.seen >= WARM_UP and self._profiler is not None:
+            self._range = record_function(STEP)
+            self._range.__enter__()
+        return last
+
+    def _start_or_stop(self, last: bool) -> None:
+        if last and self._profiler is not None:
+            self._profiler.stop()
+        elif not last and self.world.is_rank0:
             activities = [ProfilerActivity.CPU]
             if self.world.device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
             self._profiler = torch.profiler.profile(activities=activities, record_shapes=True)
             self._profiler.start()
-        if last and self._profiler is not None:
-            self._profiler.stop()
-        elif self.seen >= WARM_UP and self._profiler is not None:
-            self._range = record_function(STEP)
-            self._range.__enter__()
-        return last
 
     def _close_range(self) -> None:
         if self._range is not None:
