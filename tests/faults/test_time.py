@@ -61,7 +61,7 @@ def test_T3_an_edited_log_is_found_out_and_the_line_named(train, edit, says):
     """More ways to edit a log: tests/test_records_log.py."""
     (log,) = train("--seed", "3").logs
     log.write_text(edit(log.read_text()))
-    reasons = [str(reason) for reason in run_reasons(parse(log)[0], "the run")]
+    reasons = [str(reason) for reason in run_reasons(parse(log)[0], "the run", closed=True)]
     assert any(says in reason for reason in reasons), reasons
     if says != "closing block":
         assert any(re.search(r"line \d+", reason) for reason in reasons), reasons
@@ -91,7 +91,7 @@ def test_T4_a_resumed_run_says_so_and_its_time_is_the_sum(train):
     assert run.result["train_time_ms"] == pytest.approx(at_6.train_time_ms, abs=1)
     assert [p.step for p in run.points] == [6]  # what was measured before is in the other log
     # And it is no evidence for a record.
-    assert {"resumed"} <= {reason.name for reason in run_reasons(run, "the run")}
+    assert {"resumed"} <= {reason.name for reason in run_reasons(run, "the run", closed=True)}
 
 
 def test_T6_validation_and_saving_stand_outside_the_time(train, monkeypatch):
