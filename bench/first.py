@@ -57,7 +57,8 @@ class Case:
 
 PROBE = """
 import shutil, subprocess, torch, triton
-print(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
+if shutil.which("nvidia-smi"):
+    print(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
 print("torch", torch.__version__, "cuda", torch.version.cuda, "triton", triton.__version__)
 print("nccl", torch.cuda.nccl.version(), "cudnn", torch.backends.cudnn.version())
 print("g++", shutil.which("g++"), "free, total memory", torch.cuda.mem_get_info())
@@ -79,7 +80,7 @@ for group in (dist.group.WORLD, dist.new_group([0])):
     dist.all_reduce(x, group=group)
     dist.reduce_scatter_tensor(part, x, group=group)
     dist.all_gather_into_tensor(whole, part, group=group)
-    assert torch.equal(whole.cpu(), torch.arange(1024.0))
+    assert torch.equal(whole, torch.arange(1024.0, device="cuda"))
 dist.destroy_process_group()
 print("NCCL works with one rank")
 """
@@ -115,7 +116,8 @@ T, H, D = 49152, 6, 128
 tokens = torch.randint(50256, (1, T), device="cuda")
 tokens[:, ::512] = 50256
 for window in (64, 1728):
-    keys = packed_keys(document_ids(tokens, 50256), window, torch.bfloat16)
+    keys = packed_keys(document_ids(tokens, 50256), window, torch.bfloat16,
+                       torch.tensor([[T // 512, 512]]))
     q, k, v = (torch.randn(1, T, H, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
                for _ in range(3))
     y = attention(q, k, v, 0.1, keys)
@@ -163,7 +165,8 @@ def start(case: Case, work: Path, cores: set[int]) -> None:
         case.process = subprocess.Popen(
             case.command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             env=os.environ | {
-                "PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive",
+                "PYTHONFAULTHANDLER": "1", "OMP_WAIT_POLICY": "passive",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
                 "TORCHINDUCTOR_CACHE_DIR": str(work / "caches" / "inductor"),
                 "TRITON_CACHE_DIR": str(work / "caches" / "triton")},
             preexec_fn=lambda: os.sched_setaffinity(0, cores))
