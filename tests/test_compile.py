@@ -67,6 +67,20 @@ def test_segments_of_any_length_compute_the_same(record, num_layers):
                                    msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("record", [6, 89])
+def test_layers_of_one_graph_may_be_computed_again(record):
+    recipe = recipe_of(record, "--num_layers", 4)
+    model, batch = recipes.build_model(recipe, seed=0), rows(recipe)
+    model.set_phase(recipes.phase(0, recipe))
+    loss, gradients = loss_and_gradients(model, batch)
+    model.recomputed = 2
+    compile_segments(model, 0, backend="aot_eager")
+    again, compiled = loss_and_gradients(model, batch)
+    torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("record, num_layers, expected", [
     (6, 0, [1]), (12, 0, [1]), (62, 0, [2]),    # of #62 the output for the end too
     (12, 4, [4, 1, 1])])                        # skips from layers 0 to 3 into 9 to 6
